@@ -1,0 +1,1 @@
+"""Draft backbones, one module a model family."""

@@ -1,0 +1,198 @@
+"""The `dspark-hf` command."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers.utils import logging
+
+from . import DSparkConfig, DSparkHead
+from .embedded import embedded_pair
+from .evaluation.prompts import encode, read_prompts
+
+app = typer.Typer(
+    help="DSpark speculative decoding for transformers: faster generate, same tokens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console, errors = Console(), Console(stderr=True)
+
+Model = Annotated[str | None, typer.Option(help="Target: a Hub id or a folder. Default: the embedded pair.")]
+Head = Annotated[str | None, typer.Option(help="Draft head for --model: a Hub id or a folder.")]
+Dtype = Annotated[str, typer.Option(help="dtype of target and head, such as float32 or bfloat16; auto: as stored.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
+
+
+def main() -> None:
+    """Run the command; errors that users can mend are shown without a stack trace."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer or continue.")],
+    model: Model = None,
+    head: Head = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy decoding.")] = 0.0,
+    no_draft: Annotated[bool, typer.Option("--no-draft", help="Decode without the head, to compare.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
+    dtype: Dtype = "auto",
+) -> None:
+    """Generate text, streamed as it is committed, and say how fast that was."""
+    target, draft_head, tokenizer = _load(model, head, dtype, needs_head=not no_draft)
+    inputs = encode([prompt], tokenizer, target.device)
+    kwargs = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "return_dict_in_generate": True}
+    if temperature > 0:
+        # Sampling from the target as it is; a model's own top-k and top-p stay out of it.
+        kwargs |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if not no_draft:
+        kwargs["assistant_model"] = draft_head
+    if not as_json:
+        kwargs["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    started = time.perf_counter()
+    output = target.generate(**inputs, **kwargs)
+    seconds = time.perf_counter() - started
+    new = output.sequences[0, inputs["input_ids"].shape[1] :]
+    tau = None if no_draft else output.dspark.tau
+    if as_json:
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        record = {"text": text, "tokens": len(new), "seconds": seconds, "tokens_per_second": len(new) / seconds}
+        typer.echo(json.dumps(record | {"tau": tau}))
+        return
+    summary = f"{len(new)} tokens in {seconds:.2f} s: {len(new) / seconds:.1f} tokens/s"
+    rounds = "without a draft head" if no_draft else f"tau {tau:.2f} tokens a round, {output.dspark.rounds} rounds"
+    console.print(f"[dim]{summary}, {rounds}[/dim]", highlight=False)
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    head: Head = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with turns, prompt or question, or a prompt a line.")
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4",
+    methods: Annotated[str, typer.Option(help="Comma-separated: plain, stock, dspark.")] = "plain,stock,dspark",
+    max_new_tokens: MaxNewTokens = 128,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts only.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the records to this file.")] = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure plain decoding, transformers' stock assisted loop and DSpark on the same prompts, alternately."""
+    from .evaluation.bench import as_json, as_table
+    from .evaluation.bench import bench as measure
+
+    sizes = _numbers(batch_sizes)
+    texts = read_prompts(prompts)[:limit]
+    target, draft_head, tokenizer = _load(model, head, dtype)
+    records = []
+    with console.status("measuring") as status:
+        for record in measure(target, draft_head, tokenizer, texts, sizes, methods.split(","), max_new_tokens):
+            records.append(record)
+            status.update(f"measured {record.method} at batch {record.batch_size}")
+    console.print(as_table(records))
+    device = torch.cuda.get_device_name() if target.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    console.print(
+        f"[dim]{len(texts)} prompts, {max_new_tokens} new tokens, {target.dtype}, {device}[/dim]", highlight=False
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_json(records), indent=2) + "\n")
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="Target: a Hub id or a folder. It stays frozen.")],
+    data: Annotated[str, typer.Option(help="A .jsonl or .parquet file, or a Hub data set.")],
+    output: Annotated[Path, typer.Option(help="Folder for the head, its log and its checkpoints.")],
+    head: Annotated[str | None, typer.Option(help="Go on from this head instead of a fresh one.")] = None,
+    block_size: Annotated[int, typer.Option(min=1)] = 7,
+    layers: Annotated[int, typer.Option(min=1, help="Draft layers.")] = 5,
+    markov_rank: Annotated[int, typer.Option(min=0, help="0: no sequential head.")] = 256,
+    markov_head: Annotated[str, typer.Option(help="vanilla, gated or rnn.")] = "vanilla",
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step and process.")] = 16,
+    learning_rate: float = 6e-4,
+    anchors: Annotated[int, typer.Option(min=1, help="Blocks a sequence.")] = 512,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 4096,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")] = False,
+    mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "bf16",
+    seed: int = 0,
+) -> None:
+    """Train a head. Best on text that the target itself wrote (see examples/embedded_pair)."""
+    from accelerate import Accelerator
+
+    from .training.data import load_rows
+    from .training.trainer import TrainingArguments
+    from .training.trainer import train as run
+
+    target = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(seed)
+    if head is not None:
+        draft_head = DSparkHead.from_pretrained(head, dtype=torch.float32)
+    else:
+        config = DSparkConfig.from_target(
+            target.config,
+            block_size=block_size,
+            num_hidden_layers=layers,
+            markov_rank=markov_rank,
+            markov_head_type=markov_head,
+            mask_token_id=_mask_token(tokenizer, target.config.get_text_config(decoder=True).vocab_size),
+            dtype=torch.float32,
+        )
+        draft_head = DSparkHead(config)
+    rows = load_rows(data, tokenizer, max_length)
+    args = TrainingArguments(
+        output=output,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        anchors_per_sequence=anchors,
+        save_every=save_every,
+        seed=seed,
+    )
+    console.print(f"{len(rows)} sequences, {draft_head.num_parameters():,} parameters in the head", highlight=False)
+    run(draft_head, target, rows, args, Accelerator(mixed_precision=mixed_precision), resume)
+    console.print(f"head written to {output}")
+
+
+def _load(model: str | None, head: str | None, dtype: str, needs_head: bool = True):
+    """Target, head (`None` where it is not needed and not given) and tokenizer."""
+    logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else None
+    if model is None:
+        if head is not None:
+            raise ValueError(f"--head {head} needs --model: the embedded target has its own head.")
+        return embedded_pair(dtype=dtype, device=device)
+    if head is None and needs_head:
+        raise ValueError(f"--model {model} needs --head, the draft head trained for it (or --no-draft).")
+    target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device).eval()
+    loaded = DSparkHead.from_pretrained(head, dtype=dtype, device_map=device).eval() if head else None
+    return target, loaded, AutoTokenizer.from_pretrained(model)
+
+
+def _mask_token(tokenizer, vocab_size: int) -> int | None:
+    """The tokenizer's mask token, or the first row of the target's embedding that no token uses."""
+    if tokenizer.mask_token_id is not None:
+        return tokenizer.mask_token_id
+    return len(tokenizer) if len(tokenizer) < vocab_size else None
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"Expected comma-separated numbers such as 1,4,16, got {text!r}.") from None

@@ -1,0 +1,174 @@
+"""Configuration of a DSpark draft head."""
+
+import json
+import os
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+from .checkpoints import deepspec, read_config
+
+SEQUENTIAL_HEAD_TYPES = ("vanilla", "gated", "rnn")
+
+
+class DSparkConfig(Qwen3Config):
+    """What a [`DSparkHead`] is made of: a Qwen3-style backbone, a sequential head and a confidence head.
+
+    The backbone is described by the keys of `Qwen3Config` (`hidden_size` and `vocab_size` are the target's). Beyond
+    those:
+
+    Args:
+        block_size (`int`, defaults to 7): draft tokens a round (gamma). The block's input is the anchor and
+            `block_size - 1` mask tokens, and every position predicts.
+        mask_token_id (`int`): a token id that text never uses; its embedding stands for "to be drafted".
+        target_layer_ids (`list[int]`): target layers whose outputs are fed to the head, strictly increasing;
+            -1 is the embedding output.
+        num_target_layers (`int`): number of layers of the target.
+        markov_rank (`int`, defaults to 256): rank of the sequential head; 0 means none (a DFlash head).
+        markov_head_type (`str`): `"vanilla"`, `"gated"` or `"rnn"`; ignored when `markov_rank` is 0.
+        enable_confidence_head (`bool`): whether the head estimates the acceptance of its drafts.
+        confidence_head_with_markov (`bool`): whether that estimate also sees the previous token's Markov embedding.
+        borrow_embeddings (`bool`): whether the checkpoint leaves the embedding and the LM head to the target.
+            Released heads carry copies (`False`); heads made by [`~DSparkConfig.from_target`] borrow.
+
+    Raises:
+        ValueError: when the fields contradict each other.
+    """
+
+    model_type = "dspark"
+
+    block_size: int = 7
+    mask_token_id: int | None = None
+    target_layer_ids: list[int] | None = None
+    num_target_layers: int | None = None
+    markov_rank: int = 256
+    markov_head_type: str | None = "vanilla"
+    enable_confidence_head: bool = True
+    confidence_head_with_markov: bool = True
+    borrow_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.markov_rank == 0:
+            self.markov_head_type = None
+            self.confidence_head_with_markov = False
+        self._check()
+
+    def _check(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"`block_size` must be at least 1, got {self.block_size}.")
+        if self.markov_rank < 0:
+            raise ValueError(f"`markov_rank` must be 0 (no sequential head) or positive, got {self.markov_rank}.")
+        if self.markov_rank and self.markov_head_type not in SEQUENTIAL_HEAD_TYPES:
+            raise ValueError(
+                f"`markov_head_type` must be one of {', '.join(SEQUENTIAL_HEAD_TYPES)}, got {self.markov_head_type!r}."
+            )
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"`mask_token_id` {self.mask_token_id} is outside the vocabulary of {self.vocab_size} tokens."
+            )
+        ids = self.target_layer_ids
+        if ids is None:
+            return
+        if not ids or any(a >= b for a, b in zip(ids, ids[1:], strict=False)) or ids[0] < -1:
+            raise ValueError(f"`target_layer_ids` must be strictly increasing and at least -1, got {ids}.")
+        if self.num_target_layers is not None and ids[-1] >= self.num_target_layers:
+            raise ValueError(
+                f"`target_layer_ids` {ids} reach beyond a target of {self.num_target_layers} layers "
+                f"(the last layer is {self.num_target_layers - 1})."
+            )
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, with the published layout of the checkpoint translated to this class's keys."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return read_config(config, str(pretrained_model_name_or_path)), kwargs
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The config as DeepSpec publishes it: what `save_pretrained` writes and other engines read."""
+        generic = PreTrainedConfig().to_dict()
+        generic.pop("transformers_version")
+        own = {key: value for key, value in self.to_dict().items() if key not in generic or generic[key] != value}
+        own.pop("_name_or_path", None)
+        return json.dumps(deepspec.write_config(own), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_target(
+        cls,
+        target_config: PreTrainedConfig,
+        block_size: int = 7,
+        num_hidden_layers: int = 5,
+        markov_rank: int = 256,
+        markov_head_type: str = "vanilla",
+        target_layer_ids: list[int] | None = None,
+        mask_token_id: int | None = None,
+        **kwargs,
+    ) -> "DSparkConfig":
+        """Configuration of a fresh head for a decoder-only target.
+
+        Args:
+            target_config: the target's config (`target.config`).
+            num_hidden_layers: draft layers.
+            target_layer_ids: target layers to feed; by default up to 5, spread from layer 1 to the third from last.
+            mask_token_id: by default the highest id that the target's config does not name as a special token.
+                Models pad their embedding beyond the tokenizer, so that row is usually free; pass the id of a mask
+                or reserved token where it is not.
+            kwargs: any other key of the config, such as `intermediate_size` or `enable_confidence_head`.
+
+        Raises:
+            ValueError: for an encoder-decoder target.
+        """
+        if target_config.is_encoder_decoder:
+            raise ValueError(
+                f"A DSpark head drafts for decoder-only targets; {target_config.model_type!r} is an encoder-decoder."
+            )
+        text = target_config.get_text_config(decoder=True)
+        heads = text.num_attention_heads
+        fields = {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+            "max_position_embeddings": text.max_position_embeddings,
+            "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
+            "rope_parameters": _plain_rope(text),
+            "num_target_layers": text.num_hidden_layers,
+            "target_layer_ids": target_layer_ids or _spread_layers(text.num_hidden_layers),
+            "mask_token_id": _free_token(text) if mask_token_id is None else mask_token_id,
+            "block_size": block_size,
+            "num_hidden_layers": num_hidden_layers,
+            "markov_rank": markov_rank,
+            "markov_head_type": markov_head_type,
+            "borrow_embeddings": True,
+            "dtype": text.dtype,
+        }
+        return cls(**fields | kwargs)
+
+
+def _spread_layers(num_layers: int, most: int = 5) -> list[int]:
+    """Layer ids from 1 to num_layers - 3, evenly; the last layers are left out, as in the released heads."""
+    first, last = min(1, num_layers - 1), max(num_layers - 3, min(1, num_layers - 1))
+    count = min(most, last - first + 1)
+    if count == 1:
+        return [last]
+    return [first + round(i * (last - first) / (count - 1)) for i in range(count)]
+
+
+def _free_token(text: PreTrainedConfig) -> int:
+    special = set()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(text, name, None)
+        special |= set(value) if isinstance(value, list) else {value}
+    return next(token for token in range(text.vocab_size - 1, -1, -1) if token not in special)
+
+
+def _plain_rope(text: PreTrainedConfig) -> dict[str, Any]:
+    """The target's rotary base; of variants by layer type, the full-attention one."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention") or rope
+    return {"rope_type": "default", "rope_theta": rope.get("rope_theta") or 10000.0}

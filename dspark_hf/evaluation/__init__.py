@@ -1,0 +1,1 @@
+"""Measuring heads: prompts, speed, and what the numbers are made of."""

@@ -1,0 +1,184 @@
+"""Speed of decoding methods, measured alternately in one run on the same prompts."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..generation.hook import stock_loop
+from ..generation.stats import DSparkStats
+from ..modeling_dspark import DSparkHead
+from .prompts import encode
+
+METHODS = ("plain", "stock", "dspark")
+FEWEST_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Record:
+    """One method at one batch size.
+
+    tokens_per_second: median over the runs, all rows together. speedup: of that over plain's. tau: tokens a round of
+    a row. draft_ms, verify_ms: mean a round. ceiling: tau * T(1) / (T_verify + T_draft), the speed-up if everything
+    but the two model passes were free, with T(1) plain's time a step. identical: whether all outputs equalled plain's.
+    Fields that do not apply to a method are `None`.
+    """
+
+    method: str
+    batch_size: int
+    tokens_per_second: float
+    speedup: float | None = None
+    tau: float | None = None
+    draft_ms: float | None = None
+    verify_ms: float | None = None
+    ceiling: float | None = None
+    identical: bool | None = None
+
+
+@dataclass
+class Runs:
+    """Measurements of one method at one batch size; `outputs` are new tokens by batch of prompts."""
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    stats: list[DSparkStats] = field(default_factory=list)
+    outputs: dict[int, list[list[int]]] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return statistics.median(tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True))
+
+
+def bench(
+    model: PreTrainedModel,
+    head: DSparkHead,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    batch_sizes: list[int],
+    methods: list[str],
+    max_new_tokens: int = 128,
+) -> Iterator[Record]:
+    """Records of every batch size, as soon as it is measured. Decoding is greedy.
+
+    Batches of prompts are run by every method in turn, in an order that rotates, after one unmeasured run each.
+    `stock` (transformers' own loop with the same head) exists at batch 1 only.
+    """
+    unknown = set(methods) - set(METHODS)
+    if unknown:
+        raise ValueError(f"Unknown methods {sorted(unknown)}; choose from {', '.join(METHODS)}.")
+    for size in batch_sizes:
+        if not 1 <= size <= len(prompts):
+            raise ValueError(f"Batch size {size} needs between 1 and {len(prompts)} prompts, the number given.")
+        chosen = [method for method in methods if method != "stock" or size == 1]
+        yield from _records(_measure(model, head, tokenizer, prompts, size, chosen, max_new_tokens), size)
+
+
+def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens) -> dict[str, Runs]:
+    batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)]
+    inputs = [encode(batch, tokenizer, model.device) for batch in batches]
+    runs = {method: Runs() for method in methods}
+    for method in methods:
+        _run(Runs(), 0, method, model, head, inputs[0], max_new_tokens)
+    turns = max(len(inputs), FEWEST_RUNS)
+    for turn in range(turns):
+        index = turn % len(inputs)
+        for offset in range(len(methods)):
+            method = methods[(turn + offset) % len(methods)]
+            _run(runs[method], index, method, model, head, inputs[index], max_new_tokens)
+    return runs
+
+
+def _run(runs: Runs, index: int, method: str, model, head, inputs, max_new_tokens: int) -> None:
+    kwargs = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+    _synchronize(model.device)
+    started = time.perf_counter()
+    if method == "plain":
+        output = model.generate(**inputs, **kwargs)
+    elif method == "stock":
+        with stock_loop():
+            output = model.generate(**inputs, assistant_model=head, **kwargs)
+    else:
+        output = model.generate(**inputs, assistant_model=head, **kwargs)
+    _synchronize(model.device)
+    runs.seconds.append(time.perf_counter() - started)
+    new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    rows = [_until_eos(row, model.generation_config.eos_token_id) for row in new]
+    runs.outputs[index] = rows
+    runs.tokens.append(sum(map(len, rows)))
+    runs.steps.append(max(map(len, rows)))
+    if method == "dspark":
+        runs.stats.append(output.dspark)
+
+
+def _records(measured: dict[str, Runs], size: int) -> Iterator[Record]:
+    plain = measured.get("plain")
+    for method, runs in measured.items():
+        speed = runs.tokens_per_second
+        fields = {}
+        if plain is not None:
+            fields = {"speedup": speed / plain.tokens_per_second, "identical": runs.outputs == plain.outputs}
+        if runs.stats:
+            fields |= _round_times(runs.stats)
+            if plain is not None:
+                step_ms = 1000 * statistics.median(s / n for s, n in zip(plain.seconds, plain.steps, strict=True))
+                fields["ceiling"] = fields["tau"] * step_ms / (fields["draft_ms"] + fields["verify_ms"])
+        yield Record(method, size, speed, **fields)
+
+
+def _round_times(stats: list[DSparkStats]) -> dict[str, float]:
+    rounds = sum(s.rounds for s in stats)
+    lengths = [length for s in stats for row in s.accepted_lengths for length in row]
+    return {
+        "tau": sum(lengths) / len(lengths),
+        "draft_ms": 1000 * sum(s.draft_seconds for s in stats) / rounds,
+        "verify_ms": 1000 * sum(s.verify_seconds for s in stats) / rounds,
+    }
+
+
+def _until_eos(row: list[int], eos_token_id: int | list[int] | None) -> list[int]:
+    ids = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+    end = next((i + 1 for i, token in enumerate(row) if token in ids), len(row))
+    return row[:end]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def as_table(records: list[Record]) -> Table:
+    """The records as people read them."""
+    table = Table(title="greedy decoding, methods measured alternately")
+    columns = ("method", "batch", "tokens/s", "speed-up", "tau", "draft ms", "verify ms", "ceiling", "of ceiling")
+    for column in (*columns, "same tokens as plain"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for r in records:
+        share = r.speedup / r.ceiling if r.ceiling else None
+        same = {None: "-", True: "yes", False: "NO"}[r.identical]
+        table.add_row(
+            r.method,
+            str(r.batch_size),
+            f"{r.tokens_per_second:.1f}",
+            _cell(r.speedup, "{:.2f}x"),
+            _cell(r.tau, "{:.2f}"),
+            _cell(r.draft_ms, "{:.1f}"),
+            _cell(r.verify_ms, "{:.1f}"),
+            _cell(r.ceiling, "{:.2f}x"),
+            _cell(share, "{:.0%}"),
+            same,
+        )
+    return table
+
+
+def _cell(value: float | None, pattern: str) -> str:
+    return "-" if value is None else pattern.format(value)
+
+
+def as_json(records: list[Record]) -> list[dict]:
+    """The records as machines read them."""
+    return [asdict(record) for record in records]

@@ -1,0 +1,72 @@
+"""Prompts to measure with: files of one prompt a line, and a few that ship with the package."""
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+DEFAULT_PROMPTS = (
+    "A baker makes 12 trays of 8 rolls each morning. She sells 75 rolls. How many rolls are left?",
+    "Tom has 5 boxes with 24 pencils each. He gives 3 pencils to each of his 20 classmates. How many pencils remain?",
+    "A train travels 60 miles an hour for 3 hours and then 40 miles an hour for 2 hours. How far does it travel?",
+    "Maria saves $15 every week. She wants a bicycle that costs $180. After 8 weeks, how much does she still need?",
+    "A farmer has 36 cows and twice as many chickens. Each chicken lays 5 eggs a week. How many eggs are laid a week?",
+    "Sam reads 20 pages a day on weekdays and 35 pages a day on weekends. How many pages does he read in 4 weeks?",
+    "A shirt costs $25 and trousers cost $40. Ana buys 3 shirts and 2 trousers. How much does she pay?",
+    "There are 48 students in a school. One third of them walk, and the others take 2 buses. How many are in each bus?",
+)
+
+
+def read_prompts(path: str | Path | None) -> list[str]:
+    """Prompts from a file, or the built-in ones.
+
+    Args:
+        path: a `.txt` file with a prompt a line, or a `.jsonl` file whose rows have `turns` (the first is used),
+            `prompt` or `question`.
+
+    Raises:
+        ValueError: when the file is empty or a row has none of those keys.
+    """
+    if path is None:
+        return list(DEFAULT_PROMPTS)
+    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{str(path)!r} holds no prompts.")
+    if Path(path).suffix not in (".jsonl", ".json"):
+        return lines
+    return [_prompt_of(line, number, path) for number, line in enumerate(lines, start=1)]
+
+
+def _prompt_of(line: str, number: int, path: str | Path) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"Line {number} of {str(path)!r} is not JSON ({error}).") from error
+    if row.get("turns"):
+        return row["turns"][0]
+    for key in ("prompt", "question"):
+        if key in row:
+            return row[key]
+    raise ValueError(
+        f"Line {number} of {str(path)!r} has the keys {sorted(row)}; expected `turns`, `prompt` or `question`."
+    )
+
+
+def as_model_input(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt inside the tokenizer's chat template, or as it is where there is none."""
+    if tokenizer.chat_template is None:
+        return prompt
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def encode(prompts: list[str], tokenizer: PreTrainedTokenizerBase, device):
+    """Left-padded `input_ids` and `attention_mask` of the prompts, ready for `generate`."""
+    texts = [as_model_input(prompt, tokenizer) for prompt in prompts]
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    templated = tokenizer.chat_template is not None
+    return tokenizer(
+        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not templated
+    ).to(device)

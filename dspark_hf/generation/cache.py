@@ -1,0 +1,141 @@
+"""SlotCache: one fixed slot of keys and values a row, so that rows of a batch can accept different counts.
+
+Token i of a row lies at index i of the row's slot, whatever its neighbours hold. New tokens are written behind the
+row's length; committing them raises the length, rejecting them leaves it as it is, and what lies behind a length is
+never seen and later overwritten. So a rollback costs nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+SMALLEST_CAPACITY = 256
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the next forward pass writes its n new tokens a row, and how far it looks.
+
+    slots: [R, n] int64, index in the row's slot of every new token.
+    start: the common first index when every row writes n consecutive tokens from the same place, else `None`; lets
+        the write be one slice.
+    view: slots 0..view-1 are handed to the attention.
+    """
+
+    slots: torch.Tensor
+    start: int | None
+    view: int
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one model layer: [R, heads, capacity, head_dim], allocated at the first write."""
+
+    is_croppable = True
+
+    def __init__(self):
+        super().__init__()
+        self.placement: Placement | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        capacity = _capacity_for(self.placement.view)
+        self.keys, self.values = (
+            x.new_zeros(x.shape[0], x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write [R, heads, n, head_dim] at the placement's slots; return keys and values of slots 0..view-1."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        placement = self.placement
+        self._reserve(placement.view)
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            if placement.start is not None:
+                stored[:, :, placement.start : placement.start + new.shape[2]] = new
+            else:
+                slots = placement.slots.to(new.device)
+                rows = torch.arange(len(slots), device=new.device)[:, None]
+                stored[rows, :, slots] = new.transpose(1, 2)
+        return self.keys[:, :, : placement.view], self.values[:, :, : placement.view]
+
+    def _reserve(self, view: int) -> None:
+        if view <= self.keys.shape[2]:
+            return
+        larger = _capacity_for(view) - self.keys.shape[2]
+        self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, larger)) for x in (self.keys, self.values))
+
+    def keep(self, rows: torch.Tensor) -> None:
+        if self.is_initialized:
+            self.keys, self.values = (x.index_select(0, rows.to(x.device)) for x in (self.keys, self.values))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.placement.view, 0
+
+    def get_seq_length(self) -> int:
+        # What models add to their own position count; ours are always passed explicitly.
+        return self.placement.view - self.placement.slots.shape[1] if self.placement else 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _capacity_for(view: int) -> int:
+    """A power of two, so that shapes stay the same for many rounds and growing costs little overall."""
+    return max(SMALLEST_CAPACITY, 1 << (view - 1).bit_length())
+
+
+class SlotCache(Cache):
+    """A transformers `Cache` whose rows have their own lengths.
+
+    Args:
+        num_layers: layers of the model that writes into it.
+        rows: sequences in the batch.
+        device: where masks and slot indices are built.
+
+    Attributes:
+        lengths: committed tokens of every row; the only thing a commit or a rollback changes.
+    """
+
+    def __init__(self, num_layers: int, rows: int, device: torch.device):
+        super().__init__(layers=[SlotLayer() for _ in range(num_layers)])
+        self.lengths = [0] * rows
+        self.device = device
+
+    def place(self, count: int) -> Placement:
+        """The next pass appends `count` tokens to every row. Returns where."""
+        starts = self.lengths
+        if len(set(starts)) == 1:
+            row = torch.arange(starts[0], starts[0] + count, device=self.device)
+            return self.place_at(row.expand(len(starts), -1), starts[0] + count, starts[0])
+        slots = torch.tensor(starts, device=self.device)[:, None] + torch.arange(count, device=self.device)
+        return self.place_at(slots, max(starts) + count)
+
+    def place_at(self, slots: torch.Tensor, view: int, start: int | None = None) -> Placement:
+        """The next pass writes to the given slots; see [`Placement`]."""
+        placement = Placement(slots, start, view)
+        for layer in self.layers:
+            layer.placement = placement
+        return placement
+
+    def commit(self, counts: list[int]) -> None:
+        """Make the first `counts[r]` tokens of the last pass part of row r."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other rows."""
+        index = torch.tensor(rows, device=self.device)
+        for layer in self.layers:
+            layer.keep(index)
+        self.lengths = [self.lengths[row] for row in rows]
+
+
+def causal_mask(placement: Placement, window: int | None = None) -> torch.Tensor:
+    """[R, 1, n, view] bool: a new token sees the slots up to its own, of those the last `window` if given."""
+    keys = torch.arange(placement.view, device=placement.slots.device)
+    queries = placement.slots[:, None, :, None]
+    mask = keys <= queries
+    return mask if window is None else mask & (keys > queries - window)

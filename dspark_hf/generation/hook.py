@@ -1,0 +1,72 @@
+"""The hook into `generate`, and the only file that touches private names of transformers.
+
+`generate` looks its decoding method up on the class of the model. One wrapper around the assisted one hands calls
+whose assistant is a [`DSparkHead`] to our rounds; one around the validation before it raises our errors early. With
+any other assistant both call straight through.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from transformers import GenerationMixin
+
+from ..modeling_dspark import DSparkHead
+from . import loop
+from .candidate_generator import DSparkCandidateGenerator
+from .compatibility import check_pair
+
+_stock_loop: ContextVar[bool] = ContextVar("dspark_stock_loop", default=False)
+
+
+@contextmanager
+def stock_loop() -> Iterator[None]:
+    """Within this context a head drafts for transformers' own assisted-generation loop (batch 1) instead of ours."""
+    token = _stock_loop.set(True)
+    try:
+        yield
+    finally:
+        _stock_loop.reset(token)
+
+
+def install() -> None:
+    """Wrap `GenerationMixin` once; repeated calls change nothing."""
+    if hasattr(GenerationMixin._assisted_decoding, "_dspark"):
+        return
+    GenerationMixin._assisted_decoding = _wrap_decoding(GenerationMixin._assisted_decoding)
+    GenerationMixin._validate_generation_mode = _wrap_validation(GenerationMixin._validate_generation_mode)
+    GenerationMixin._get_candidate_generator = _wrap_generator(GenerationMixin._get_candidate_generator)
+
+
+def _wrap_decoding(stock):
+    @functools.wraps(stock)
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        if not isinstance(kwargs.get("assistant_model"), DSparkHead) or _stock_loop.get():
+            return stock(self, input_ids, *args, **kwargs)
+        return loop.generate(self, input_ids, *args, **kwargs)
+
+    _assisted_decoding._dspark = True
+    return _assisted_decoding
+
+
+def _wrap_validation(stock):
+    @functools.wraps(stock)
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        head = generation_mode_kwargs.get("assistant_model")
+        if isinstance(head, DSparkHead):
+            check_pair(self, head)
+        return stock(self, generation_mode, generation_config, generation_mode_kwargs)
+
+    return _validate_generation_mode
+
+
+def _wrap_generator(stock):
+    @functools.wraps(stock)
+    def _get_candidate_generator(self, *args, **kwargs):
+        head = kwargs.get("assistant_model")
+        if not isinstance(head, DSparkHead):
+            return stock(self, *args, **kwargs)
+        return DSparkCandidateGenerator(head, self, kwargs["generation_config"], kwargs["logits_processor"])
+
+    return _get_candidate_generator

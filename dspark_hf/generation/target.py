@@ -1,0 +1,75 @@
+"""The target as a decoding round sees it: tokens in, logits and hidden states out, keys and values in a SlotCache."""
+
+import inspect
+
+import torch
+from transformers import PreTrainedModel
+
+from .cache import Placement, SlotCache, causal_mask
+
+
+class Target:
+    """Runs a stock transformers model over rows of different lengths.
+
+    Args:
+        model: a decoder-only model whose layers are full or sliding attention.
+        layer_ids: layers whose outputs are captured; -1 is the embedding output.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer_ids: list[int]):
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device
+        self.config = model.config.get_text_config(decoder=True)
+        # transformers counts hidden states from the embedding output.
+        self.hidden_state_indices = [i + 1 for i in layer_ids]
+        self.layer_types = set(getattr(self.config, "layer_types", None) or ())
+        self.window = getattr(self.config, "sliding_window", None)
+        self.eager = self.config._attn_implementation == "eager"
+        self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def new_cache(self, rows: int) -> SlotCache:
+        return SlotCache(self.config.num_hidden_layers, rows, self.device)
+
+    def forward(
+        self, tokens: torch.Tensor, cache: SlotCache, keep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass that appends tokens [R, n] to every row, without committing them.
+
+        Args:
+            keep: indices into the n tokens whose logits are wanted; all when `None`.
+
+        Returns:
+            logits [R, n or len(keep), V] in float32 and features [R, n, m*d], the chosen hidden states side by side.
+        """
+        placement = cache.place(tokens.shape[1])
+        kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
+        outputs = self.model(
+            input_ids=tokens,
+            attention_mask=self._mask(placement),
+            position_ids=placement.slots,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=self.hidden_state_indices,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
+        chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
+        return logits.to(tokens.device, torch.float32), torch.cat(chosen, dim=-1)
+
+    def _mask(self, placement: Placement) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What the model takes as `attention_mask`: one mask, or one a layer type where it mixes types."""
+        full = self._as_bias(causal_mask(placement))
+        if self.window is None:
+            return full
+        sliding = self._as_bias(causal_mask(placement, self.window))
+        if len(self.layer_types) > 1:
+            return {"full_attention": full, "sliding_attention": sliding}
+        return full if self.layer_types == {"full_attention"} else sliding
+
+    def _as_bias(self, mask: torch.Tensor) -> torch.Tensor:
+        """Eager attention adds its mask to the scores; the others take booleans."""
+        if not self.eager:
+            return mask
+        dtype = self.model.dtype
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -1,0 +1,272 @@
+"""DSparkHead: a draft head that proposes a block of tokens from the hidden states of its target."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from .backbones.qwen3 import DraftLayer, RMSNorm, RotaryEmbedding
+from .configuration_dspark import DSparkConfig
+from .sequential_heads import build_sequential_head
+
+Select = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The embedding and the LM head a draft goes through: the target's modules, or the head's own copies.
+
+    embed: module, [...] int64 -> [..., d]. lm_head: module, [..., d] -> [..., V].
+    """
+
+    embed: nn.Module
+    lm_head: nn.Module
+
+
+@dataclass(frozen=True)
+class DraftBlock:
+    """A drafted block of G tokens for each of R rows.
+
+    tokens: [R, G] int64. logits: [R, G, V], what each token was sampled from (after temperature and warpers);
+    `None` for greedy drafts. confidence_logits: [R, G], their sigmoid estimates the probability that a token is
+    accepted given that those before it were; `None` without a confidence head.
+    """
+
+    tokens: torch.Tensor
+    logits: torch.Tensor | None
+    confidence_logits: torch.Tensor | None
+
+
+class ConfidenceHead(nn.Module):
+    """c = sigmoid(w [h; W1[previous]] + b): the acceptance of a token given that those before it were accepted."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.with_markov = config.confidence_head_with_markov
+        self.proj = nn.Linear(config.hidden_size + self.with_markov * config.markov_rank, 1)
+
+    def forward(self, hidden: torch.Tensor, embedded: torch.Tensor | None) -> torch.Tensor:
+        """Logits [...] from hidden states [..., d] and the Markov embeddings [..., r] of the previous tokens."""
+        features = torch.cat([hidden, embedded], dim=-1) if self.with_markov else hidden
+        return self.proj(features).squeeze(-1)
+
+
+class DSparkHead(PreTrainedModel):
+    """Draft head of DSpark: context projection, backbone, sequential head and confidence head.
+
+    Pass it as `assistant_model` to `generate` of the model it was trained for:
+
+    ```python
+    head = DSparkHead.from_pretrained("deepseek-ai/dspark_qwen3_4b_block7", dtype=torch.bfloat16, device_map="cuda")
+    model.generate(**inputs, assistant_model=head)
+    ```
+
+    Released heads carry copies of the target's embedding and LM head. The first time such a head meets a target
+    (in `generate`, or by calling [`~DSparkHead.share_tables`]) each copy that equals the target's, on the same device
+    and in the same dtype, is freed and the target's is used from then on. `save_pretrained` still writes the copies.
+    """
+
+    config_class = DSparkConfig
+    base_model_prefix = ""
+    _no_split_modules = ["DraftLayer"]
+    _supports_sdpa = True
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__(config)
+        if config.target_layer_ids is None or config.mask_token_id is None:
+            raise ValueError(
+                "A DSparkConfig needs `target_layer_ids` and `mask_token_id`; "
+                "`DSparkConfig.from_target(target.config)` chooses both."
+            )
+        owns_tables = not config.borrow_embeddings
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if owns_tables else None
+        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(DraftLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if owns_tables else None
+        self.markov_head = build_sequential_head(config)
+        self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
+        # Parameters of the target that stand in for freed copies: (embedding weight, LM head weight).
+        self._stand_ins: dict[str, torch.Tensor] = {}
+        self.post_init()
+
+    # -- The tables ---------------------------------------------------------------------------------------------
+
+    def share_tables(self, target: PreTrainedModel) -> Tables:
+        """The embedding and LM head to draft with beside `target`; frees copies that equal the target's.
+
+        Raises:
+            ValueError: when the head borrows and the target has no such module of the right size.
+        """
+        modules = {"embed_tokens": target.get_input_embeddings(), "lm_head": target.get_output_embeddings()}
+        for name, module in modules.items():
+            own = getattr(self, name)
+            if own is not None and _same(own.weight, module.weight):
+                self._stand_ins[name] = module.weight
+                setattr(self, name, None)
+        return Tables(
+            self.embed_tokens if self.embed_tokens is not None else modules["embed_tokens"],
+            self.lm_head if self.lm_head is not None else modules["lm_head"],
+        )
+
+    # -- Pieces of a draft --------------------------------------------------------------------------------------
+
+    def project_context(self, features: torch.Tensor) -> torch.Tensor:
+        """H_ctx = RMSNorm(W_c [H^(l1); ..; H^(lm)]): target states [R, C, m*d] -> [R, C, d]."""
+        return self.hidden_norm(self.fc(features.to(self.fc.weight.device, self.fc.weight.dtype)))
+
+    def backbone(
+        self,
+        block: torch.Tensor,
+        context: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [R, Q, d] after the final norm.
+
+        Args:
+            block: embeddings of the block tokens, [R, Q, d].
+            context: projected context that is not in the cache yet, [R, C, d].
+            positions: [R, C + Q] int64, absolute positions of context and block.
+            mask: bool, broadcastable to [R, 1, Q, keys]; keys are what the cache returns, or context then block.
+        """
+        rope = self.rotary_emb(block, positions)
+        for layer in self.layers:
+            block = layer(block, context, rope, mask, cache)
+        return self.norm(block)
+
+    def embed_block(self, anchors: torch.Tensor, tables: Tables) -> torch.Tensor:
+        """Embeddings [..., block_size, d] of anchor [...] followed by mask tokens."""
+        ids = anchors.new_full((*anchors.shape, self.config.block_size), self.config.mask_token_id)
+        ids[..., 0] = anchors
+        return tables.embed(ids).to(self.fc.weight.device, self.fc.weight.dtype)
+
+    def base_logits(self, hidden: torch.Tensor, tables: Tables) -> torch.Tensor:
+        """Logits [..., V] of the parallel stage, before the sequential head."""
+        weight = tables.lm_head.weight
+        return tables.lm_head(hidden.to(weight.device, weight.dtype)).to(hidden.device)
+
+    def confidence_logits(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor | None:
+        """[..., B] from hidden states [..., B, d] and the tokens before each position [..., B]."""
+        if self.confidence_head is None:
+            return None
+        embedded = self.markov_head.embed(previous) if self.config.confidence_head_with_markov else None
+        return self.confidence_head(hidden, embedded)
+
+    def sample_block(
+        self, hidden: torch.Tensor, base_logits: torch.Tensor, anchors: torch.Tensor, select: Select
+    ) -> DraftBlock:
+        """The sequential stage: p_k = softmax(U_k + B_k), left to right.
+
+        Args:
+            hidden: [R, G, d]. base_logits: [R, G, V]. anchors: [R].
+            select: chooses tokens from the logits [R, V] of position k, see `processors.DraftSampler`.
+        """
+        previous, state, tokens, sampled_from = anchors, None, [], []
+        for k in range(hidden.shape[1]):
+            logits = base_logits[:, k]
+            if self.markov_head is not None:
+                embedded = self.markov_head.embed(previous)
+                state = self.markov_head.initial_state(embedded) if k == 0 else state
+                bias, state = self.markov_head.step(hidden[:, k], embedded, state)
+                logits = logits + bias
+            previous, processed = select(logits, k)
+            tokens.append(previous)
+            sampled_from.append(processed)
+        tokens = torch.stack(tokens, dim=1)
+        return DraftBlock(
+            tokens,
+            None if sampled_from[0] is None else torch.stack(sampled_from, dim=1),
+            self.confidence_logits(hidden, torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)),
+        )
+
+    # -- Training -----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        context_features: torch.Tensor,
+        anchor_positions: torch.Tensor,
+        block_mask: torch.Tensor,
+        tables: Tables,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Teacher-forced drafts of N blocks a sequence, as training needs them.
+
+        Args:
+            input_ids: [b, T]. context_features: [b, T, m*d]. anchor_positions: [b, N].
+            block_mask: [b, 1, N*B, T + N*B] bool, see `training.blocks.attention_mask`.
+
+        Returns:
+            hidden states [b, N, B, d], logits after the sequential head [b, N, B, V] and confidence logits
+            [b, N, B] (`None` without a confidence head).
+        """
+        batch, length = input_ids.shape
+        size = self.config.block_size
+        offsets = torch.arange(size, device=input_ids.device)
+        positions = anchor_positions[..., None] + offsets
+        previous = input_ids.gather(1, positions.clamp(max=length - 1).flatten(1)).view_as(positions)
+        block = self.embed_block(input_ids.gather(1, anchor_positions), tables).flatten(1, 2)
+        context_positions = torch.arange(length, device=input_ids.device).expand(batch, -1)
+        hidden = self.backbone(
+            block,
+            self.project_context(context_features),
+            torch.cat([context_positions, positions.flatten(1)], dim=1),
+            block_mask,
+        ).unflatten(1, (-1, size))
+        logits = self.base_logits(hidden, tables)
+        if self.markov_head is not None:
+            logits = logits + self.markov_head.teacher_forced(hidden, previous)
+        return hidden, logits, self.confidence_logits(hidden, previous)
+
+    # -- Files --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs) -> "DSparkHead":
+        """Load a head from a Hub id or a folder; arguments as in `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: for an unknown layout, a damaged file, or tensors that are missing, left over or of another
+                shape than the config says.
+            OSError: transformers' own, when the repository or its weights cannot be found.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        source = str(pretrained_model_name_or_path)
+        try:
+            head, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {source!r} are damaged or cut short ({error}). Download the file again."
+            ) from error
+        except RuntimeError as error:
+            if "mismatch" not in str(error):
+                raise
+            raise ValueError(f"The weights of {source!r} do not fit its config.json: {error}") from error
+        wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected") if info[f"{kind}_keys"]}
+        if wrong:
+            found = "; ".join(f"{kind}: {', '.join(map(str, names[:8]))}" for kind, names in wrong.items())
+            raise ValueError(
+                f"The tensors of {source!r} are not those that its config.json asks for ({found}). "
+                "The file may belong to another head, or the config to another layout."
+            )
+        return (head, info) if wants_info else head
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Write the head in DeepSpec's layout, which other engines load; arguments as in transformers."""
+        kwargs.setdefault("state_dict", self.state_dict() | self._freed_copies())
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _freed_copies(self) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": weight.detach().clone() for name, weight in self._stand_ins.items()}
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and torch.equal(a, b)

@@ -1,0 +1,85 @@
+"""Sequential heads: the bias that the previous token adds to the logits of a block position (paper, section on the
+semi-autoregressive head).
+
+All three look the previous token up in W1 [V, r] and project to the vocabulary with W2 [V, r]. Shapes below use
+`...` for any leading dimensions, d = hidden size, r = rank, V = vocabulary.
+"""
+
+import torch
+from torch import nn
+
+from .configuration_dspark import DSparkConfig
+
+
+class VanillaHead(nn.Module):
+    """First-order Markov head: B(t, .) = W1[t] W2."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.rank = config.markov_rank
+        self.markov_w1 = nn.Embedding(config.vocab_size, config.markov_rank)
+        self.markov_w2 = nn.Linear(config.markov_rank, config.vocab_size, bias=False)
+
+    def embed(self, previous: torch.Tensor) -> torch.Tensor:
+        """W1 rows [..., r] of the previous tokens [...]."""
+        return self.markov_w1(previous)
+
+    def initial_state(self, embedded: torch.Tensor) -> torch.Tensor | None:
+        """State before the first position of a block; `None` for heads without memory."""
+        return None
+
+    def step(
+        self, hidden: torch.Tensor, embedded: torch.Tensor, state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Bias [..., V] of one position from its hidden state [..., d], the embedded previous token [..., r] and the
+        state of the position before; and the new state."""
+        return self.markov_w2(embedded), None
+
+    def teacher_forced(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """Biases [..., B, V] of a whole block [..., B, d] whose previous tokens [..., B] are known."""
+        embedded = self.embed(previous)
+        return self.step(hidden, embedded, self.initial_state(embedded[..., 0, :]))[0]
+
+
+class GatedHead(VanillaHead):
+    """The W1 row passes a gate that sees the hidden state: g = sigmoid(gate([h; W1[t]]))."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size + self.rank, self.rank)
+
+    def step(self, hidden, embedded, state):
+        gate = torch.sigmoid(self.gate_proj(torch.cat([hidden, embedded], dim=-1)))
+        return self.markov_w2(gate * embedded), None
+
+
+class RnnHead(VanillaHead):
+    """A gated recurrence over the positions of the block; the state starts at zero with every block."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__(config)
+        self.joint_proj = nn.Linear(2 * self.rank + config.hidden_size, 3 * self.rank)
+
+    def initial_state(self, embedded):
+        return torch.zeros_like(embedded)
+
+    def step(self, hidden, embedded, state):
+        gate, candidate, output = self.joint_proj(torch.cat([state, embedded, hidden], dim=-1)).chunk(3, dim=-1)
+        gate = torch.sigmoid(gate)
+        return self.markov_w2(torch.tanh(output)), gate * state + (1 - gate) * torch.tanh(candidate)
+
+    def teacher_forced(self, hidden, previous):
+        embedded = self.embed(previous)
+        state, biases = self.initial_state(embedded[..., 0, :]), []
+        for h, e in zip(hidden.unbind(-2), embedded.unbind(-2), strict=True):
+            bias, state = self.step(h, e, state)
+            biases.append(bias)
+        return torch.stack(biases, dim=-2)
+
+
+HEADS = {"vanilla": VanillaHead, "gated": GatedHead, "rnn": RnnHead}
+
+
+def build_sequential_head(config: DSparkConfig) -> VanillaHead | None:
+    """The config's sequential head, or `None` when its rank is 0."""
+    return HEADS[config.markov_head_type](config) if config.markov_rank else None

@@ -1,0 +1,1 @@
+"""Training of draft heads: blocks and masks, losses, data, trainer."""

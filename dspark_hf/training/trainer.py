@@ -1,0 +1,226 @@
+"""A plain training loop for draft heads: the target is frozen and computes the hidden states on the fly."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel
+
+from ..generation.compatibility import check_pair
+from ..modeling_dspark import DSparkHead, Tables
+from .blocks import attention_mask, labels_and_weights, sample_blocks
+from .data import collate
+from .losses import Losses, dspark_losses
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """Hyper-parameters; the defaults are those of the released heads (paper, training) but for `batch_size`."""
+
+    output: Path
+    epochs: float = 10
+    batch_size: int = 16
+    learning_rate: float = 6e-4
+    warmup_share: float = 0.04
+    weight_decay: float = 0.0
+    anchors_per_sequence: int = 512
+    save_every: int = 500
+    seed: int = 0
+
+
+class ShuffledByLength(Sampler[list[int]]):
+    """Batches of rows of similar length in random order; the same for the same seed and epoch, so that a resumed run
+    sees what an uninterrupted one would have seen."""
+
+    WINDOW = 50  # batches whose rows are sorted together
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        window = self.WINDOW * self.batch_size
+        batches = []
+        for start in range(0, len(order), window):
+            rows = sorted(order[start : start + window], key=self.lengths.__getitem__)
+            batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[index]
+
+
+@torch.no_grad()
+def target_states(
+    target: PreTrainedModel, input_ids: torch.Tensor, layer_ids: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Context features [b, T, m*d] and the last hidden states after the final norm [b, T, d]."""
+    last = target.config.get_text_config(decoder=True).num_hidden_layers
+    indices = [i + 1 for i in layer_ids]
+    states = target(
+        input_ids=input_ids, use_cache=False, output_hidden_states=sorted({*indices, last}), logits_to_keep=1
+    ).hidden_states
+    return torch.cat([states[i] for i in indices], dim=-1), states[last]
+
+
+def training_step(
+    head: DSparkHead,
+    target: PreTrainedModel,
+    tables: Tables,
+    batch: dict[str, torch.Tensor],
+    anchors_per_sequence: int,
+    generator: torch.Generator,
+) -> Losses:
+    """Losses of one batch at freshly sampled anchors. `head` may be wrapped by accelerate."""
+    input_ids, loss_mask = batch["input_ids"], batch["loss_mask"]
+    config = head.module.config if hasattr(head, "module") else head.config
+    blocks = sample_blocks(loss_mask, anchors_per_sequence, generator)
+    features, last_hidden = target_states(target, input_ids, config.target_layer_ids)
+    mask = attention_mask(blocks, input_ids.shape[1], config.block_size)
+    _, draft_logits, confidence_logits = head(input_ids, features, blocks.anchors, mask, tables)
+    labels, supervised = labels_and_weights(input_ids, loss_mask, blocks, config.block_size)
+    # The target state at anchor + k predicts the label of row k.
+    positions = blocks.anchors[..., None] + torch.arange(config.block_size, device=input_ids.device)
+    positions = positions.clamp(max=input_ids.shape[1] - 1).flatten(1)
+    aligned = last_hidden.gather(1, positions[..., None].expand(-1, -1, last_hidden.shape[-1]))
+    with torch.no_grad():
+        target_logits = tables.lm_head(aligned).unflatten(1, (-1, config.block_size))
+    return dspark_losses(draft_logits, target_logits, confidence_logits, labels, supervised)
+
+
+def train(
+    head: DSparkHead,
+    target: PreTrainedModel,
+    rows: list[dict[str, list[int]]],
+    args: TrainingArguments,
+    accelerator: Accelerator | None = None,
+    resume: bool = False,
+) -> DSparkHead:
+    """Train `head` for `target` and write it to `args.output`.
+
+    Checkpoints (head, optimizer, schedule, random states) go to `args.output/checkpoint` every `args.save_every`
+    steps; `resume` continues from there. `args.output/log.jsonl` gets a line every ten steps.
+
+    Raises:
+        ValueError: when head and target do not fit, or when there is nothing to resume from.
+    """
+    check_pair(target, head)
+    accelerator = accelerator or Accelerator()
+    set_seed(args.seed)
+    target.requires_grad_(False).eval().to(accelerator.device)
+    tables = head.share_tables(target)
+    for name in ("embed_tokens", "lm_head"):  # copies that differ from the target's stay frozen too
+        if getattr(head, name) is not None:
+            getattr(head, name).requires_grad_(False)
+
+    sampler = ShuffledByLength([len(row["input_ids"]) for row in rows], args.batch_size, args.seed)
+    loader = DataLoader(rows, batch_sampler=sampler, collate_fn=collate)
+    optimizer = torch.optim.AdamW(
+        [p for p in head.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay
+    )
+    steps_an_epoch = math.ceil(len(sampler) / accelerator.num_processes)
+    steps = max(1, round(args.epochs * steps_an_epoch))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_cosine(steps, args.warmup_share))
+    head, optimizer, loader = accelerator.prepare(head.train(), optimizer, loader)
+    accelerator.register_for_checkpointing(schedule)
+    generator = torch.Generator()
+
+    checkpoint = Path(args.output, "checkpoint")
+    step = 0
+    if resume:
+        step = _resume(accelerator, checkpoint, steps)
+    if accelerator.is_main_process:
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+    with _progress(disable=not accelerator.is_main_process) as progress:
+        bar = progress.add_task("training", total=steps, completed=step, losses="")
+        while step < steps:
+            epoch, done = divmod(step, steps_an_epoch)
+            sampler.set_epoch(epoch)
+            batches = accelerator.skip_first_batches(loader, done) if done else loader
+            for batch in batches:
+                # Anchors follow from the step, so that a resumed run draws the same.
+                generator.manual_seed(args.seed + step * accelerator.num_processes + accelerator.process_index)
+                with accelerator.autocast():
+                    losses = training_step(head, target, tables, batch, args.anchors_per_sequence, generator)
+                accelerator.backward(losses.total)
+                accelerator.clip_grad_norm_(head.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                step += 1
+                if accelerator.is_main_process and (step % 10 == 0 or step == steps):
+                    progress.update(bar, completed=step, losses=_log(args.output, step, losses))
+                if step % args.save_every == 0:
+                    _save_checkpoint(accelerator, checkpoint, step)
+                if step == steps:
+                    break
+    trained = accelerator.unwrap_model(head).eval()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        trained.save_pretrained(args.output)
+        described = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
+        Path(args.output, "training.json").write_text(json.dumps(described | {"steps": steps}, indent=2) + "\n")
+    return trained
+
+
+def _warmup_then_cosine(steps: int, warmup_share: float):
+    warmup = max(1, round(steps * warmup_share))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return factor
+
+
+def _save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+    accelerator.save_state(str(folder))
+    if accelerator.is_main_process:
+        Path(folder, "step.json").write_text(json.dumps({"step": step}))
+
+
+def _resume(accelerator: Accelerator, folder: Path, steps: int) -> int:
+    marker = Path(folder, "step.json")
+    if not marker.is_file():
+        raise ValueError(
+            f"There is no checkpoint to resume from in {str(folder)!r}. Leave out --resume to start afresh."
+        )
+    step = json.loads(marker.read_text())["step"]
+    if step > steps:
+        raise ValueError(
+            f"The checkpoint in {str(folder)!r} is at step {step}, beyond the {steps} steps of this run. "
+            "Raise --epochs, or pass the --batch-size that the checkpoint was made with."
+        )
+    accelerator.load_state(str(folder))
+    return step
+
+
+def _log(output: Path, step: int, losses: Losses) -> str:
+    values = {name: round(value.item(), 4) for name, value in vars(losses).items() if value is not None}
+    with Path(output, "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": step} | values) + "\n")
+    return " ".join(f"{name} {value:.3f}" for name, value in values.items())
+
+
+def _progress(disable: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+        disable=disable,
+    )
