@@ -1,0 +1,120 @@
+"""Sampling with a head: the first three tokens are distributed as the target's own."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import tiny_head, tiny_target
+from scipy.stats import chi2
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+VOCABULARY, TOKENS, DRAWS, ROWS = 16, 3, 20_000, 500
+PROMPTS = ([1, 5, 9, 2], [7, 7, 3], [12, 4, 8, 11, 6, 2])
+
+SETTINGS = {
+    "temperature 1": ({}, []),
+    "temperature 0.7": ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
+    "top-k 5": ({"top_k": 5}, [TopKLogitsWarper(5)]),
+    "top-p 0.8": ({"top_p": 0.8}, [TopPLogitsWarper(0.8)]),
+}
+
+
+@torch.no_grad()
+def exact_distribution(target, prompt: list[int], warpers: list) -> torch.Tensor:
+    """[16, 16, 16] probabilities of the three tokens after the prompt, from plain forward passes."""
+    prefixes = list(itertools.product(range(VOCABULARY), repeat=TOKENS - 1))
+    ids = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
+    logits = target(input_ids=ids).logits[:, len(prompt) - 1 :].float()
+    scores = LogitsProcessorList(warpers)(None, logits.flatten(0, 1)) if warpers else logits.flatten(0, 1)
+    p = scores.softmax(-1).view(VOCABULARY, VOCABULARY, TOKENS, VOCABULARY).double()
+    return p[:1, :1, 0].view(-1, 1, 1) * p[:, :1, 1].view(VOCABULARY, VOCABULARY, 1) * p[:, :, 2]
+
+
+def draw(target, head, prompts: list[list[int]], **kwargs) -> list[torch.Tensor]:
+    """For every prompt [DRAWS, 3] tokens, drawn with the prompts mixed in the rows of one batch."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts]).repeat(ROWS, 1)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]).repeat(ROWS, 1)
+    drawn = []
+    for _ in range(DRAWS // ROWS):
+        sequences = target.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            max_new_tokens=TOKENS + 2,
+            assistant_model=head,
+            **{"top_k": 0, "eos_token_id": None} | kwargs,
+        )
+        drawn.append(sequences[:, longest : longest + TOKENS].view(ROWS, len(prompts), TOKENS))
+    return list(torch.cat(drawn).unbind(1))
+
+
+def p_value(tokens: torch.Tensor, expected: torch.Tensor) -> float:
+    """Chi-square test of the joint distribution; cells with fewer than five expected draws are pooled."""
+    flat = (tokens * torch.tensor([VOCABULARY**2, VOCABULARY, 1])).sum(-1)
+    observed = torch.bincount(flat, minlength=VOCABULARY**TOKENS).double()
+    wanted = expected.flatten() * len(tokens)
+    assert observed[wanted == 0].sum() == 0, "drew a token that the target never gives"
+    large = wanted >= 5
+    observed = torch.cat([observed[large], observed[~large].sum()[None]])
+    wanted = torch.cat([wanted[large], wanted[~large].sum()[None]])
+    keep = wanted > 0
+    statistic = ((observed - wanted)[keep] ** 2 / wanted[keep]).sum().item()
+    return chi2.sf(statistic, int(keep.sum()) - 1)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    # Sharp enough that the head's drafts matter, apart enough that many are rejected.
+    target = tiny_target(VOCABULARY, sharpness=2)
+    return target, tiny_head(target)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_rows_of_a_batch(pair, setting):
+    target, head = pair
+    kwargs, warpers = SETTINGS[setting]
+    for prompt, tokens in zip(PROMPTS, draw(target, head, list(PROMPTS), **kwargs), strict=True):
+        assert p_value(tokens, exact_distribution(target, prompt, warpers)) > 1e-4
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_one_prompt(pair, setting):
+    target, head = pair
+    kwargs, warpers = SETTINGS[setting]
+    (tokens,) = draw(target, head, [PROMPTS[0]], **kwargs)
+    assert p_value(tokens, exact_distribution(target, PROMPTS[0], warpers)) > 1e-4
+
+
+def test_drafts_are_accepted_and_rejected(pair):
+    """The tests above exercise both branches."""
+    target, head = pair
+    ids = torch.tensor([PROMPTS[0]]).repeat(200, 1)
+    output = target.generate(
+        input_ids=ids, do_sample=True, top_k=0, max_new_tokens=5, assistant_model=head, return_dict_in_generate=True
+    )
+    share = sum(output.dspark.accepted) / sum(output.dspark.verified)
+    assert 0.1 < share < 0.9
+
+
+def test_the_test_can_fail(pair):
+    """The same draws against a slightly different distribution are told apart."""
+    target, head = pair
+    (tokens,) = draw(target, head, [PROMPTS[0]])
+    shifted = exact_distribution(target, PROMPTS[0], [TemperatureLogitsWarper(0.95)])
+    assert p_value(tokens, shifted) < 1e-6
+
+
+def test_a_seed_reproduces(pair):
+    target, head = pair
+    kwargs = {"input_ids": torch.tensor([PROMPTS[0]]), "do_sample": True, "max_new_tokens": 30}
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        outputs.append(target.generate(**kwargs, assistant_model=head).tolist())
+    assert outputs[0] == outputs[1]
