@@ -237,22 +237,19 @@ class DSparkHead(PreTrainedModel):
             OSError: transformers' own, when the repository or its weights cannot be found.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        # Wrong shapes are reported below together with everything else that does not fit.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         source = str(pretrained_model_name_or_path)
         try:
-            head, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
+            head, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise ValueError(
                 f"The weights of {source!r} are damaged or cut short ({error}). Download the file again."
             ) from error
-        except RuntimeError as error:
-            if "mismatch" not in str(error):
-                raise
-            raise ValueError(f"The weights of {source!r} do not fit its config.json: {error}") from error
-        wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected") if info[f"{kind}_keys"]}
-        if wrong:
-            found = "; ".join(f"{kind}: {', '.join(map(str, names[:8]))}" for kind, names in wrong.items())
+        shapes = [f"{name} is {list(found)}, expected {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+        wrong = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another shape": shapes}
+        found = "; ".join(f"{kind}: {', '.join(sorted(map(str, names))[:8])}" for kind, names in wrong.items() if names)
+        if found:
             raise ValueError(
                 f"The tensors of {source!r} are not those that its config.json asks for ({found}). "
                 "The file may belong to another head, or the config to another layout."

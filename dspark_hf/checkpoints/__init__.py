@@ -12,9 +12,12 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     """The keys of a [`DSparkConfig`] from a published `config.json`.
 
     Raises:
+        OSError: when there is no config at all.
         ValueError: when no dialect recognises the layout, naming what was found.
     """
-    if published.get("model_type") == NATIVE_MODEL_TYPE or not published:
+    if not published:
+        raise OSError(f"There is no config.json in {source!r}. Check the path or the repository id.")
+    if published.get("model_type") == NATIVE_MODEL_TYPE:
         return published
     for dialect in DIALECTS:
         if dialect.recognises(published):

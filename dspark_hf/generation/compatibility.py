@@ -1,6 +1,9 @@
 """Errors about a target and a head that do not fit together, raised before the first token."""
 
-from transformers import PreTrainedModel
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMode
 
 from ..modeling_dspark import DSparkHead
 
@@ -28,6 +31,26 @@ def check_pair(target: PreTrainedModel, head: DSparkHead) -> None:
     if config.num_target_layers not in (None, layers):
         raise ValueError(
             f"The head was made for a target of {config.num_target_layers} layers, but {name} has {layers}. {fix}"
+        )
+
+
+def check_mode(mode: GenerationMode, config: GenerationConfig) -> None:
+    """Raise for decoding modes that a head cannot serve; transformers would ignore the head with a warning."""
+    if mode != GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            f"A DSpark head works with greedy decoding and sampling, but the settings ask for {mode.value} "
+            f"(num_beams={config.num_beams}). Pass `num_beams=1`, or leave out `assistant_model`."
+        )
+
+
+def check_inputs(model_kwargs: dict[str, Any]) -> None:
+    """Raise for inputs that the rounds cannot start from."""
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("A DSpark head needs token ids: pass `input_ids` instead of `inputs_embeds`.")
+    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
+        raise ValueError(
+            "Continuing from a given `past_key_values` is not supported with a DSpark head: the head also needs the "
+            "hidden states of the cached tokens. Pass the whole sequence as `input_ids`, without a cache."
         )
 
 

@@ -15,7 +15,7 @@ from transformers import GenerationMixin
 from ..modeling_dspark import DSparkHead
 from . import loop
 from .candidate_generator import DSparkCandidateGenerator
-from .compatibility import check_pair
+from .compatibility import check_mode, check_pair
 
 _stock_loop: ContextVar[bool] = ContextVar("dspark_stock_loop", default=False)
 
@@ -56,6 +56,7 @@ def _wrap_validation(stock):
         head = generation_mode_kwargs.get("assistant_model")
         if isinstance(head, DSparkHead):
             check_pair(self, head)
+            check_mode(generation_mode, generation_config)
         return stock(self, generation_mode, generation_config, generation_mode_kwargs)
 
     return _validate_generation_mode

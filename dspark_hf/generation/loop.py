@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from ..modeling_dspark import DraftBlock, DSparkHead
 from .acceptance import Verdict, accept_greedy, accept_sampled
-from .compatibility import check_pair, check_prompt
+from .compatibility import check_inputs, check_pair, check_prompt
 from .drafting import Drafter
 from .processors import BlockProcessors
 from .stats import DSparkGenerateOutput, DSparkStats, Stopwatch
@@ -55,6 +55,7 @@ def generate(
         [`DSparkGenerateOutput`] around them.
     """
     check_pair(model, assistant_model)
+    check_inputs(model_kwargs)
     rounds = Rounds(
         model,
         assistant_model,

@@ -1,0 +1,192 @@
+"""Bad input: an error that names both sides and the fix, before the target has run."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_head, tiny_target
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3Config, T5Config, T5ForConditionalGeneration
+
+from dspark_hf import DSparkConfig, DSparkHead
+
+IDS = torch.tensor([[3, 4, 5]])
+
+
+def message_of(target, head, error=ValueError, input_ids=IDS, **kwargs) -> str:
+    """The error of a `generate` call, after checking that the target never ran."""
+    calls = []
+    handle = target.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(error) as caught:
+        target.generate(input_ids=input_ids, assistant_model=head, max_new_tokens=4, **kwargs)
+    handle.remove()
+    assert not calls
+    return str(caught.value)
+
+
+def test_head_for_another_hidden_size():
+    message = message_of(tiny_target(hidden_size=48), tiny_head(tiny_target()))
+    assert "hidden size 32" in message and "hidden size 48" in message and "Load the head" in message
+
+
+def test_head_for_another_vocabulary():
+    message = message_of(tiny_target(vocab_size=20), tiny_head(tiny_target(vocab_size=16)))
+    assert "vocabulary of 16" in message and "vocabulary of 20" in message
+
+
+def test_layer_ids_beyond_the_target():
+    message = message_of(tiny_target(num_hidden_layers=2), tiny_head(tiny_target(num_hidden_layers=8)))
+    assert "[1, 2, 3, 4, 5]" in message and "2 layers" in message
+
+
+def test_head_for_another_depth():
+    message = message_of(tiny_target(num_hidden_layers=9), tiny_head(tiny_target(num_hidden_layers=8)))
+    assert "8 layers" in message and "has 9" in message
+
+
+def test_encoder_decoder_target():
+    config = T5Config(vocab_size=16, d_model=32, num_layers=1, num_heads=2, d_kv=8, d_ff=32, decoder_start_token_id=0)
+    message = message_of(T5ForConditionalGeneration(config), tiny_head(tiny_target()))
+    assert "encoder-decoder" in message and "T5ForConditionalGeneration" in message
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        DSparkConfig.from_target(config)
+
+
+def test_beam_search():
+    target = tiny_target()
+    assert "beam" in message_of(target, tiny_head(target), num_beams=2).lower()
+
+
+def test_several_return_sequences():
+    target = tiny_target()
+    message = message_of(target, tiny_head(target), num_return_sequences=2, do_sample=True)
+    assert "num_return_sequences" in message and "2" in message
+
+
+def test_prompt_longer_than_the_positions():
+    target = tiny_target(max_position_embeddings=8)
+    message = message_of(target, tiny_head(target), input_ids=torch.ones(1, 9, dtype=torch.long))
+    assert "9 tokens" in message and "8 positions" in message and "truncation" in message
+
+
+def test_prompt_without_tokens():
+    target = tiny_target()
+    ids = torch.tensor([[3, 4], [0, 0]])
+    mask = torch.tensor([[1, 1], [0, 0]])
+    assert "Prompt 1" in message_of(target, tiny_head(target), input_ids=ids, attention_mask=mask)
+
+
+def test_a_cache_to_continue():
+    target = tiny_target()
+    cache = target(input_ids=IDS[:, :2], use_cache=True).past_key_values
+    message = message_of(target, tiny_head(target), past_key_values=cache)
+    assert "past_key_values" in message
+
+
+def test_embeddings_instead_of_tokens():
+    target = tiny_target()
+    embeds = target.get_input_embeddings()(IDS)
+    message = message_of(target, tiny_head(target), input_ids=None, inputs_embeds=embeds)
+    assert "inputs_embeds" in message
+
+
+@pytest.fixture
+def folder(vanilla, tmp_path):
+    copy = tmp_path / "head"
+    shutil.copytree(vanilla.folder / "head", copy)
+    return copy
+
+
+def load_error(folder, error=ValueError) -> str:
+    with pytest.raises(error) as caught:
+        DSparkHead.from_pretrained(folder)
+    return str(caught.value)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "DELETE"}))
+
+
+def test_missing_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert "model.safetensors" in load_error(folder, OSError)
+
+
+def test_missing_folder(tmp_path):
+    assert "config.json" in load_error(tmp_path, OSError)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 1000, -1])
+def test_truncated_weights(folder, kept):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    message = load_error(folder)
+    assert str(folder) in message and "Download" in message
+
+
+def test_missing_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["layers.1.self_attn.k_norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "missing: layers.1.self_attn.k_norm.weight" in load_error(folder)
+
+
+def test_left_over_tensor(folder):
+    tensors = load_file(folder / "model.safetensors") | {"layers.7.mlp.up_proj.weight": torch.zeros(2)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "unexpected: layers.7.mlp.up_proj.weight" in load_error(folder)
+
+
+def test_tensor_of_another_shape(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["fc.weight"] = torch.zeros(64, 128)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    message = load_error(folder)
+    assert "fc.weight" in message and "128" in message and "192" in message
+
+
+def test_unknown_layout(folder):
+    edit_config(folder, architectures=["SomethingElse"])
+    message = load_error(folder)
+    assert "SomethingElse" in message and "DeepSpec" in message
+
+
+def test_a_whole_model_is_not_a_head(vanilla):
+    message = load_error(vanilla.folder / "target")
+    assert "Qwen3ForCausalLM" in message and "AutoModelForCausalLM" in message
+
+
+@pytest.mark.parametrize("key", ["block_size", "mask_token_id", "markov_rank", "markov_head_type", "hidden_size"])
+def test_incomplete_config(folder, key):
+    edit_config(folder, **{key: "DELETE"})
+    assert key in load_error(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"markov_head_type": "quadratic"}, "quadratic"),
+        ({"markov_rank": -1}, "-1"),
+        ({"block_size": 0}, "block_size"),
+        ({"mask_token_id": 128}, "128"),
+        ({"target_layer_ids": [2, 1]}, "increasing"),
+        ({"target_layer_ids": [1, 2, 6]}, "6 layers"),
+        ({"target_layer_ids": []}, "target_layer_ids"),
+    ],
+)
+def test_contradictory_config(folder, changes, named):
+    edit_config(folder, **changes)
+    assert named in load_error(folder)
+
+
+def test_config_without_target_layers():
+    with pytest.raises(ValueError, match="from_target"):
+        DSparkHead(DSparkConfig(vocab_size=16, hidden_size=32))
+
+
+def test_from_target_checks_the_layers():
+    with pytest.raises(ValueError, match="beyond a target of 4 layers"):
+        DSparkConfig.from_target(Qwen3Config(num_hidden_layers=4), target_layer_ids=[1, 4])

@@ -1,0 +1,138 @@
+"""Config, checkpoint round trip, borrowed tables."""
+
+import json
+
+import pytest
+import torch
+from conftest import FIXTURES, Case, cases, tiny_head, tiny_target
+from safetensors.torch import load_file
+from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
+
+from dspark_hf import DSparkConfig, DSparkHead
+
+
+@pytest.mark.parametrize("name", cases())
+def test_round_trip_keeps_every_byte(name, tmp_path):
+    folder = FIXTURES / name / "head"
+    DSparkHead.from_pretrained(folder).save_pretrained(tmp_path)
+    check_same_files(folder, tmp_path)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_round_trip_after_copies_were_freed(name, tmp_path):
+    """Copies of the target's tables are freed when they equal it, and written back all the same."""
+    case = Case(FIXTURES / name)
+    target, head = case.target(), case.head()
+    before = head.num_parameters()
+    tables = head.share_tables(target)
+    assert head.embed_tokens is None and tables.embed is target.get_input_embeddings()
+    assert head.lm_head is None and tables.lm_head is target.get_output_embeddings()
+    assert before - head.num_parameters() == 2 * head.config.vocab_size * head.config.hidden_size
+    head.save_pretrained(tmp_path)
+    check_same_files(case.folder / "head", tmp_path)
+
+
+def check_same_files(expected, found):
+    old, new = (load_file(folder / "model.safetensors") for folder in (expected, found))
+    assert old.keys() == new.keys()
+    for name in old:
+        assert old[name].dtype == new[name].dtype and torch.equal(old[name], new[name]), name
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (expected, found))
+    del old["transformers_version"], new["transformers_version"]
+    assert new == old
+
+
+def test_copies_that_differ_stay(vanilla):
+    target, head = vanilla.target(), vanilla.head()
+    with torch.no_grad():
+        head.lm_head.weight[0, 0] += 1
+    tables = head.share_tables(target)
+    assert tables.lm_head is head.lm_head
+    assert tables.embed is target.get_input_embeddings()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(vanilla, dtype):
+    target = vanilla.target().to(dtype)
+    head = DSparkHead.from_pretrained(vanilla.folder / "head", dtype=dtype)
+    assert head.dtype == dtype and head.fc.weight.dtype == dtype
+    ids = torch.tensor([vanilla.expected["prompts"][1]["input_ids"]])
+    output = target.generate(
+        input_ids=ids, assistant_model=head, max_new_tokens=24, do_sample=False, return_dict_in_generate=True
+    )
+    assert output.sequences.shape == (1, ids.shape[1] + 24) and output.dspark.tau > 2
+
+
+def test_head_and_target_of_different_dtypes(vanilla):
+    target = vanilla.target()
+    head = DSparkHead.from_pretrained(vanilla.folder / "head", dtype=torch.bfloat16)
+    prompt = vanilla.expected["prompts"][1]
+    ids = torch.tensor([prompt["input_ids"]])
+    sequences = target.generate(input_ids=ids, assistant_model=head, max_new_tokens=24, do_sample=False)
+    assert sequences[0].tolist() == prompt["generate_ids"][: sequences.shape[1]]
+
+
+def test_device_map(vanilla):
+    head = DSparkHead.from_pretrained(vanilla.folder / "head", device_map="cpu")
+    assert head.device == torch.device("cpu")
+
+
+def test_sharded_checkpoint(vanilla, tmp_path):
+    vanilla.head().save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    again = DSparkHead.from_pretrained(tmp_path)
+    for (name, a), b in zip(vanilla.head().state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_fresh_head_borrows_and_round_trips(tmp_path):
+    target = tiny_target(vocab_size=32)
+    head = tiny_head(target)
+    assert head.embed_tokens is None and head.lm_head is None
+    head.save_pretrained(tmp_path)
+    again = DSparkHead.from_pretrained(tmp_path)
+    provenance = {"_name_or_path": None, "architectures": None}
+    assert again.config.to_dict() | provenance == head.config.to_dict() | provenance
+    ids = torch.tensor([[3, 4, 5]])
+    outputs = [
+        target.generate(input_ids=ids, assistant_model=h, max_new_tokens=12, return_dict_in_generate=True)
+        for h in (head, again)
+    ]
+    assert outputs[0].dspark.accepted_lengths == outputs[1].dspark.accepted_lengths
+
+
+def test_from_target_defaults():
+    config = DSparkConfig.from_target(Qwen3Config(num_hidden_layers=36))
+    assert config.target_layer_ids == [1, 9, 17, 25, 33]
+    assert (config.block_size, config.num_hidden_layers, config.markov_rank) == (7, 5, 256)
+    assert config.mask_token_id == config.vocab_size - 1
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        LlamaConfig(num_hidden_layers=2, vocab_size=100, eos_token_id=99),
+        GPTNeoXConfig(num_hidden_layers=7, vocab_size=100, hidden_size=64, num_attention_heads=4),
+        Qwen3Config(num_hidden_layers=1, vocab_size=100),
+    ],
+)
+def test_from_target_of_any_decoder(target):
+    config = DSparkConfig.from_target(target, num_hidden_layers=2, markov_rank=4)
+    assert config.hidden_size == target.hidden_size and config.vocab_size == target.vocab_size
+    assert config.mask_token_id not in (target.eos_token_id, target.pad_token_id)
+    assert 0 <= config.target_layer_ids[0] and config.target_layer_ids[-1] < target.num_hidden_layers
+
+
+def test_from_target_options():
+    config = DSparkConfig.from_target(
+        Qwen3Config(), block_size=3, markov_head_type="rnn", mask_token_id=5, enable_confidence_head=False
+    )
+    assert config.block_size == 3 and config.markov_head_type == "rnn" and config.mask_token_id == 5
+    assert not config.enable_confidence_head
+
+
+def test_published_config_names_the_layout(vanilla, tmp_path):
+    """Other engines recognise the folder: transformers itself reads the config as the Qwen3 it says it is."""
+    vanilla.head().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "qwen3"
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen3DSparkModel"]

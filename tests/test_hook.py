@@ -1,0 +1,100 @@
+"""What `import dspark_hf` changes in transformers, and what it does not."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_head, tiny_target
+from transformers import GenerationMixin
+
+import dspark_hf
+from dspark_hf.generation.hook import install
+
+STOCK_GENERATION = """
+import sys, torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+if {imported}:
+    import dspark_hf
+else:
+    assert "dspark_hf" not in sys.modules
+def model(seed, layers):
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2)).eval()
+target, assistant = model(0, 3), model(1, 1)
+ids = torch.arange(3, 19)[None]
+for kwargs in ({{}}, {{"assistant_model": assistant}}, {{"prompt_lookup_num_tokens": 3}}):
+    for sampled in (False, True):
+        torch.manual_seed(5)
+        out = target.generate(input_ids=ids, max_new_tokens=24, do_sample=sampled, return_dict_in_generate=True,
+            output_scores=True, **kwargs)
+        print(type(out).__name__, out.sequences.tolist(), sum(s.double().clamp(-99, 99).sum().item() for s in out.scores))
+try:
+    target.generate(input_ids=ids.repeat(2, 1), assistant_model=assistant, max_new_tokens=4)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_other_assistants_behave_as_without_the_import():
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", STOCK_GENERATION.format(imported=imported)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for imported in (False, True)
+    ]
+    assert outputs[0] == outputs[1]
+    assert outputs[0].count("GenerateDecoderOnlyOutput") == 6 and "batch_size = 1" in outputs[0]
+
+
+def test_import_is_light():
+    heavy = ("triton", "gradio", "accelerate", "datasets", "matplotlib", "rich", "typer")
+    # transformers itself loads some of them when they are installed.
+    code = f"""
+import sys
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.models.qwen3 import modeling_qwen3
+before = set(sys.modules)
+import dspark_hf
+print([name for name in {heavy} if name in set(sys.modules) - before])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_installing_twice_changes_nothing():
+    before = GenerationMixin._assisted_decoding
+    install()
+    assert GenerationMixin._assisted_decoding is before
+
+
+def test_output_class():
+    target = tiny_target()
+    output = target.generate(
+        input_ids=torch.tensor([[3, 4]]),
+        assistant_model=tiny_head(target),
+        max_new_tokens=4,
+        return_dict_in_generate=True,
+    )
+    assert isinstance(output, dspark_hf.DSparkGenerateOutput)
+    assert isinstance(output.dspark, dspark_hf.DSparkStats)
+    assert torch.equal(output["sequences"], output.sequences)
+
+
+def test_plain_tensor_without_return_dict():
+    target = tiny_target()
+    out = target.generate(input_ids=torch.tensor([[3, 4]]), assistant_model=tiny_head(target), max_new_tokens=4)
+    assert isinstance(out, torch.Tensor) and out.dtype == torch.int64
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations(implementation):
+    target = tiny_target(sharpness=4)
+    target.set_attn_implementation(implementation)
+    kwargs = {"input_ids": torch.tensor([[3, 4, 5], [0, 6, 7]]), "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
+    plain = target.generate(**kwargs, max_new_tokens=20)
+    assert torch.equal(target.generate(**kwargs, max_new_tokens=20, assistant_model=tiny_head(target)), plain)
