@@ -78,7 +78,7 @@ class Rounds:
     def __init__(self, model, head, input_ids, attention_mask, processors, criteria, config, streamer):
         self.target = Target(model, head.config.target_layer_ids)
         self.drafter = Drafter(head, model, len(input_ids))
-        self.processors = BlockProcessors(processors, config.do_sample)
+        self.processors = BlockProcessors(processors, config.do_sample, len(input_ids))
         self.stopping = Stopping(criteria)
         self.streamer = streamer
         self.pad = config._pad_token_tensor.item() if config._pad_token_tensor is not None else 0
@@ -199,10 +199,10 @@ class Rounds:
         if self.processors.needs_prefix:
             extra = drafts.tolist() if drafts is not None else [[] for _ in self.rows]
             prefixes = [
-                torch.tensor([row.sequence + more], device=logits.device)
+                torch.tensor(row.sequence + more, device=logits.device)
                 for row, more in zip(self.rows, extra, strict=True)
             ]
-        return self.processors.on_target(logits, prefixes)
+        return self.processors.on_target(logits, prefixes, [row.index for row in self.rows])
 
     def _to_host(self, block: DraftBlock | None, verdict: Verdict) -> tuple[list[int], list[int], list[list[int]]]:
         """The one transfer of a round: accepted counts, next tokens and drafts in a single tensor."""

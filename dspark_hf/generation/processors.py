@@ -37,21 +37,24 @@ class BlockProcessors:
     Args:
         processors: the list that `generate` built.
         do_sample: whether tokens are sampled from the processed logits, or are their argmax.
+        batch_size: of the `generate` call.
     """
 
-    def __init__(self, processors: LogitsProcessorList, do_sample: bool):
+    def __init__(self, processors: LogitsProcessorList, do_sample: bool, batch_size: int = 1):
+        self.batch_size = batch_size
         self.processors = processors
         self.do_sample = do_sample
         # An exact type: a subclass may look at the prefix.
         self.prefix_free = LogitsProcessorList(p for p in processors if type(p) in PREFIX_FREE)
         self.all_prefix_free = len(self.prefix_free) == len(processors)
 
-    def on_target(self, logits: torch.Tensor, prefixes: list[torch.Tensor] | None) -> torch.Tensor:
+    def on_target(self, logits: torch.Tensor, prefixes: list[torch.Tensor] | None, rows: list[int]) -> torch.Tensor:
         """Processed target logits [R, n, V].
 
         Args:
-            prefixes: for every row the tokens [1, length + n - 1] of which position j has seen all but the last
+            prefixes: for every row the tokens [length + n - 1], of which position j has seen all but the last
                 n - 1 - j; only needed (and only built) when `needs_prefix`.
+            rows: place of every row in the batch that `generate` was called with.
         """
         if not self.processors:
             return logits
@@ -59,11 +62,16 @@ class BlockProcessors:
             return self.prefix_free(None, logits.flatten(0, 1)).view_as(logits)
         processed = torch.empty_like(logits)
         width = logits.shape[1]
-        for row, prefix in enumerate(prefixes):
+        for r, (prefix, row) in enumerate(zip(prefixes, rows, strict=True)):
             for j in range(width):
-                seen = prefix[:, : prefix.shape[1] - (width - 1 - j)]
-                processed[row, j] = self.processors(seen, logits[row : row + 1, j].clone())[0]
+                seen = prefix[: len(prefix) - (width - 1 - j)]
+                processed[r, j] = self._in_batch(seen, logits[r, j], row)
         return processed
+
+    def _in_batch(self, seen: torch.Tensor, logits: torch.Tensor, row: int) -> torch.Tensor:
+        """Processed logits [V] of one position. Processors may keep something for every row of the batch, so each is
+        shown a whole batch, of this row's copies, and asked for this row."""
+        return self.processors(seen.expand(self.batch_size, -1), logits.repeat(self.batch_size, 1))[row]
 
     @property
     def needs_prefix(self) -> bool:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -36,22 +37,29 @@ class TrainingArguments:
 
 
 class ShuffledByLength(Sampler[list[int]]):
-    """Batches of rows of similar length in random order; the same for the same seed and epoch, so that a resumed run
-    sees what an uninterrupted one would have seen."""
+    """Batches of a whole run: rows of similar length together, in a new random order every epoch.
+
+    The order follows from the seed alone, so that a resumed run sees what an uninterrupted one would have seen.
+
+    Args:
+        lengths: tokens of every row. batches: batches of the run. start: batches to leave out at the front.
+    """
 
     WINDOW = 50  # batches whose rows are sorted together
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, batches: int, start: int = 0):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.batches, self.start = batches, start
 
     def __len__(self) -> int:
-        return math.ceil(len(self.lengths) / self.batch_size)
+        return self.batches - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        endless = (batch for epoch in count() for batch in self._epoch(epoch))
+        yield from islice(endless, self.start, self.batches)
+
+    def _epoch(self, epoch: int) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         window = self.WINDOW * self.batch_size
         batches = []
@@ -125,47 +133,43 @@ def train(
         if getattr(head, name) is not None:
             getattr(head, name).requires_grad_(False)
 
-    sampler = ShuffledByLength([len(row["input_ids"]) for row in rows], args.batch_size, args.seed)
+    checkpoint = Path(args.output, "checkpoint")
+    processes = accelerator.num_processes
+    steps = max(1, round(args.epochs * math.ceil(len(rows) / args.batch_size) / processes))
+    step = _checkpoint_step(checkpoint, steps) if resume else 0
+    sampler = ShuffledByLength(
+        [len(row["input_ids"]) for row in rows], args.batch_size, args.seed, steps * processes, step * processes
+    )
     loader = DataLoader(rows, batch_sampler=sampler, collate_fn=collate)
     optimizer = torch.optim.AdamW(
         [p for p in head.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay
     )
-    steps_an_epoch = math.ceil(len(sampler) / accelerator.num_processes)
-    steps = max(1, round(args.epochs * steps_an_epoch))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_cosine(steps, args.warmup_share))
     head, optimizer, loader = accelerator.prepare(head.train(), optimizer, loader)
     accelerator.register_for_checkpointing(schedule)
-    generator = torch.Generator()
-
-    checkpoint = Path(args.output, "checkpoint")
-    step = 0
     if resume:
-        step = _resume(accelerator, checkpoint, steps)
+        accelerator.load_state(str(checkpoint))
     if accelerator.is_main_process:
         Path(args.output).mkdir(parents=True, exist_ok=True)
+
+    generator = torch.Generator()
     with _progress(disable=not accelerator.is_main_process) as progress:
         bar = progress.add_task("training", total=steps, completed=step, losses="")
-        while step < steps:
-            epoch, done = divmod(step, steps_an_epoch)
-            sampler.set_epoch(epoch)
-            batches = accelerator.skip_first_batches(loader, done) if done else loader
-            for batch in batches:
-                # Anchors follow from the step, so that a resumed run draws the same.
-                generator.manual_seed(args.seed + step * accelerator.num_processes + accelerator.process_index)
-                with accelerator.autocast():
-                    losses = training_step(head, target, tables, batch, args.anchors_per_sequence, generator)
-                accelerator.backward(losses.total)
-                accelerator.clip_grad_norm_(head.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                step += 1
-                if accelerator.is_main_process and (step % 10 == 0 or step == steps):
-                    progress.update(bar, completed=step, losses=_log(args.output, step, losses))
-                if step % args.save_every == 0:
-                    _save_checkpoint(accelerator, checkpoint, step)
-                if step == steps:
-                    break
+        for batch in loader:
+            # Anchors follow from the step, so that a resumed run draws the same.
+            generator.manual_seed(args.seed + step * processes + accelerator.process_index)
+            with accelerator.autocast():
+                losses = training_step(head, target, tables, batch, args.anchors_per_sequence, generator)
+            accelerator.backward(losses.total)
+            accelerator.clip_grad_norm_(head.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step += 1
+            if accelerator.is_main_process and (step % 10 == 0 or step == steps):
+                progress.update(bar, completed=step, losses=_log(args.output, step, losses))
+            if step % args.save_every == 0:
+                _save_checkpoint(accelerator, checkpoint, step)
     trained = accelerator.unwrap_model(head).eval()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -192,7 +196,8 @@ def _save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
         Path(folder, "step.json").write_text(json.dumps({"step": step}))
 
 
-def _resume(accelerator: Accelerator, folder: Path, steps: int) -> int:
+def _checkpoint_step(folder: Path, steps: int) -> int:
+    """The step that the checkpoint in `folder` was made at."""
     marker = Path(folder, "step.json")
     if not marker.is_file():
         raise ValueError(
@@ -204,7 +209,6 @@ def _resume(accelerator: Accelerator, folder: Path, steps: int) -> int:
             f"The checkpoint in {str(folder)!r} is at step {step}, beyond the {steps} steps of this run. "
             "Raise --epochs, or pass the --batch-size that the checkpoint was made with."
         )
-    accelerator.load_state(str(folder))
     return step
 
 

@@ -1,0 +1,194 @@
+"""Blocks, data and the training loop."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_head, tiny_target
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dspark_hf import DSparkHead
+from dspark_hf.training.blocks import attention_mask, labels_and_weights, sample_blocks
+from dspark_hf.training.data import collate, encode_chat, load_rows
+from dspark_hf.training.trainer import ShuffledByLength, TrainingArguments, train
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' end ' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    words = ["unk", "end", "user", "assistant", *"abcdefghij"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="unk"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="end", chat_template=TEMPLATE)
+
+
+def test_anchors_are_supervised_and_followed_by_a_label():
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 1, 0, 1]])
+    blocks = sample_blocks(mask, 6)
+    assert blocks.anchors[0, blocks.keep[0]].tolist() == [2, 5, 6]
+    assert not blocks.keep[1].any() and blocks.anchors[1].tolist() == [0] * 6
+    few = sample_blocks(mask, 2)
+    assert few.keep[0].all() and set(few.anchors[0].tolist()) < {2, 5, 6}
+
+
+def test_anchors_differ_from_draw_to_draw():
+    mask = torch.ones(1, 64)
+    drawn = {tuple(sample_blocks(mask, 4).anchors[0].tolist()) for _ in range(8)}
+    assert len(drawn) == 8
+
+
+def test_a_block_sees_the_context_before_its_anchor_and_itself():
+    blocks = sample_blocks(torch.tensor([[0, 0, 1, 1, 1]]), 2)
+    mask = attention_mask(blocks, 5, 3)[0, 0]
+    assert blocks.anchors.tolist() == [[2, 3]] and mask.shape == (6, 11)
+    assert mask[:3, :5].tolist() == [[True, True, False, False, False]] * 3
+    assert mask[3:, :5].tolist() == [[True, True, True, False, False]] * 3
+    assert mask[:, 5:].tolist() == [[True] * 3 + [False] * 3] * 3 + [[False] * 3 + [True] * 3] * 3
+
+
+def test_rows_behind_an_unsupervised_label_do_not_count():
+    ids, mask = torch.arange(8)[None], torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1]])
+    blocks = sample_blocks(mask, 8)
+    labels, supervised = labels_and_weights(ids, mask, blocks, 3)
+    kept = blocks.keep[0]
+    by_anchor = dict(zip(blocks.anchors[0, kept].tolist(), supervised[0, kept].tolist(), strict=True))
+    assert by_anchor[0] == [True, True, False]
+    assert by_anchor[1] == [True, False, False]
+    assert by_anchor[6] == [True, False, False]
+    assert labels[0, 0].tolist() == [1, 2, 3]
+
+
+def test_chat_supervises_the_assistant(tokenizer):
+    row = encode_chat(
+        [
+            {"role": "user", "content": "a b"},
+            {"role": "assistant", "content": "c d"},
+            {"role": "user", "content": "e"},
+            {"role": "assistant", "content": "f"},
+        ],
+        tokenizer,
+    )
+    words = tokenizer.convert_ids_to_tokens(row["input_ids"])
+    assert words == "user a b end assistant c d end user e end assistant f end".split()
+    assert [word for word, on in zip(words, row["loss_mask"], strict=True) if on] == ["c", "d", "end", "f", "end"]
+
+
+def test_layouts_of_a_file(tokenizer, tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    rows = {
+        "messages": [{"messages": chat}],
+        "pairs": [{"prompt": "a", "response": "b c"}],
+        "tokens": [{"input_ids": [2, 4, 1, 3, 5, 6, 1], "loss_mask": [0, 0, 0, 0, 1, 1, 1]}],
+    }
+    loaded = []
+    for name, content in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+        loaded.append(load_rows(str(path), tokenizer, 100))
+    assert loaded[0] == loaded[1] == loaded[2]
+    assert load_rows(str(tmp_path / "tokens.jsonl"), tokenizer, 6)[0]["loss_mask"] == [0, 0, 0, 0, 1, 1]
+
+
+def test_bad_data(tokenizer, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
+    with pytest.raises(ValueError, match=r"\['answer', 'question'\].*`messages`"):
+        load_rows(str(path), tokenizer, 100)
+    path.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    with pytest.raises(ValueError, match="supervised"):
+        load_rows(str(path), tokenizer, 4)
+
+
+def test_collate_pads_on_the_right():
+    batch = collate([{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}, {"input_ids": [4], "loss_mask": [1]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert batch["loss_mask"].tolist() == [[0, 1, 1], [1, 0, 0]]
+
+
+def test_sampler_covers_everything_and_repeats_with_the_seed():
+    lengths = torch.randint(1, 90, (101,)).tolist()
+    run = list(ShuffledByLength(lengths, 8, seed=3, batches=26))
+    assert sorted(sum(run[:13], [])) == sorted(sum(run[13:], [])) == list(range(101))
+    assert run[:13] != run[13:]
+    assert list(ShuffledByLength(lengths, 8, seed=3, batches=26)) == run
+    assert list(ShuffledByLength(lengths, 8, seed=3, batches=26, start=17)) == run[17:]
+
+
+@pytest.fixture
+def task():
+    """A target and sequences that it wrote itself."""
+    target = tiny_target(vocab_size=24, sharpness=4)
+    sequences = target.generate(input_ids=torch.randint(1, 23, (48, 6)), max_new_tokens=26, do_sample=False)
+    rows = [{"input_ids": ids, "loss_mask": [0] * 6 + [1] * 26} for ids in sequences.tolist()]
+    return target, rows
+
+
+def losses_of(folder) -> list[float]:
+    return [json.loads(line)["total"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def arguments(folder, **kwargs) -> TrainingArguments:
+    fields = {"epochs": 10, "batch_size": 8, "learning_rate": 5e-3, "anchors_per_sequence": 8, "save_every": 30}
+    return TrainingArguments(output=folder, **fields | kwargs)
+
+
+def test_training_raises_the_accepted_length(task, tmp_path):
+    target, rows = task
+    head = tiny_head(target)
+    ids = torch.tensor([row["input_ids"][:8] for row in rows[:16]])
+
+    def tau(head):
+        kwargs = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
+        return target.generate(input_ids=ids, assistant_model=head, **kwargs).dspark.tau
+
+    before, weights = tau(head), {name: p.clone() for name, p in target.named_parameters()}
+    train(head, target, rows, arguments(tmp_path, epochs=25))
+    losses = losses_of(tmp_path)
+    assert losses[-1] < 0.7 * losses[0]
+    assert tau(DSparkHead.from_pretrained(tmp_path)) > before + 0.5
+    assert all(torch.equal(p, weights[name]) for name, p in target.named_parameters())
+
+
+def test_resumed_run_equals_an_uninterrupted_one(task, tmp_path, monkeypatch):
+    target, rows = task
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train(tiny_head(target), target, rows, arguments(straight))
+
+    from dspark_hf.training import trainer
+
+    real, calls = trainer.training_step, []
+
+    def stops_at_40(*args):
+        calls.append(1)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(trainer, "training_step", stops_at_40)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_head(target), target, rows, arguments(broken))
+    monkeypatch.setattr(trainer, "training_step", real)
+    train(tiny_head(target, seed=9), target, rows, arguments(broken), resume=True)
+    for (name, a), b in zip(
+        DSparkHead.from_pretrained(straight).state_dict().items(),
+        DSparkHead.from_pretrained(broken).state_dict().values(),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_nothing_to_resume(task, tmp_path):
+    target, rows = task
+    with pytest.raises(ValueError, match="no checkpoint to resume"):
+        train(tiny_head(target), target, rows, arguments(tmp_path), resume=True)
+
+
+def test_head_of_another_target(task, tmp_path):
+    target, rows = task
+    with pytest.raises(ValueError, match="vocabulary"):
+        train(tiny_head(tiny_target(vocab_size=16)), target, rows, arguments(tmp_path))
