@@ -246,7 +246,9 @@ class DSparkHead(PreTrainedModel):
             raise ValueError(
                 f"The weights of {source!r} are damaged or cut short ({error}). Download the file again."
             ) from error
-        shapes = [f"{name} is {list(found)}, expected {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+        shapes = [
+            f"{name} is {list(found)}, expected {list(wanted)}" for name, found, wanted in info["mismatched_keys"]
+        ]
         wrong = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another shape": shapes}
         found = "; ".join(f"{kind}: {', '.join(sorted(map(str, names))[:8])}" for kind, names in wrong.items() if names)
         if found:

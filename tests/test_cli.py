@@ -1,0 +1,136 @@
+"""The commands as a user types them, on the embedded pair."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dspark_hf
+from dspark_hf.cli import app
+from dspark_hf.embedded import FOLDER
+from dspark_hf.evaluation.bench import Record
+from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode, read_prompts
+
+PROMPT = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How many pencils are left?"
+
+
+def run(*args: str) -> str:
+    result = CliRunner().invoke(app, list(args), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fails(*args: str) -> str:
+    """What the installed command prints to stderr when it refuses."""
+    result = subprocess.run(
+        [sys.executable, "-c", "from dspark_hf.cli import main; main()", *args], capture_output=True, text=True
+    )
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    return " ".join(result.stderr.split())
+
+
+def plain_text(max_new_tokens: int) -> str:
+    model, _, tokenizer = dspark_hf.embedded_pair()
+    inputs = encode([PROMPT], tokenizer, model.device)
+    sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_generate_streams_text_and_says_how_fast():
+    output = run("generate", PROMPT, "--max-new-tokens", "48", "--dtype", "float32")
+    assert "tokens/s" in output and "tau" in output
+    text = output.rsplit("\n", 2)[0]
+    assert len(text.split()) > 5
+
+
+def test_generate_json_equals_plain_generate():
+    record = json.loads(run("generate", PROMPT, "--max-new-tokens", "48", "--json"))
+    again = json.loads(run("generate", PROMPT, "--max-new-tokens", "48", "--json", "--no-draft"))
+    assert record["text"] == again["text"] == plain_text(48)
+    assert record["tau"] > 1 and again["tau"] is None
+    assert record["tokens"] / record["seconds"] == pytest.approx(record["tokens_per_second"])
+
+
+def test_generate_samples_with_a_temperature():
+    texts = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        texts.add(json.loads(run("generate", PROMPT, "--max-new-tokens", "24", "--temperature", "1", "--json"))["text"])
+    assert len(texts) > 1
+
+
+def test_generate_with_a_model_and_a_head_folder():
+    output = run("generate", PROMPT, "--max-new-tokens", "8", "--json", *pair_options())
+    assert json.loads(output)["tokens"] <= 8
+
+
+def pair_options() -> list[str]:
+    return ["--model", str(FOLDER / "target"), "--head", str(FOLDER / "head")]
+
+
+def test_bench_prints_a_table_and_writes_json(tmp_path):
+    file = tmp_path / "bench.json"
+    options = ["--batch-sizes", "1,2", "--methods", "plain,stock,dspark", "--limit", "2", "--max-new-tokens", "12"]
+    output = run("bench", *options, "--dtype", "float32", "--json", str(file))
+    assert "plain" in output and "stock" in output and "dspark" in output
+    records = [Record(**record) for record in json.loads(file.read_text())]
+    found = [(record.batch_size, record.method) for record in records]
+    assert found == [(1, "plain"), (1, "stock"), (1, "dspark"), (2, "plain"), (2, "dspark")]
+    for record in records:
+        assert record.identical is True and record.tokens_per_second > 0
+    plain, _, ours = records[:3]
+    assert plain.speedup == 1 and plain.tau is None
+    assert ours.speedup == pytest.approx(ours.tokens_per_second / plain.tokens_per_second)
+    assert 1 <= ours.tau <= 8 and ours.draft_ms > 0 and ours.verify_ms > 0 and ours.ceiling > 0
+
+
+def test_bench_reads_prompt_files(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"turns": ["a", "b"]}, {"prompt": "c"}, {"question": "d"}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert read_prompts(path) == ["a", "c", "d"]
+    text = tmp_path / "prompts.txt"
+    text.write_text("one\n\ntwo\n")
+    assert read_prompts(text) == ["one", "two"]
+    assert read_prompts(None) == list(DEFAULT_PROMPTS)
+    path.write_text('{"text": "x"}\n')
+    with pytest.raises(ValueError, match=r"Line 1 .*\['text'\]"):
+        read_prompts(path)
+    path.write_text("{not json\n")
+    with pytest.raises(ValueError, match="not JSON"):
+        read_prompts(path)
+
+
+def test_train_writes_a_head_that_generates(tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [
+        {"prompt": f"What is {a} + {b}?", "response": f"It is {a + b}, as {a} + {b} = {a + b}."}
+        for a in range(3, 9)
+        for b in range(11, 14)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--layers", "1", "--markov-rank", "8", "--anchors", "4", "--epochs", "1", "--batch-size", "6"]
+    head = tmp_path / "head"
+    run("train", "--model", str(FOLDER / "target"), "--data", str(data), "--output", str(head), *options)
+    log = [json.loads(line) for line in (head / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 3 and log[-1]["total"] > 0
+    output = run("generate", PROMPT, "--max-new-tokens", "8", "--json", *pair_options()[:2], "--head", str(head))
+    assert json.loads(output)["tokens"] <= 8
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["generate", "x", "--model", "no/such-model"], "needs --head"),
+        (["generate", "x", "--head", "somewhere"], "needs --model"),
+        (["bench", "--batch-sizes", "1,two"], "1,two"),
+        (["bench", "--batch-sizes", "99"], "99"),
+        (["bench", "--methods", "plain,magic"], "magic"),
+        (["bench", "--prompts", "/no/such/file.jsonl"], "/no/such/file.jsonl"),
+    ],
+)
+def test_errors_name_the_value(args, named):
+    assert named in fails(*args)
