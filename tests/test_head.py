@@ -120,7 +120,7 @@ def test_from_target_of_any_decoder(target):
     config = DSparkConfig.from_target(target, num_hidden_layers=2, markov_rank=4)
     assert config.hidden_size == target.hidden_size and config.vocab_size == target.vocab_size
     assert config.mask_token_id not in (target.eos_token_id, target.pad_token_id)
-    assert 0 <= config.target_layer_ids[0] and config.target_layer_ids[-1] < target.num_hidden_layers
+    assert config.target_layer_ids[0] >= 0 and config.target_layer_ids[-1] < target.num_hidden_layers
 
 
 def test_from_target_options():

@@ -29,7 +29,8 @@ for kwargs in ({{}}, {{"assistant_model": assistant}}, {{"prompt_lookup_num_toke
         torch.manual_seed(5)
         out = target.generate(input_ids=ids, max_new_tokens=24, do_sample=sampled, return_dict_in_generate=True,
             output_scores=True, **kwargs)
-        print(type(out).__name__, out.sequences.tolist(), sum(s.double().clamp(-99, 99).sum().item() for s in out.scores))
+        total = sum(s.double().clamp(-99, 99).sum().item() for s in out.scores)
+        print(type(out).__name__, out.sequences.tolist(), total)
 try:
     target.generate(input_ids=ids.repeat(2, 1), assistant_model=assistant, max_new_tokens=4)
 except ValueError as error:

@@ -74,7 +74,7 @@ def test_chat_supervises_the_assistant(tokenizer):
         tokenizer,
     )
     words = tokenizer.convert_ids_to_tokens(row["input_ids"])
-    assert words == "user a b end assistant c d end user e end assistant f end".split()
+    assert words == ["user", "a", "b", "end", "assistant", "c", "d", "end", "user", "e", "end", "assistant", "f", "end"]
     assert [word for word, on in zip(words, row["loss_mask"], strict=True) if on] == ["c", "d", "end", "f", "end"]
 
 

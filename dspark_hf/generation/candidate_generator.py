@@ -9,6 +9,7 @@ from transformers.utils import ModelOutput
 
 from ..modeling_dspark import DSparkHead
 from .drafting import Drafter
+from .hidden_states import indices_of, request_for
 from .processors import BlockProcessors
 
 
@@ -32,8 +33,8 @@ class DSparkCandidateGenerator(CandidateGenerator):
         self.drafter = Drafter(head, target, rows=1)
         self.processors = BlockProcessors(logits_processor or LogitsProcessorList(), generation_config.do_sample)
         self.max_length = generation_config.max_length
-        self.hidden_state_indices = [i + 1 for i in head.config.target_layer_ids]
-        self.model_kwargs_overrides: dict[str, Any] = {"output_hidden_states": self.hidden_state_indices}
+        self.hidden_state_indices = indices_of(head.config.target_layer_ids)
+        self.model_kwargs_overrides: dict[str, Any] = {"output_hidden_states": request_for(self.hidden_state_indices)}
 
     def get_candidates(
         self,

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .cache import Placement, SlotCache, causal_mask
+from .hidden_states import indices_of, request_for
 
 
 class Target:
@@ -20,8 +21,7 @@ class Target:
         self.model = model
         self.device = model.get_input_embeddings().weight.device
         self.config = model.config.get_text_config(decoder=True)
-        # transformers counts hidden states from the embedding output.
-        self.hidden_state_indices = [i + 1 for i in layer_ids]
+        self.hidden_state_indices = indices_of(layer_ids)
         self.layer_types = set(getattr(self.config, "layer_types", None) or ())
         self.window = getattr(self.config, "sliding_window", None)
         self.eager = self.config._attn_implementation == "eager"
@@ -49,7 +49,7 @@ class Target:
             position_ids=placement.slots,
             past_key_values=cache,
             use_cache=True,
-            output_hidden_states=self.hidden_state_indices,
+            output_hidden_states=request_for(self.hidden_state_indices),
             return_dict=True,
             **kwargs,
         )

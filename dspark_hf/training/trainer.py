@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel
 
 from ..generation.compatibility import check_pair
+from ..generation.hidden_states import indices_of, request_for
 from ..modeling_dspark import DSparkHead, Tables
 from .blocks import attention_mask, labels_and_weights, sample_blocks
 from .data import collate
@@ -76,9 +77,9 @@ def target_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Context features [b, T, m*d] and the last hidden states after the final norm [b, T, d]."""
     last = target.config.get_text_config(decoder=True).num_hidden_layers
-    indices = [i + 1 for i in layer_ids]
+    indices = indices_of(layer_ids)
     states = target(
-        input_ids=input_ids, use_cache=False, output_hidden_states=sorted({*indices, last}), logits_to_keep=1
+        input_ids=input_ids, use_cache=False, output_hidden_states=request_for([*indices, last]), logits_to_keep=1
     ).hidden_states
     return torch.cat([states[i] for i in indices], dim=-1), states[last]
 
