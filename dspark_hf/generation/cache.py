@@ -14,6 +14,14 @@ from transformers.cache_utils import CacheLayerMixin
 SMALLEST_CAPACITY = 256
 
 
+def on_device(values: list, device: torch.device) -> torch.Tensor:
+    """A tensor of host values, without making the host wait for what the device has queued."""
+    tensor = torch.tensor(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where the next forward pass writes its n new tokens a row, and how far it looks.
@@ -111,7 +119,7 @@ class SlotCache(Cache):
         if len(set(starts)) == 1:
             row = torch.arange(starts[0], starts[0] + count, device=self.device)
             return self.place_at(row.expand(len(starts), -1), starts[0] + count, starts[0])
-        slots = torch.tensor(starts, device=self.device)[:, None] + torch.arange(count, device=self.device)
+        slots = on_device(starts, self.device)[:, None] + torch.arange(count, device=self.device)
         return self.place_at(slots, max(starts) + count)
 
     def place_at(self, slots: torch.Tensor, view: int, start: int | None = None) -> Placement:
@@ -127,7 +135,7 @@ class SlotCache(Cache):
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows."""
-        index = torch.tensor(rows, device=self.device)
+        index = on_device(rows, self.device)
         for layer in self.layers:
             layer.keep(index)
         self.lengths = [self.lengths[row] for row in rows]

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..modeling_dspark import DraftBlock, DSparkHead, Select
-from .cache import SlotCache
+from .cache import SlotCache, on_device
 
 
 class Drafter:
@@ -41,12 +41,12 @@ class Drafter:
         size, width = self.head.config.block_size, features.shape[1]
         starts = self.cache.lengths
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
-        end = torch.tensor(ends, device=self.device)[:, None]
+        end = on_device(ends, self.device)[:, None]
         if len(set(starts)) == 1 and set(counts) == {width}:
             placement = self.cache.place(width + size)
             positions = placement.slots
         else:
-            start = torch.tensor(starts, device=self.device)[:, None]
+            start = on_device(starts, self.device)[:, None]
             context = start + torch.arange(width, device=self.device)
             block = end + torch.arange(size, device=self.device)
             positions = torch.cat([context, block], dim=1)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from ..modeling_dspark import DraftBlock, DSparkHead
 from .acceptance import Verdict, accept_greedy, accept_sampled
+from .cache import on_device
 from .compatibility import check_inputs, check_pair, check_prompt
 from .drafting import Drafter
 from .processors import BlockProcessors
@@ -119,12 +120,12 @@ class Rounds:
     def prefill(self) -> Verdict:
         """A round without a draft: the whole prompts, right-padded inside; only their last logits are computed."""
         longest = max(map(len, self.prompts))
-        tokens = torch.tensor([ids + [self.pad] * (longest - len(ids)) for ids in self.prompts])
+        device = self.target.device
+        tokens = on_device([ids + [self.pad] * (longest - len(ids)) for ids in self.prompts], device)
         last = [len(ids) - 1 for ids in self.prompts]
         keep = sorted(set(last))
-        device = self.target.device
-        logits, self.features = self.target.forward(tokens.to(device), self.cache, torch.tensor(keep, device=device))
-        columns = torch.tensor([keep.index(position) for position in last], device=device)
+        logits, self.features = self.target.forward(tokens, self.cache, on_device(keep, device))
+        columns = on_device([keep.index(position) for position in last], device)
         logits = logits[torch.arange(len(last), device=device), columns][:, None]
         self.counts = [len(ids) for ids in self.prompts]
         nothing = torch.zeros(len(last), dtype=torch.long, device=device)
@@ -156,7 +157,7 @@ class Rounds:
             nothing = torch.zeros(len(lengths), dtype=torch.long, device=device)
             return Verdict(nothing, self.processors.choose(logits[:, 0]))
         drafts = block.tokens[:, :longest].to(device)
-        limits = torch.tensor(lengths, device=device)
+        limits = on_device(lengths, device)
         if block.logits is None:
             return accept_greedy(logits, drafts, limits)
         return accept_sampled(logits, drafts, block.logits[:, :longest].to(device), limits)
@@ -184,7 +185,6 @@ class Rounds:
             if not ended:
                 active.append(r)
         self._keep(active)
-        self.stopwatch.settle()
 
     # -- Helpers ------------------------------------------------------------------------------------------------
 
@@ -219,14 +219,14 @@ class Rounds:
         self.rows = [self.rows[r] for r in active]
         if not active:
             return
-        index = torch.tensor(active, device=self.anchors.device)
+        index = on_device(active, self.anchors.device)
         self.anchors, self.features = self.anchors[index], self.features[index]
         self.counts = [self.counts[r] for r in active]
         self.cache.keep(active)
         self.drafter.cache.keep(active)
 
     def _finish_stats(self) -> None:
-        for name, seconds in self.stopwatch.seconds.items():
+        for name, seconds in self.stopwatch.read().items():
             setattr(self.stats, f"{name}_seconds", seconds)
 
     def _sequences(self) -> torch.Tensor:

@@ -73,10 +73,8 @@ class DSparkGenerateOutput(GenerateDecoderOnlyOutput):
 
 @dataclass
 class Stopwatch:
-    """Wall time of parts of a round, without making the host wait for the device more often than the round does.
-
-    On CUDA a part is bracketed by events, read by [`~Stopwatch.settle`] after the round has synchronised anyway.
-    """
+    """Wall time of parts of a round, without making the host wait: on CUDA a part is bracketed by events, which are
+    read at the end of the call."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
@@ -95,11 +93,13 @@ class Stopwatch:
         end.record()
         self.pending.append((name, begin, end))
 
-    def settle(self) -> None:
+    def read(self) -> dict[str, float]:
+        """Seconds of every part so far."""
         for name, begin, end in self.pending:
             end.synchronize()
             self._add(name, begin.elapsed_time(end) / 1000)
         self.pending.clear()
+        return self.seconds
 
     def _add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
