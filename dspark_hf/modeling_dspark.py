@@ -13,7 +13,8 @@ from .backbones.qwen3 import DraftLayer, RMSNorm, RotaryEmbedding
 from .configuration_dspark import DSparkConfig
 from .sequential_heads import build_sequential_head
 
-Select = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor | None]]
+# Draft tokens [R] from logits [R, V], and what they were sampled from ([R, V], `None` when they are the argmax).
+Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class DSparkHead(PreTrainedModel):
 
         Args:
             hidden: [R, G, d]. base_logits: [R, G, V]. anchors: [R].
-            select: chooses tokens from the logits [R, V] of position k, see `processors.DraftSampler`.
+            select: called once a position, in order, see `BlockProcessors.drafting`.
         """
         previous, state, tokens, sampled_from = anchors, None, [], []
         for k in range(hidden.shape[1]):
@@ -177,7 +178,7 @@ class DSparkHead(PreTrainedModel):
                 state = self.markov_head.initial_state(embedded) if k == 0 else state
                 bias, state = self.markov_head.step(hidden[:, k], embedded, state)
                 logits = logits + bias
-            previous, processed = select(logits, k)
+            previous, processed = select(logits)
             tokens.append(previous)
             sampled_from.append(processed)
         tokens = torch.stack(tokens, dim=1)

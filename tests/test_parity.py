@@ -95,7 +95,7 @@ def check_rounds(target, head, prompt, recorded, prompt_features):
         close(hidden[0], recorded["hidden"][r])
         base = head.base_logits(hidden, drafter.tables)
         close(base[0], recorded["base_logits"][r])
-        block = head.sample_block(hidden, base, anchor, processors.select_draft)
+        block = head.sample_block(hidden, base, anchor, processors.drafting(None, [0]))
         assert block.tokens.tolist() == [recorded["draft_tokens"][r].tolist()]
         corrected = corrected_logits(head, hidden, base, anchor, block.tokens)
         close(corrected[0], recorded["corrected_logits"][r])

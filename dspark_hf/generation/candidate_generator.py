@@ -62,6 +62,6 @@ class DSparkCandidateGenerator(CandidateGenerator):
             torch.cat([states.to(self.drafter.device) for states in chosen], dim=-1),
             [unseen],
             min(self.head.config.block_size, room),
-            self.processors.select_draft,
+            self.processors.drafting([input_ids[0]], [0]),
         )
         return torch.cat([input_ids, block.tokens.to(input_ids.device)], dim=1), block.logits

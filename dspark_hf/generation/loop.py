@@ -136,7 +136,8 @@ class Rounds:
         length = min(self.stats.block_size, max(map(self._room, self.rows)))
         if length == 0:
             return None
-        return self.drafter.draft(self.anchors, self.features, self.counts, length, self.processors.select_draft)
+        select = self.processors.drafting(self._prefixes(), self._row_indices())
+        return self.drafter.draft(self.anchors, self.features, self.counts, length, select)
 
     def schedule(self, block: DraftBlock | None) -> list[int]:
         """How many drafts of each row to verify: all, as far as the length limit leaves room for."""
@@ -195,14 +196,19 @@ class Rounds:
         return self.stopping.max_length - len(row.prompt) - len(row.committed) - 1
 
     def _processed(self, logits: torch.Tensor, drafts: torch.Tensor | None) -> torch.Tensor:
-        prefixes = None
-        if self.processors.needs_prefix:
-            extra = drafts.tolist() if drafts is not None else [[] for _ in self.rows]
-            prefixes = [
-                torch.tensor(row.sequence + more, device=logits.device)
-                for row, more in zip(self.rows, extra, strict=True)
-            ]
-        return self.processors.on_target(logits, prefixes, [row.index for row in self.rows])
+        return self.processors.on_target(logits, self._prefixes(drafts), self._row_indices())
+
+    def _prefixes(self, drafts: torch.Tensor | None = None) -> list[torch.Tensor] | None:
+        """Tokens of every row as plain generate holds them, with drafts behind; `None` when no processor looks."""
+        if not self.processors.needs_prefix:
+            return None
+        prefixes = [on_device(row.sequence, self.target.device) for row in self.rows]
+        if drafts is None:
+            return prefixes
+        return [torch.cat([prefix, tokens]) for prefix, tokens in zip(prefixes, drafts, strict=True)]
+
+    def _row_indices(self) -> list[int]:
+        return [row.index for row in self.rows]
 
     def _to_host(self, block: DraftBlock | None, verdict: Verdict) -> tuple[list[int], list[int], list[list[int]]]:
         """The one transfer of a round: accepted counts, next tokens and drafts in a single tensor."""
