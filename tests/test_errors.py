@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_head, tiny_target
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, T5Config, T5ForConditionalGeneration
+from transformers import Qwen3Config, StaticCache, T5Config, T5ForConditionalGeneration
 
 from dspark_hf import DSparkConfig, DSparkHead
 
@@ -77,11 +77,25 @@ def test_prompt_without_tokens():
     assert "Prompt 1" in message_of(target, tiny_head(target), input_ids=ids, attention_mask=mask)
 
 
-def test_a_cache_to_continue():
+def test_a_cache_that_cannot_be_continued():
     target = tiny_target()
-    cache = target(input_ids=IDS[:, :2], use_cache=True).past_key_values
+    cache = StaticCache(config=target.config, max_cache_len=32)
+    target(input_ids=IDS[:, :2], past_key_values=cache, use_cache=True)
     message = message_of(target, tiny_head(target), past_key_values=cache)
-    assert "past_key_values" in message
+    assert "StaticCache" in message and "DynamicCache" in message
+
+
+def test_a_cache_that_holds_the_whole_prompt():
+    target = tiny_target()
+    cache = target(input_ids=IDS, use_cache=True).past_key_values
+    message = message_of(target, tiny_head(target), past_key_values=cache)
+    assert "no tokens to go on from" in message and "past_key_values" in message
+
+
+@pytest.mark.parametrize("settings", [{"guidance_scale": 1.5}])
+def test_processors_that_follow_single_tokens(settings):
+    target = tiny_target()
+    assert "guidance_scale" in message_of(target, tiny_head(target), **settings)
 
 
 def test_embeddings_instead_of_tokens():

@@ -83,7 +83,7 @@ def check_rounds(target, head, prompt, recorded, prompt_features):
     sequence = torch.tensor([prompt["generate_ids"]])
     runner, drafter = Target(target, head.config.target_layer_ids), Drafter(head, target, 1)
     processors = BlockProcessors(LogitsProcessorList(), do_sample=False)
-    features = runner.forward(sequence, runner.new_cache(1))[1]
+    features = runner.forward(sequence, runner.new_cache(1)).features
     if prompt_features is not None:
         close(features[0, : len(prompt["input_ids"])], prompt_features)
     seen = 0

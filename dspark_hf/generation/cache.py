@@ -76,6 +76,12 @@ class SlotLayer(CacheLayerMixin):
         larger = _capacity_for(view) - self.keys.shape[2]
         self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, larger)) for x in (self.keys, self.values))
 
+    def fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take over [R, heads, n, head_dim] as the first n slots."""
+        room = _capacity_for(max(keys.shape[2], 1)) - keys.shape[2]
+        self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, room)) for x in (keys, values))
+        self.is_initialized = True
+
     def keep(self, rows: torch.Tensor) -> None:
         if self.is_initialized:
             self.keys, self.values = (x.index_select(0, rows.to(x.device)) for x in (self.keys, self.values))

@@ -47,11 +47,6 @@ def check_inputs(model_kwargs: dict[str, Any]) -> None:
     """Raise for inputs that the rounds cannot start from."""
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("A DSpark head needs token ids: pass `input_ids` instead of `inputs_embeds`.")
-    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
-        raise ValueError(
-            "Continuing from a given `past_key_values` is not supported with a DSpark head: the head also needs the "
-            "hidden states of the cached tokens. Pass the whole sequence as `input_ids`, without a cache."
-        )
 
 
 def check_prompt(target: PreTrainedModel, length: int) -> None:

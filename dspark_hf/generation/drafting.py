@@ -15,6 +15,8 @@ class Drafter:
         self.tables = head.share_tables(target)
         self.device = head.fc.weight.device
         self.cache = SlotCache(head.config.num_hidden_layers, rows, self.device)
+        # First token of every row that the head knows; those before came from a cache that was not ours.
+        self.first = [0] * rows
 
     def draft(
         self, anchors: torch.Tensor, features: torch.Tensor, counts: list[int], length: int, select: Select
@@ -35,6 +37,20 @@ class Drafter:
             select,
         )
 
+    def absorb(self, anchors: torch.Tensor, features: torch.Tensor, counts: list[int]) -> None:
+        """Remember the context without drafting from it."""
+        self._hidden(anchors.to(self.device), features, counts)
+
+    def start_at(self, lengths: list[int]) -> None:
+        """Begin behind the first `lengths[r]` tokens of every row, without knowing them."""
+        self.first = list(lengths)
+        self.cache.lengths = list(lengths)
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other rows."""
+        self.first = [self.first[row] for row in rows]
+        self.cache.keep(rows)
+
     def _hidden(self, anchors: torch.Tensor, features: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Backbone output [R, B, d]. Context goes to the slots behind each row's length, the block behind it; only
         the context is committed, so the next draft overwrites the block."""
@@ -52,9 +68,12 @@ class Drafter:
             positions = torch.cat([context, block], dim=1)
             # What lies beyond a row's count must not land where its block goes: it gets a slot that nobody sees.
             unseen = max(ends) + size
-            slots = torch.cat([context.where(context < end, unseen), block], dim=1)
-            placement = self.cache.place_at(slots, unseen + 1)
-        seen = torch.arange(placement.view, device=self.device) < end + size
+            places = torch.cat([context.where(context < end, unseen), block], dim=1)
+            placement = self.cache.place_at(places, unseen + 1)
+        slots = torch.arange(placement.view, device=self.device)
+        seen = slots < end + size
+        if any(self.first):
+            seen &= slots >= on_device(self.first, self.device)[:, None]
         hidden = self.head.backbone(
             self.head.embed_block(anchors, self.tables),
             self.head.project_context(features),

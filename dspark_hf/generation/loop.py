@@ -4,34 +4,24 @@ Every row of the batch decodes at its own pace. Between rounds a row is its comm
 anchor, is not yet in the target's cache. The host waits for the device once a round, in `commit`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from ..modeling_dspark import DraftBlock, DSparkHead
+from . import past
 from .acceptance import Verdict, accept_greedy, accept_sampled
+from .batch import Row, read_rows
 from .cache import on_device
 from .compatibility import check_inputs, check_pair, check_prompt
 from .drafting import Drafter
+from .outputs import Recorder
 from .processors import BlockProcessors
 from .stats import DSparkGenerateOutput, DSparkStats, Stopwatch
 from .stopping import Stopping
-from .target import Target
-
-
-@dataclass
-class Row:
-    """One sequence: its place in the batch, the prompt as given (padding included) and the committed tokens."""
-
-    index: int
-    prompt: list[int]
-    committed: list[int] = field(default_factory=list)
-
-    @property
-    def sequence(self) -> list[int]:
-        return self.prompt + self.committed
+from .target import Target, TargetPass
 
 
 @torch.no_grad()
@@ -44,12 +34,14 @@ def generate(
     assistant_model: DSparkHead,
     streamer: Any = None,
     attention_mask: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
     **model_kwargs,
 ) -> torch.Tensor | DSparkGenerateOutput:
     """The decoding method that `model.generate(..., assistant_model=head)` runs; see [`Rounds`].
 
     Args:
         input_ids: [R, P], left-padded where prompts differ in length. attention_mask: [R, P], `None` for no padding.
+        past_key_values: a cache to continue, which is brought up to date; `generate` passes an empty one otherwise.
 
     Returns:
         sequences [R, P + new tokens], right-padded where rows ended early, or with `return_dict_in_generate` a
@@ -62,45 +54,55 @@ def generate(
         assistant_model,
         input_ids,
         attention_mask,
+        past_key_values,
         logits_processor,
         stopping_criteria,
         generation_config,
         streamer,
     )
     sequences = rounds.run()
+    cache = rounds.continued_cache()
     if not generation_config.return_dict_in_generate:
         return sequences
-    return DSparkGenerateOutput(sequences=sequences, dspark=rounds.stats)
+    recorded = rounds.recorder.collect()
+    return DSparkGenerateOutput(sequences=sequences, past_key_values=cache, dspark=rounds.stats, **recorded)
 
 
 class Rounds:
     """The state of one call and the steps of a round. Tensors hold the active rows only, in the order of `rows`."""
 
-    def __init__(self, model, head, input_ids, attention_mask, processors, criteria, config, streamer):
-        self.target = Target(model, head.config.target_layer_ids)
-        self.drafter = Drafter(head, model, len(input_ids))
-        self.processors = BlockProcessors(processors, config.do_sample, len(input_ids))
+    def __init__(self, model, head, input_ids, attention_mask, given, processors, criteria, config, streamer):
+        size = len(input_ids)
+        self.config = config
+        self.recorder = Recorder(config, size)
+        wants = self.recorder.wants
+        self.target = Target(model, head.config.target_layer_ids, wants("hidden_states"), wants("attentions"))
+        self.drafter = Drafter(head, model, size)
+        self.processors = BlockProcessors(processors, config.do_sample, size)
         self.stopping = Stopping(criteria)
         self.streamer = streamer
         self.pad = config._pad_token_tensor.item() if config._pad_token_tensor is not None else 0
-        self.stats = DSparkStats.empty(len(input_ids), head.config.block_size)
+        self.stats = DSparkStats.empty(size, head.config.block_size)
         self.stopwatch = Stopwatch(self.target.device)
 
         self.input_ids = input_ids
-        self.prompts = _without_padding(input_ids, attention_mask)
-        check_prompt(model, max(map(len, self.prompts)))
-        self.all_rows = [Row(r, ids) for r, ids in enumerate(input_ids.tolist())]
-        self.rows = self.all_rows
-        self.cache = self.target.new_cache(len(self.rows))
-        # Target states of the tokens committed last, [R, C, m*d]; row r has counts[r] of them.
+        self.given = given if getattr(given, "_is_user_defined", False) else None
+        self.all_rows = self.rows = self._read_rows(attention_mask)
+        check_prompt(model, max(len(row.prompt_columns) for row in self.rows))
+        self.cache = self.target.new_cache(size)
+        # What a continued cache is made of, of every row that has ended; empty when none will be.
+        self.keeps_past = config.use_cache and (config.return_dict_in_generate or self.given is not None)
+        self.ended: dict[int, past.RowPast] = {}
+        # Target states of the tokens committed since the last draft, [R, C, m*d]; row r has counts[r] of them.
         self.features: torch.Tensor
         self.counts: list[int]
         self.anchors: torch.Tensor
+        self.passed: TargetPass
 
     def run(self) -> torch.Tensor:
         with self.stopwatch.part("prefill"):
-            verdict = self.prefill()
-        self.commit(verdict)
+            verdict, logits = self.prefill()
+        self.commit(verdict, logits)
         while self.rows:
             with self.stopwatch.part("draft"):
                 block = self.draft()
@@ -109,7 +111,7 @@ class Rounds:
                 logits = self.verify(block, lengths)
             with self.stopwatch.part("other"):
                 verdict = self.accept(block, lengths, logits)
-                self.commit(verdict, block, lengths)
+                self.commit(verdict, logits, block, lengths)
         if self.streamer is not None:
             self.streamer.end()
         self._finish_stats()
@@ -117,24 +119,31 @@ class Rounds:
 
     # -- The steps ----------------------------------------------------------------------------------------------
 
-    def prefill(self) -> Verdict:
+    def prefill(self) -> tuple[Verdict, torch.Tensor]:
         """A round without a draft: the whole prompts, right-padded inside; only their last logits are computed."""
-        longest = max(map(len, self.prompts))
-        device = self.target.device
-        tokens = on_device([ids + [self.pad] * (longest - len(ids)) for ids in self.prompts], device)
-        last = [len(ids) - 1 for ids in self.prompts]
-        keep = sorted(set(last))
-        logits, self.features = self.target.forward(tokens, self.cache, on_device(keep, device))
-        columns = on_device([keep.index(position) for position in last], device)
-        logits = logits[torch.arange(len(last), device=device), columns][:, None]
-        self.counts = [len(ids) for ids in self.prompts]
-        nothing = torch.zeros(len(last), dtype=torch.long, device=device)
-        return Verdict(nothing, self.processors.choose(self._processed(logits, None)[:, 0]))
+        memories = self._load_given()
+        counts = [len(row.prompt) for row in self.rows]
+        longest, device = max(counts), self.target.device
+        tokens = on_device([row.prompt + [self.pad] * (longest - len(row.prompt)) for row in self.rows], device)
+        keep = sorted({count - 1 for count in counts})
+        self.passed = self.target.forward(tokens, self.cache, on_device(keep, device))
+        self.cache.commit(counts)
+        self.features, self.counts = self.passed.features, counts
+        if memories is not None:
+            self.features, self.counts = past.with_unseen(memories, self.features, counts)
+        columns = on_device([keep.index(count - 1) for count in counts], device)
+        last = self.passed.logits[torch.arange(len(counts), device=device), columns][:, None]
+        self.passed = replace(self.passed, logits=last)
+        logits = self._processed(last, None)
+        nothing = torch.zeros(len(counts), dtype=torch.long, device=device)
+        return Verdict(nothing, self.processors.choose(logits[:, 0])), logits
 
     def draft(self) -> DraftBlock | None:
         """A block for every row, no longer than any row can still use; `None` when one token is all that is left."""
         length = min(self.stats.block_size, max(map(self._room, self.rows)))
         if length == 0:
+            if self.keeps_past:
+                self.drafter.absorb(self.anchors, self.features, self.counts)
             return None
         select = self.processors.drafting(self._prefixes(), self._row_indices())
         return self.drafter.draft(self.anchors, self.features, self.counts, length, select)
@@ -149,8 +158,9 @@ class Rounds:
         tokens = self.anchors[:, None]
         if max(lengths):
             tokens = torch.cat([tokens, block.tokens[:, : max(lengths)].to(tokens.device)], dim=1)
-        logits, self.features = self.target.forward(tokens, self.cache)
-        return self._processed(logits, tokens[:, 1:])
+        self.passed = self.target.forward(tokens, self.cache)
+        self.features = self.passed.features
+        return self._processed(self.passed.logits, tokens[:, 1:])
 
     def accept(self, block: DraftBlock | None, lengths: list[int], logits: torch.Tensor) -> Verdict:
         longest, device = max(lengths), logits.device
@@ -163,7 +173,13 @@ class Rounds:
             return accept_greedy(logits, drafts, limits)
         return accept_sampled(logits, drafts, block.logits[:, :longest].to(device), limits)
 
-    def commit(self, verdict: Verdict, block: DraftBlock | None = None, lengths: list[int] | None = None) -> None:
+    def commit(
+        self,
+        verdict: Verdict,
+        logits: torch.Tensor,
+        block: DraftBlock | None = None,
+        lengths: list[int] | None = None,
+    ) -> None:
         """Append accepted drafts and the target's own token; lengthen the cache; stream; drop rows that ended.
 
         Without `lengths` the token is the prefill's, which belongs to no round.
@@ -172,7 +188,7 @@ class Rounds:
         if lengths is not None:
             self.stats.rounds += 1
             self.counts = [count + 1 for count in accepted]
-        self.cache.commit(self.counts)
+            self.cache.commit(self.counts)
         self.anchors = verdict.next_tokens
         active = []
         for r, row in enumerate(self.rows):
@@ -180,11 +196,15 @@ class Rounds:
             kept, ended = self.stopping.kept(row.sequence, new, self.input_ids.device)
             if lengths is not None:
                 self.stats.record(row.index, len(drafts[r]), lengths[r], min(accepted[r], len(kept)), len(kept))
+            if self.recorder.active:
+                self._record(r, row, len(kept), logits)
             row.committed += kept
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(kept))
             if not ended:
                 active.append(r)
+            elif self.keeps_past:
+                self.ended[row.index] = self._past_of(r, row)
         self._keep(active)
 
     # -- Helpers ------------------------------------------------------------------------------------------------
@@ -193,7 +213,7 @@ class Rounds:
         """Drafts that row could commit before its length limit, with one place left for the target's own token."""
         if self.stopping.max_length is None:
             return self.stats.block_size
-        return self.stopping.max_length - len(row.prompt) - len(row.committed) - 1
+        return self.stopping.max_length - len(row.given) - len(row.committed) - 1
 
     def _processed(self, logits: torch.Tensor, drafts: torch.Tensor | None) -> torch.Tensor:
         return self.processors.on_target(logits, self._prefixes(drafts), self._row_indices())
@@ -229,7 +249,15 @@ class Rounds:
         self.anchors, self.features = self.anchors[index], self.features[index]
         self.counts = [self.counts[r] for r in active]
         self.cache.keep(active)
-        self.drafter.cache.keep(active)
+        self.drafter.keep(active)
+
+    def _record(self, r: int, row: Row, count: int, logits: torch.Tensor) -> None:
+        if not row.committed:
+            width = row.width - (self.given.get_seq_length() if self.given is not None else 0)
+            self.recorder.record_prefill(row.index, r, self.passed, logits, row.prompt_columns, len(row.prompt), width)
+            return
+        drafts = range(row.columns[-1] + 1, row.columns[-1] + self.passed.features.shape[1])
+        self.recorder.record(row.index, r, count, self.passed, logits, [*row.columns, *drafts])
 
     def _finish_stats(self) -> None:
         for name, seconds in self.stopwatch.read().items():
@@ -240,13 +268,51 @@ class Rounds:
         new = [row.committed + [self.pad] * (longest - len(row.committed)) for row in self.all_rows]
         return torch.cat([self.input_ids, torch.tensor(new, device=self.input_ids.device)], dim=1)
 
+    # -- A cache from before, and for after ---------------------------------------------------------------------
 
-def _without_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
-    """The tokens of every prompt that the attention mask lets through."""
-    if attention_mask is None:
-        return input_ids.tolist()
-    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-    for row, ids in enumerate(prompts):
-        if not ids:
-            raise ValueError(f"Prompt {row} of the batch has no tokens that its attention mask lets through.")
-    return prompts
+    def _read_rows(self, attention_mask: torch.Tensor | None) -> list[Row]:
+        cached, width = 0, self.input_ids.shape[1]
+        if self.given is not None:
+            past.check_cache(self.given)
+            cached = self.given.get_seq_length()
+            # Without a mask, `generate` left its width here.
+            width = getattr(self.config, "_mask_length", width)
+        if attention_mask is not None:
+            width = attention_mask.shape[1]
+        return read_rows(self.input_ids, attention_mask, cached, width)
+
+    def _load_given(self) -> list[past.RowPast] | None:
+        """Fill the slots from a given cache; what the head remembers of it, when it is one that we returned."""
+        if self.given is None or self.given.get_seq_length() == 0:
+            return None
+        past.load(self.given, [row.prompt_columns[: row.cached] for row in self.rows], self.cache)
+        memory = getattr(self.given, "dspark", None)
+        if memory is None or not memory.fits(self.drafter.head, self.cache.lengths):
+            self.drafter.start_at(self.cache.lengths)
+            return None
+        past.load_draft(memory.rows, self.drafter.cache)
+        return memory.rows
+
+    def _past_of(self, r: int, row: Row) -> past.RowPast:
+        """What is cached of a row that ends: all its tokens but the last, which the target has not seen."""
+        length = len(row.columns) - 1
+        known = self.drafter.cache.lengths[r]
+        if any(self.drafter.first):
+            draft, features = [], self.features[r, :0]
+        else:
+            draft = past.take_row(self.drafter.cache, r, known)
+            features = self.features[r, : length - known].clone()
+        return past.RowPast(past.take_row(self.cache, r, length), draft, features)
+
+    def continued_cache(self) -> Cache | None:
+        """The cache that plain generate would return, with what the head knows; the given one, brought up to date."""
+        if not self.keeps_past:
+            return None
+        rows = [self.ended[row.index] for row in self.all_rows]
+        columns = [row.columns[:-1] for row in self.all_rows]
+        width = self.all_rows[0].width + max(len(row.committed) for row in self.all_rows) - 1
+        stored = past.store(rows, columns, width, self.target.config, self.drafter.head)
+        if self.given is None:
+            return stored
+        self.given.layers, self.given.dspark = stored.layers, stored.dspark
+        return self.given

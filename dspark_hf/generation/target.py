@@ -1,6 +1,7 @@
 """The target as a decoding round sees it: tokens in, logits and hidden states out, keys and values in a SlotCache."""
 
 import inspect
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -9,15 +10,39 @@ from .cache import Placement, SlotCache, causal_mask
 from .hidden_states import indices_of, request_for
 
 
+@dataclass(frozen=True)
+class TargetPass:
+    """What one pass of the target over n tokens of R rows gives.
+
+    logits: [R, n, V] float32, or of the positions asked for. features: [R, n, m*d], the layers that the head reads,
+    side by side. hidden_states: of all layers [R, n, d], and attentions: of all layers [R, heads, n, view]; both
+    `None` unless asked for.
+    """
+
+    logits: torch.Tensor
+    features: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...] | None
+    attentions: tuple[torch.Tensor, ...] | None
+
+
 class Target:
     """Runs a stock transformers model over rows of different lengths.
 
     Args:
         model: a decoder-only model whose layers are full or sliding attention.
         layer_ids: layers whose outputs are captured; -1 is the embedding output.
+        all_hidden_states, attentions: whether every pass returns them.
     """
 
-    def __init__(self, model: PreTrainedModel, layer_ids: list[int]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layer_ids: list[int],
+        all_hidden_states: bool = False,
+        attentions: bool = False,
+    ):
+        self.all_hidden_states = all_hidden_states
+        self.attentions = attentions
         self.model = model
         self.device = model.get_input_embeddings().weight.device
         self.config = model.config.get_text_config(decoder=True)
@@ -30,16 +55,11 @@ class Target:
     def new_cache(self, rows: int) -> SlotCache:
         return SlotCache(self.config.num_hidden_layers, rows, self.device)
 
-    def forward(
-        self, tokens: torch.Tensor, cache: SlotCache, keep: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, tokens: torch.Tensor, cache: SlotCache, keep: torch.Tensor | None = None) -> TargetPass:
         """One pass that appends tokens [R, n] to every row, without committing them.
 
         Args:
             keep: indices into the n tokens whose logits are wanted; all when `None`.
-
-        Returns:
-            logits [R, n or len(keep), V] in float32 and features [R, n, m*d], the chosen hidden states side by side.
         """
         placement = cache.place(tokens.shape[1])
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
@@ -49,13 +69,19 @@ class Target:
             position_ids=placement.slots,
             past_key_values=cache,
             use_cache=True,
-            output_hidden_states=request_for(self.hidden_state_indices),
+            output_hidden_states=self.all_hidden_states or request_for(self.hidden_state_indices),
+            output_attentions=self.attentions,
             return_dict=True,
             **kwargs,
         )
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
         chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
-        return logits.to(tokens.device, torch.float32), torch.cat(chosen, dim=-1)
+        return TargetPass(
+            logits.to(tokens.device, torch.float32),
+            torch.cat(chosen, dim=-1),
+            outputs.hidden_states if self.all_hidden_states else None,
+            outputs.attentions if self.attentions else None,
+        )
 
     def _mask(self, placement: Placement) -> torch.Tensor | dict[str, torch.Tensor]:
         """What the model takes as `attention_mask`: one mask, or one a layer type where it mixes types."""

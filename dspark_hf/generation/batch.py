@@ -1,0 +1,60 @@
+"""The rows of a batch: what each was given, what it has committed, and where its tokens lie in plain's layout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Row:
+    """One sequence.
+
+    index: place in the batch. given: its `input_ids` as plain generate holds them, padding included. prompt: the
+    tokens of it that are neither padding nor cached. prompt_columns: columns of cached and prompt tokens in the layout
+    of plain generate (one column a token, padding included). cached: how many of them are cached. committed: new
+    tokens so far.
+    """
+
+    index: int
+    given: list[int]
+    prompt: list[int]
+    prompt_columns: list[int]
+    cached: int
+    width: int
+    committed: list[int] = field(default_factory=list)
+
+    @property
+    def sequence(self) -> list[int]:
+        """The tokens as plain generate holds them."""
+        return self.given + self.committed
+
+    @property
+    def columns(self) -> list[int]:
+        """Column of every token, new ones included."""
+        return self.prompt_columns + list(range(self.width, self.width + len(self.committed)))
+
+
+def read_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cached: int, width: int) -> list[Row]:
+    """Rows of a `generate` call.
+
+    Args:
+        input_ids: [R, P]. attention_mask: [R, width], `None` when nothing is padding. cached: columns that a given
+            cache holds. width: columns of cache and prompt together; equal to P unless only new tokens were passed.
+
+    Raises:
+        ValueError: when a row has no token to go on from.
+    """
+    offset = width - input_ids.shape[1]
+    masks: Sequence[list[int]] = [[1] * width] * len(input_ids) if attention_mask is None else attention_mask.tolist()
+    rows = []
+    for index, (given, mask) in enumerate(zip(input_ids.tolist(), masks, strict=True)):
+        columns = [column for column, on in enumerate(mask) if on]
+        known = sum(column < cached for column in columns)
+        if known == len(columns):
+            raise ValueError(
+                f"Prompt {index} of the batch has no tokens to go on from: its attention mask lets through "
+                f"{len(columns)}, of which {known} are in `past_key_values` already."
+            )
+        rows.append(Row(index, given, [given[c - offset] for c in columns[known:]], columns, known, width))
+    return rows

@@ -1,0 +1,136 @@
+"""From a transformers cache to slots and back, so that a conversation can go on with or without a head.
+
+A transformers cache has one column a token, the same for all rows, left padding included; a slot holds the tokens of
+its row and nothing else. A cache that we return also remembers what the head knows of those tokens.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig
+
+from ..modeling_dspark import DSparkHead
+from .cache import SlotCache
+
+States = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class RowPast:
+    """What is cached of one row of n tokens.
+
+    target: keys and values [heads, n, head_dim] of every target layer. draft: the same of every draft layer, for the
+    first tokens, empty when it holds none. features: [t, m*d], target states of the other t tokens, which the head has not seen yet.
+    """
+
+    target: States
+    draft: States
+    features: torch.Tensor
+
+    @property
+    def drafted(self) -> int:
+        """Tokens in the draft cache."""
+        return self.draft[0][0].shape[1] if self.draft else 0
+
+
+@dataclass(frozen=True)
+class DraftPast:
+    """The head's side of a returned cache; `rows` as in [`RowPast`], without the target's part."""
+
+    head: "weakref.ref[DSparkHead]"
+    rows: list[RowPast]
+
+    def fits(self, head: DSparkHead, lengths: Sequence[int]) -> bool:
+        """Whether this is of the same head and covers exactly `lengths[r]` tokens of every row."""
+        known = [row.drafted + len(row.features) for row in self.rows]
+        return self.head() is head and known == list(lengths)
+
+
+def check_cache(past: Cache) -> None:
+    """Raise for caches whose contents cannot be moved into slots."""
+    for layer in past.layers:
+        dynamic = type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer")
+        if not dynamic and (type(layer).__name__ != "StaticLayer" or past.get_seq_length()):
+            raise ValueError(
+                f"A DSpark head cannot continue from a {type(past).__name__} with {type(layer).__name__} layers. "
+                "Pass a DynamicCache, or leave out `past_key_values`."
+            )
+
+
+def load(past: Cache, columns: list[list[int]], slots: SlotCache) -> None:
+    """Fill `slots` with a transformers cache.
+
+    Args:
+        columns: for every row the columns of the cache that hold its tokens, in order.
+    """
+    length = past.get_seq_length()
+    slots.lengths = [len(own) for own in columns]
+    for source, layer in zip(past.layers, slots.layers, strict=True):
+        stored = source.keys.shape[2]
+        # A sliding layer has dropped its oldest columns; nobody looks at their slots.
+        kept = [[(slot, c - length + stored) for slot, c in enumerate(own) if c >= length - stored] for own in columns]
+        layer.fill(*(_gathered(x, kept, max(slots.lengths)) for x in (source.keys, source.values)))
+
+
+def _gathered(x: torch.Tensor, pairs: list[list[tuple[int, int]]], width: int) -> torch.Tensor:
+    """[R, heads, width, head_dim] with x[r, :, column] at every (slot, column) of row r."""
+    moved = x.new_zeros(x.shape[0], x.shape[1], width, x.shape[3])
+    for r, own in enumerate(pairs):
+        if own:
+            to, source = (torch.tensor(index, device=x.device) for index in zip(*own, strict=True))
+            moved[r].index_copy_(1, to, x[r].index_select(1, source))
+    return moved
+
+
+def load_draft(rows: Sequence[RowPast], slots: SlotCache) -> None:
+    """Fill the draft cache from a returned cache."""
+    sample = next((row.draft for row in rows if row.draft), None)
+    if sample is None:
+        return
+    slots.lengths = [row.drafted for row in rows]
+    nothing = [(keys[:, :0], values[:, :0]) for keys, values in sample]
+    for i, layer in enumerate(slots.layers):
+        layer.fill(*(_right_padded([(row.draft or nothing)[i][part] for row in rows], dim=1) for part in (0, 1)))
+
+
+def _right_padded(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """The tensors, zero-padded at the end of `dim` to the longest of them, stacked."""
+    shape = list(tensors[0].shape)
+    shape[dim] = max(tensor.shape[dim] for tensor in tensors)
+    stacked = tensors[0].new_zeros(len(tensors), *shape)
+    for row, tensor in zip(stacked, tensors, strict=True):
+        row.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    return stacked
+
+
+def with_unseen(rows: Sequence[RowPast], features: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list[int]]:
+    """The states that the head had not seen yet, in front of new ones: [R, C, m*d] and their counts."""
+    joined = [torch.cat([row.features, new[:n]]) for row, new, n in zip(rows, features, counts, strict=True)]
+    return _right_padded(joined, dim=0), [len(states) for states in joined]
+
+
+def take_row(slots: SlotCache, row: int, length: int) -> States:
+    """Copies of the first `length` tokens of a row, so that its slot can go."""
+    if length == 0:
+        return []
+    return [(layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone()) for layer in slots.layers]
+
+
+def store(
+    rows: list[RowPast], columns: list[list[int]], width: int, config: PreTrainedConfig, head: DSparkHead
+) -> DynamicCache:
+    """A transformers cache of `width` columns that holds the rows' tokens at their columns."""
+    past = DynamicCache(config=config)
+    for i in range(len(rows[0].target)):
+        states = []
+        for part in (0, 1):
+            sample = rows[0].target[i][part]
+            x = sample.new_zeros(len(rows), sample.shape[0], width, sample.shape[2])
+            for r, (row, own) in enumerate(zip(rows, columns, strict=True)):
+                x[r].index_copy_(1, torch.tensor(own, device=x.device), row.target[i][part])
+            states.append(x)
+        past.update(*states, i)
+    past.dspark = DraftPast(weakref.ref(head), [RowPast([], row.draft, row.features) for row in rows])
+    return past
