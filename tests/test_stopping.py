@@ -3,7 +3,14 @@
 import pytest
 import torch
 from conftest import tiny_head, tiny_target
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 
 class AfterPair(StoppingCriteria):
@@ -50,3 +57,63 @@ def test_processors_that_look_at_the_prefix(pair, settings):
     kwargs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 20, "eos_token_id": 3, "do_sample": False}
     plain = target.generate(**kwargs, **settings)
     assert torch.equal(target.generate(**kwargs, **settings, assistant_model=head), plain)
+
+
+@pytest.fixture(scope="module")
+def words():
+    """A tokenizer of twelve words for the pair's vocabulary; transformers' criterion needs one of them to be abcdef."""
+    names = ["pad", "abcdef", *"abcdefghij"]
+    core = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="pad"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="pad")
+
+
+@pytest.mark.parametrize("stop_strings", [["a"], ["b", "h"], ["c d"], ["e", "f g"]])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_stop_strings(pair, words, stop_strings, rows):
+    target, head = pair
+    kwargs = {
+        "input_ids": torch.randint(1, 12, (rows, 4)),
+        "stop_strings": stop_strings,
+        "tokenizer": words,
+        "max_new_tokens": 30,
+        "do_sample": False,
+    }
+    assert torch.equal(target.generate(**kwargs, assistant_model=head), target.generate(**kwargs))
+
+
+def test_max_time(pair):
+    """Plain decoding looks at the clock after every token; with no time at all both end after the first."""
+    target, head = pair
+    kwargs = {"input_ids": torch.tensor([[3, 4, 5]]), "max_time": 0.0, "max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(target.generate(**kwargs, assistant_model=head), target.generate(**kwargs))
+
+
+def test_what_was_accepted_behind_the_end_leaves_no_trace(vanilla):
+    """A head that is right about everything, and a stop in the middle of its block."""
+    target, head = vanilla.target(), vanilla.head()
+    prompt = vanilla.expected["prompts"][1]
+    ids = torch.tensor([prompt["input_ids"]])
+    lengths = prompt["acceptance_lengths"]
+    # The third token of the first round that accepts a whole block.
+    r = next(i for i, length in enumerate(lengths) if length >= 7)
+    end = 1 + sum(lengths[:r]) + 3
+
+    class StopAt(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] >= ids.shape[1] + end] * len(input_ids))
+
+    output = target.generate(
+        input_ids=ids,
+        assistant_model=head,
+        max_new_tokens=60,
+        do_sample=False,
+        stopping_criteria=StoppingCriteriaList([StopAt()]),
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    assert output.sequences[0].tolist() == prompt["generate_ids"][: ids.shape[1] + end]
+    assert output.dspark.accepted_lengths[0] == [*lengths[:r], 3]
+    assert sum(output.dspark.accepted) == sum(lengths[:r]) - r + 3
+    assert len(output.scores) == end
+    assert output.past_key_values.get_seq_length() == ids.shape[1] + end - 1

@@ -11,13 +11,13 @@ import torch
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from ..modeling_dspark import DraftBlock, DSparkHead
-from . import past
 from .acceptance import Verdict, accept_greedy, accept_sampled
 from .batch import Row, read_rows
 from .cache import on_device
 from .compatibility import check_inputs, check_pair, check_prompt
 from .drafting import Drafter
 from .outputs import Recorder
+from .past import Continuation, with_unseen
 from .processors import BlockProcessors
 from .stats import DSparkGenerateOutput, DSparkStats, Stopwatch
 from .stopping import Stopping
@@ -61,7 +61,7 @@ def generate(
         streamer,
     )
     sequences = rounds.run()
-    cache = rounds.continued_cache()
+    cache = rounds.past.store(rounds.all_rows, rounds.target.config, assistant_model)
     if not generation_config.return_dict_in_generate:
         return sequences
     recorded = rounds.recorder.collect()
@@ -86,13 +86,11 @@ class Rounds:
         self.stopwatch = Stopwatch(self.target.device)
 
         self.input_ids = input_ids
-        self.given = given if getattr(given, "_is_user_defined", False) else None
-        self.all_rows = self.rows = self._read_rows(attention_mask)
+        self.past = Continuation(given, config)
+        width = self.past.width(input_ids, attention_mask)
+        self.all_rows = self.rows = read_rows(input_ids, attention_mask, self.past.cached, width)
         check_prompt(model, max(len(row.prompt_columns) for row in self.rows))
         self.cache = self.target.new_cache(size)
-        # What a continued cache is made of, of every row that has ended; empty when none will be.
-        self.keeps_past = config.use_cache and (config.return_dict_in_generate or self.given is not None)
-        self.ended: dict[int, past.RowPast] = {}
         # Target states of the tokens committed since the last draft, [R, C, m*d]; row r has counts[r] of them.
         self.features: torch.Tensor
         self.counts: list[int]
@@ -121,7 +119,7 @@ class Rounds:
 
     def prefill(self) -> tuple[Verdict, torch.Tensor]:
         """A round without a draft: the whole prompts, right-padded inside; only their last logits are computed."""
-        memories = self._load_given()
+        remembered = self.past.load(self.rows, self.cache, self.drafter)
         counts = [len(row.prompt) for row in self.rows]
         longest, device = max(counts), self.target.device
         tokens = on_device([row.prompt + [self.pad] * (longest - len(row.prompt)) for row in self.rows], device)
@@ -129,8 +127,8 @@ class Rounds:
         self.passed = self.target.forward(tokens, self.cache, on_device(keep, device))
         self.cache.commit(counts)
         self.features, self.counts = self.passed.features, counts
-        if memories is not None:
-            self.features, self.counts = past.with_unseen(memories, self.features, counts)
+        if remembered is not None:
+            self.features, self.counts = with_unseen(remembered, self.features, counts)
         columns = on_device([keep.index(count - 1) for count in counts], device)
         last = self.passed.logits[torch.arange(len(counts), device=device), columns][:, None]
         self.passed = replace(self.passed, logits=last)
@@ -142,7 +140,7 @@ class Rounds:
         """A block for every row, no longer than any row can still use; `None` when one token is all that is left."""
         length = min(self.stats.block_size, max(map(self._room, self.rows)))
         if length == 0:
-            if self.keeps_past:
+            if self.past.is_kept:
                 self.drafter.absorb(self.anchors, self.features, self.counts)
             return None
         select = self.processors.drafting(self._prefixes(), self._row_indices())
@@ -203,8 +201,8 @@ class Rounds:
                 self.streamer.put(torch.tensor(kept))
             if not ended:
                 active.append(r)
-            elif self.keeps_past:
-                self.ended[row.index] = self._past_of(r, row)
+            else:
+                self.past.keep_row(r, row, self.cache, self.drafter, self.features)
         self._keep(active)
 
     # -- Helpers ------------------------------------------------------------------------------------------------
@@ -253,7 +251,7 @@ class Rounds:
 
     def _record(self, r: int, row: Row, count: int, logits: torch.Tensor) -> None:
         if not row.committed:
-            width = row.width - (self.given.get_seq_length() if self.given is not None else 0)
+            width = row.width - self.past.cached
             self.recorder.record_prefill(row.index, r, self.passed, logits, row.prompt_columns, len(row.prompt), width)
             return
         drafts = range(row.columns[-1] + 1, row.columns[-1] + self.passed.features.shape[1])
@@ -267,52 +265,3 @@ class Rounds:
         longest = max(len(row.committed) for row in self.all_rows)
         new = [row.committed + [self.pad] * (longest - len(row.committed)) for row in self.all_rows]
         return torch.cat([self.input_ids, torch.tensor(new, device=self.input_ids.device)], dim=1)
-
-    # -- A cache from before, and for after ---------------------------------------------------------------------
-
-    def _read_rows(self, attention_mask: torch.Tensor | None) -> list[Row]:
-        cached, width = 0, self.input_ids.shape[1]
-        if self.given is not None:
-            past.check_cache(self.given)
-            cached = self.given.get_seq_length()
-            # Without a mask, `generate` left its width here.
-            width = getattr(self.config, "_mask_length", width)
-        if attention_mask is not None:
-            width = attention_mask.shape[1]
-        return read_rows(self.input_ids, attention_mask, cached, width)
-
-    def _load_given(self) -> list[past.RowPast] | None:
-        """Fill the slots from a given cache; what the head remembers of it, when it is one that we returned."""
-        if self.given is None or self.given.get_seq_length() == 0:
-            return None
-        past.load(self.given, [row.prompt_columns[: row.cached] for row in self.rows], self.cache)
-        memory = getattr(self.given, "dspark", None)
-        if memory is None or not memory.fits(self.drafter.head, self.cache.lengths):
-            self.drafter.start_at(self.cache.lengths)
-            return None
-        past.load_draft(memory.rows, self.drafter.cache)
-        return memory.rows
-
-    def _past_of(self, r: int, row: Row) -> past.RowPast:
-        """What is cached of a row that ends: all its tokens but the last, which the target has not seen."""
-        length = len(row.columns) - 1
-        known = self.drafter.cache.lengths[r]
-        if any(self.drafter.first):
-            draft, features = [], self.features[r, :0]
-        else:
-            draft = past.take_row(self.drafter.cache, r, known)
-            features = self.features[r, : length - known].clone()
-        return past.RowPast(past.take_row(self.cache, r, length), draft, features)
-
-    def continued_cache(self) -> Cache | None:
-        """The cache that plain generate would return, with what the head knows; the given one, brought up to date."""
-        if not self.keeps_past:
-            return None
-        rows = [self.ended[row.index] for row in self.all_rows]
-        columns = [row.columns[:-1] for row in self.all_rows]
-        width = self.all_rows[0].width + max(len(row.committed) for row in self.all_rows) - 1
-        stored = past.store(rows, columns, width, self.target.config, self.drafter.head)
-        if self.given is None:
-            return stored
-        self.given.layers, self.given.dspark = stored.layers, stored.dspark
-        return self.given

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig
 
 from ..modeling_dspark import DSparkHead
+from .batch import Row
 from .cache import SlotCache
+from .drafting import Drafter
 
 States = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -22,7 +24,8 @@ class RowPast:
     """What is cached of one row of n tokens.
 
     target: keys and values [heads, n, head_dim] of every target layer. draft: the same of every draft layer, for the
-    first tokens, empty when it holds none. features: [t, m*d], target states of the other t tokens, which the head has not seen yet.
+    first tokens, empty when it holds none. features: [t, m*d], target states of the other t tokens, which the head
+    has not seen yet.
     """
 
     target: States
@@ -118,9 +121,75 @@ def take_row(slots: SlotCache, row: int, length: int) -> States:
     return [(layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone()) for layer in slots.layers]
 
 
-def store(
-    rows: list[RowPast], columns: list[list[int]], width: int, config: PreTrainedConfig, head: DSparkHead
-) -> DynamicCache:
+class Continuation:
+    """The cache that a call was given, and the one that it returns.
+
+    Args:
+        given: what `generate` passes as `past_key_values`; continued when it came from the user.
+        config: of the call; a cache is kept when it asks for outputs or a cache was given, unless `use_cache` is off.
+
+    Raises:
+        ValueError: for a cache that cannot be continued.
+    """
+
+    def __init__(self, given: Cache | None, config: GenerationConfig):
+        self.given = given if getattr(given, "_is_user_defined", False) else None
+        if self.given is not None:
+            check_cache(self.given)
+        self.cached = self.given.get_seq_length() if self.given is not None else 0
+        # `generate` leaves the width of a mask that it dropped, as nothing in it was masked, here.
+        self.dropped_mask_width = getattr(config, "_mask_length", None)
+        self.is_kept = config.use_cache and (config.return_dict_in_generate or self.given is not None)
+        self.ended: dict[int, RowPast] = {}
+
+    def width(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> int:
+        """Columns of cache and prompt together; `input_ids` may hold all of them or only the new ones."""
+        if attention_mask is not None:
+            return attention_mask.shape[1]
+        return self.dropped_mask_width or input_ids.shape[1]
+
+    def load(self, rows: Sequence[Row], slots: SlotCache, drafter: Drafter) -> list[RowPast] | None:
+        """Fill the target's slots, and the head's with what it remembers if the cache is one that we returned."""
+        if self.cached == 0:
+            return None
+        load(self.given, [row.prompt_columns[: row.cached] for row in rows], slots)
+        memory = getattr(self.given, "dspark", None)
+        if memory is None or not memory.fits(drafter.head, slots.lengths):
+            drafter.start_at(slots.lengths)
+            return None
+        load_draft(memory.rows, drafter.cache)
+        return memory.rows
+
+    def keep_row(self, r: int, row: Row, slots: SlotCache, drafter: Drafter, features: torch.Tensor) -> None:
+        """Remember a row that ends: all its tokens but the last, which the target has not seen.
+
+        Args:
+            r: place of the row in slots and features.
+        """
+        if not self.is_kept:
+            return
+        length, drafted = len(row.columns) - 1, drafter.cache.lengths[r]
+        draft, unseen = [], features[r, :0]
+        if not any(drafter.first):
+            draft, unseen = take_row(drafter.cache, r, drafted), features[r, : length - drafted].clone()
+        self.ended[row.index] = RowPast(take_row(slots, r, length), draft, unseen)
+
+    def store(self, rows: Sequence[Row], config: PreTrainedConfig, head: DSparkHead) -> Cache | None:
+        """The cache that plain generate would return, with what the head knows; the given one, brought up to date."""
+        if not self.is_kept:
+            return None
+        width = rows[0].width + max(len(row.committed) for row in rows) - 1
+        stored = as_cache([self.ended[row.index] for row in rows], [row.columns[:-1] for row in rows], width, config)
+        memory = DraftPast(
+            weakref.ref(head),
+            [RowPast([], past.draft, past.features) for past in map(self.ended.get, range(len(rows)))],
+        )
+        past = stored if self.given is None else self.given
+        past.layers, past.dspark = stored.layers, memory
+        return past
+
+
+def as_cache(rows: list[RowPast], columns: list[list[int]], width: int, config: PreTrainedConfig) -> DynamicCache:
     """A transformers cache of `width` columns that holds the rows' tokens at their columns."""
     past = DynamicCache(config=config)
     for i in range(len(rows[0].target)):
@@ -132,5 +201,4 @@ def store(
                 x[r].index_copy_(1, torch.tensor(own, device=x.device), row.target[i][part])
             states.append(x)
         past.update(*states, i)
-    past.dspark = DraftPast(weakref.ref(head), [RowPast([], row.draft, row.features) for row in rows])
     return past

@@ -1,0 +1,160 @@
+"""Every logits processor that `GenerationConfig` can switch on does with a head what it does without."""
+
+import pytest
+import torch
+from conftest import tiny_head, tiny_target
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    SynthIDTextWatermarkingConfig,
+    WatermarkingConfig,
+)
+
+from dspark_hf.generation.processors import BlockProcessors
+
+VOCABULARY = 24
+
+WARPERS = {
+    "temperature": {"temperature": 0.6},
+    "top_k": {"top_k": 4},
+    "top_p": {"top_p": 0.7},
+    "top_h": {"top_h": 0.5},
+    "min_p": {"min_p": 0.2},
+    "typical_p": {"typical_p": 0.6},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.05},
+    "eta_cutoff": {"eta_cutoff": 0.05},
+}
+PREFIX_FREE = {
+    "suppress_tokens": {"suppress_tokens": [1, 4, 9]},
+    "renormalize_logits": {"renormalize_logits": True},
+    "remove_invalid_values": {"remove_invalid_values": True},
+}
+LOOKS_AT_THE_PREFIX = {
+    "repetition_penalty": {"repetition_penalty": 1.4},
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 1.4},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 2},
+    "bad_words_ids": {"bad_words_ids": [[3], [5, 6], [7, 8, 9]]},
+    "min_length": {"min_length": 14, "eos_token_id": [3, 11, 17]},
+    "min_new_tokens": {"min_new_tokens": 6, "eos_token_id": [3, 11, 17]},
+    "forced_eos_token_id": {"forced_eos_token_id": 2},
+    "begin_suppress_tokens": {"begin_suppress_tokens": [1, 2, 3, 4, 5, 6, 7, 8]},
+    "sequence_bias": {"sequence_bias": {(4,): 3.0, (5, 6): 5.0, (9,): -4.0}},
+    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (4, 1.3), "eos_token_id": 3},
+    "watermarking_config": {"watermarking_config": WatermarkingConfig(bias=4.0, seeding_scheme="lefthash")},
+    "prefix_allowed_tokens_fn": {
+        "prefix_allowed_tokens_fn": lambda row, ids: [(int(ids[-1]) + k) % 24 for k in (1, 5, 7)]
+    },
+    "several at once": {
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 3,
+        "suppress_tokens": [2],
+        "min_new_tokens": 4,
+    },
+}
+
+
+class Forbid(LogitsProcessor):
+    """A user's own processor: forbids what the sum of the last two tokens points at."""
+
+    def __call__(self, input_ids, scores):
+        index = (input_ids[:, -2:].sum(1, keepdim=True) + torch.arange(6)) % VOCABULARY
+        return scores.scatter(1, index, float("-inf"))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = tiny_target(vocab_size=VOCABULARY, sharpness=3)
+    return target, tiny_head(target)
+
+
+def batch():
+    ids, mask = torch.randint(1, VOCABULARY, (3, 7)), torch.ones(3, 7, dtype=torch.long)
+    ids[1, :4], mask[1, :4] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def check_greedy(pair, inputs, **settings):
+    target, head = pair
+    kwargs = inputs | {"max_new_tokens": 18, "do_sample": False} | settings
+    plain = target.generate(**kwargs)
+    assert torch.equal(target.generate(**kwargs, assistant_model=head), plain)
+    return plain
+
+
+@pytest.mark.parametrize("name", PREFIX_FREE | LOOKS_AT_THE_PREFIX)
+def test_greedy(pair, name):
+    settings = (PREFIX_FREE | LOOKS_AT_THE_PREFIX)[name]
+    check_greedy(pair, {"input_ids": torch.tensor([[3, 9, 4, 7]])}, **settings)
+    check_greedy(pair, batch(), **settings)
+
+
+def test_the_settings_matter(pair):
+    """Most of these settings change the text, so that the comparison above says something."""
+    inputs = {"input_ids": torch.tensor([[3, 9, 4, 7]])}
+    without = check_greedy(pair, inputs).tolist()
+    changed = [name for name, s in LOOKS_AT_THE_PREFIX.items() if check_greedy(pair, inputs, **s).tolist() != without]
+    assert len(changed) >= len(LOOKS_AT_THE_PREFIX) - 2
+
+
+def test_user_processor(pair):
+    check_greedy(pair, batch(), logits_processor=LogitsProcessorList([Forbid()]))
+
+
+@pytest.mark.parametrize("name", WARPERS | PREFIX_FREE | LOOKS_AT_THE_PREFIX)
+def test_a_block_equals_its_positions_one_by_one(pair, name):
+    """What the target's logits of a block become is what each position would become in plain decoding."""
+    target, _ = pair
+    settings = dict((WARPERS | PREFIX_FREE | LOOKS_AT_THE_PREFIX)[name])
+    allowed = settings.pop("prefix_allowed_tokens_fn", None)
+    prompts = torch.randint(1, VOCABULARY, (2, 5))
+    config = GenerationConfig(
+        do_sample=True, num_beams=1, max_length=12, pad_token_id=0, **{"eos_token_id": 2} | settings
+    )
+    target._prepare_special_tokens(config, True, prompts.device, 2)
+    processors = target._get_logits_processor(
+        config, input_ids_seq_length=5, encoder_input_ids=prompts, prefix_allowed_tokens_fn=allowed, model_kwargs={}
+    )
+    block, logits = torch.randint(1, VOCABULARY, (2, 3)), torch.randn(2, 4, VOCABULARY) * 3
+    prefixes = list(torch.cat([prompts, block], dim=1))
+    found = BlockProcessors(processors, True, 2).on_target(logits.clone(), prefixes, [0, 1])
+    for j in range(4):
+        expected = processors(torch.cat([prompts, block[:, :j]], dim=1), logits[:, j].clone())
+        torch.testing.assert_close(found[:, j], expected)
+
+
+def test_prefix_free_processors_run_once_a_block():
+    calls = []
+
+    class Counting(LogitsProcessorList):
+        def __call__(self, input_ids, scores, **kwargs):
+            calls.append(1)
+            return super().__call__(input_ids, scores, **kwargs)
+
+    target = tiny_target(vocab_size=VOCABULARY)
+    config = GenerationConfig(do_sample=True, temperature=0.7, top_k=3)
+    processors = BlockProcessors(Counting(target._get_logits_processor(config)), True, 4)
+    processors.on_target(torch.randn(4, 8, VOCABULARY), None, range(4))
+    assert len(calls) == 1 and not processors.needs_prefix
+
+
+def test_drafts_follow_the_processors(vanilla):
+    """A head that ignored the processors would draft what the target may no longer say."""
+    target, head = vanilla.target(), vanilla.head()
+    ids = torch.tensor([vanilla.expected["prompts"][2]["input_ids"]])
+    plain = target.generate(input_ids=ids, max_new_tokens=40, do_sample=False)
+    forbidden = plain[0, ids.shape[1] :].unique().tolist()[::2]
+    kwargs = {"input_ids": ids, "max_new_tokens": 40, "do_sample": False, "suppress_tokens": forbidden}
+    output = target.generate(**kwargs, assistant_model=head, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, target.generate(**kwargs))
+    assert output.dspark.tau > 1.3
+
+
+def test_processors_that_keep_a_state_are_refused(pair):
+    target, head = pair
+    config = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
+    with pytest.raises(ValueError, match="SynthID"):
+        target.generate(
+            input_ids=torch.tensor([[3, 4]]), do_sample=True, watermarking_config=config, assistant_model=head
+        )
