@@ -10,6 +10,7 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from .checkpoints import deepspec, read_config
 
 SEQUENTIAL_HEAD_TYPES = ("vanilla", "gated", "rnn")
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 class DSparkConfig(Qwen3Config):
@@ -126,16 +127,18 @@ class DSparkConfig(Qwen3Config):
                 f"A DSpark head drafts for decoder-only targets; {target_config.model_type!r} is an encoder-decoder."
             )
         text = target_config.get_text_config(decoder=True)
-        heads = text.num_attention_heads
+        # Of fields that differ by layer, the first layer's.
+        layer = getattr(text, "per_layer_config", [text])[0]
+        heads = layer.num_attention_heads
         fields = {
             "vocab_size": text.vocab_size,
             "hidden_size": text.hidden_size,
-            "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            "intermediate_size": _mlp_width(layer),
             "num_attention_heads": heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+            "num_key_value_heads": getattr(layer, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(layer, "head_dim", None) or text.hidden_size // heads,
             "max_position_embeddings": text.max_position_embeddings,
-            "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
+            "rms_norm_eps": getattr(text, "rms_norm_eps", None) or 1e-6,
             "rope_parameters": _plain_rope(text),
             "num_target_layers": text.num_hidden_layers,
             "target_layer_ids": target_layer_ids or _spread_layers(text.num_hidden_layers),
@@ -145,9 +148,16 @@ class DSparkConfig(Qwen3Config):
             "markov_rank": markov_rank,
             "markov_head_type": markov_head_type,
             "borrow_embeddings": True,
+            # Pipelines take an assistant with other special tokens for one with another tokenizer.
+            **{name: getattr(text, name, None) for name in SPECIAL_TOKENS},
             "dtype": text.dtype,
         }
         return cls(**fields | kwargs)
+
+
+def _mlp_width(layer: PreTrainedConfig) -> int:
+    width = getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size
+    return width[0] if isinstance(width, list) else width
 
 
 def _spread_layers(num_layers: int, most: int = 5) -> list[int]:
@@ -161,7 +171,7 @@ def _spread_layers(num_layers: int, most: int = 5) -> list[int]:
 
 def _free_token(text: PreTrainedConfig) -> int:
     special = set()
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    for name in SPECIAL_TOKENS:
         value = getattr(text, name, None)
         special |= set(value) if isinstance(value, list) else {value}
     return next(token for token in range(text.vocab_size - 1, -1, -1) if token not in special)

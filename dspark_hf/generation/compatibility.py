@@ -1,11 +1,18 @@
 """Errors about a target and a head that do not fit together, raised before the first token."""
 
+import inspect
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from ..modeling_dspark import DSparkHead
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+RECURRENT_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+# Architectures without `position_ids` whose position bias counts the cache's columns, which are each row's positions.
+POSITIONS_FROM_COLUMNS = {"mpt"}
 
 
 def check_pair(target: PreTrainedModel, head: DSparkHead) -> None:
@@ -16,6 +23,8 @@ def check_pair(target: PreTrainedModel, head: DSparkHead) -> None:
             f"A DSpark head drafts for decoder-only targets, but {name} is an encoder-decoder. Leave out "
             "`assistant_model`, or pass an encoder-decoder assistant."
         )
+    check_layers(target)
+    check_attention(target)
     text = target.config.get_text_config(decoder=True)
     fix = "Load the head that was trained for this target."
     for key, label in (("vocab_size", "a vocabulary of"), ("hidden_size", "hidden size")):
@@ -31,6 +40,54 @@ def check_pair(target: PreTrainedModel, head: DSparkHead) -> None:
     if config.num_target_layers not in (None, layers):
         raise ValueError(
             f"The head was made for a target of {config.num_target_layers} layers, but {name} has {layers}. {fix}"
+        )
+
+
+def check_layers(target: PreTrainedModel) -> None:
+    """Raise for layers whose state is not a slot of keys and values a row, which a rollback by length needs."""
+    name, text = type(target).__name__, target.config.get_text_config(decoder=True)
+    types = set(getattr(text, "layer_types", None) or ())
+    if getattr(text, "attention_chunk_size", None) is not None and not types:
+        types = {"chunked_attention"}
+    others = types - ATTENTION_LAYERS
+    if others & RECURRENT_LAYERS or (target._is_stateful and not others):
+        raise ValueError(
+            f"{name} has recurrent layers ({_listed(others & RECURRENT_LAYERS) or 'stateful'}), and their state cannot "
+            "be rolled back when a draft is rejected. DSpark heads draft for targets whose layers are full or sliding "
+            "attention; leave out `assistant_model`."
+        )
+    if others:
+        raise ValueError(
+            f"{name} has layers of type {_listed(others)}. DSpark heads draft for targets whose layers are full or "
+            "sliding attention; leave out `assistant_model`."
+        )
+
+
+def check_attention(target: PreTrainedModel) -> None:
+    """Raise when the target cannot be told what each row of the batch sees, or at which positions it is."""
+    name, text = type(target).__name__, target.config.get_text_config(decoder=True)
+    implementation = text._attn_implementation
+    takes_positions = "position_ids" in inspect.signature(target.forward).parameters
+    if not takes_positions and text.model_type not in POSITIONS_FROM_COLUMNS:
+        raise ValueError(
+            f"{name} takes no `position_ids`, which rows that accept different numbers of drafts need. Leave out "
+            "`assistant_model`."
+        )
+    if getattr(text, "alibi", False):
+        raise ValueError(
+            f"{name} computes its positions (ALiBi) from a two-dimensional attention mask, but rows that accept "
+            "different numbers of drafts need their own masks. Leave out `assistant_model`."
+        )
+    if getattr(text, "prefix_lm", False):
+        raise ValueError(
+            f"{name} reads its prompt in both directions (`prefix_lm=True`), but DSpark rounds mask causally. Leave "
+            "out `assistant_model`."
+        )
+    if implementation not in ATTENTION_IMPLEMENTATIONS:
+        raise ValueError(
+            f"The attention of {name}, {implementation!r}, cannot take the masks of rows that accept different numbers "
+            'of drafts. Load the target with `attn_implementation="sdpa"`, or call '
+            '`model.set_attn_implementation("sdpa")`; "eager" and "flex_attention" work too.'
         )
 
 
@@ -58,3 +115,7 @@ def check_prompt(target: PreTrainedModel, length: int) -> None:
             "(`max_position_embeddings`). Shorten the prompt, for example with `truncation=True, "
             f"max_length={limit}` in the tokenizer call."
         )
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names))

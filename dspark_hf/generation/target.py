@@ -4,10 +4,13 @@ import inspect
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
 from .cache import Placement, SlotCache, causal_mask
 from .hidden_states import indices_of, request_for
+
+Mask = torch.Tensor | BlockMask
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,12 @@ class Target:
         self.all_hidden_states = all_hidden_states
         self.attentions = attentions
         self.model = model
-        self.device = model.get_input_embeddings().weight.device
+        self.device = _device_of(model.get_input_embeddings())
         self.config = model.config.get_text_config(decoder=True)
         self.hidden_state_indices = indices_of(layer_ids)
         self.layer_types = set(getattr(self.config, "layer_types", None) or ())
         self.window = getattr(self.config, "sliding_window", None)
-        self.eager = self.config._attn_implementation == "eager"
+        self.implementation = self.config._attn_implementation
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def new_cache(self, rows: int) -> SlotCache:
@@ -83,19 +86,43 @@ class Target:
             outputs.attentions if self.attentions else None,
         )
 
-    def _mask(self, placement: Placement) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _mask(self, placement: Placement) -> Mask | dict[str, Mask]:
         """What the model takes as `attention_mask`: one mask, or one a layer type where it mixes types."""
-        full = self._as_bias(causal_mask(placement))
+        full = self._seen(placement)
         if self.window is None:
             return full
-        sliding = self._as_bias(causal_mask(placement, self.window))
+        sliding = self._seen(placement, self.window)
         if len(self.layer_types) > 1:
             return {"full_attention": full, "sliding_attention": sliding}
         return full if self.layer_types == {"full_attention"} else sliding
 
-    def _as_bias(self, mask: torch.Tensor) -> torch.Tensor:
-        """Eager attention adds its mask to the scores; the others take booleans."""
-        if not self.eager:
+    def _seen(self, placement: Placement, window: int | None = None) -> Mask:
+        """`causal_mask` as the attention implementation takes it: sdpa booleans, eager a term that it adds to the
+        scores, flex attention a `BlockMask`."""
+        if self.implementation == "flex_attention":
+            return block_mask(placement, window)
+        mask = causal_mask(placement, window)
+        if self.implementation != "eager":
             return mask
         dtype = self.model.dtype
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def block_mask(placement: Placement, window: int | None = None) -> BlockMask:
+    """[R, 1, n, view]: what `causal_mask` says, for flex attention."""
+    slots = placement.slots.contiguous()
+
+    def sees(row, head, query, key):
+        slot = slots[row, query]
+        seen = key <= slot
+        return seen if window is None else seen & (key > slot - window)
+
+    rows, count = slots.shape
+    return create_block_mask(sees, rows, None, count, placement.view, device=str(slots.device))
+
+
+def _device_of(module: torch.nn.Module) -> torch.device:
+    """Where the module runs: of weights that accelerate keeps elsewhere between calls, where it brings them."""
+    if module.weight.device.type != "meta":
+        return module.weight.device
+    return torch.device(module._hf_hook.execution_device)
