@@ -1,0 +1,29 @@
+"""The documents name tests and files that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def named_tests() -> list[str]:
+    return re.findall(r"`(test_\w+\.py::test_\w+)`", (ROOT / "docs" / "features.md").read_text())
+
+
+def test_the_matrix_has_rows():
+    assert len(named_tests()) >= 15
+
+
+@pytest.mark.parametrize("name", sorted(set(named_tests())))
+def test_every_row_of_the_matrix_has_its_test(name):
+    file, function = name.split("::")
+    assert f"def {function}(" in (ROOT / "tests" / file).read_text()
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/features.md"])
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text()
+    for link in re.findall(r"\]\((?!https?://|#)([^)]+)\)", text):
+        assert ((ROOT / document).parent / link).exists(), link
