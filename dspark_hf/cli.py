@@ -162,6 +162,8 @@ def train(
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step and process.")] = 16,
     learning_rate: float = 6e-4,
+    optimizer: Annotated[str, typer.Option(help="adamw, or muon for the backbone's matrices.")] = "adamw",
+    ce_weight: Annotated[float, typer.Option(help="Weight of the cross entropy; more helps short runs.")] = 0.1,
     anchors: Annotated[int, typer.Option(min=1, help="Blocks a sequence.")] = 512,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 4096,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
@@ -175,6 +177,7 @@ def train(
     from .training.data import load_rows
     from .training.trainer import TrainingArguments
     from .training.trainer import train as run
+    from .training.warm_start import warm_start
 
     target = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -192,12 +195,17 @@ def train(
             dtype=torch.float32,
         )
         draft_head = DSparkHead(config)
+        copied = warm_start(draft_head, target)
+        if copied:
+            console.print(f"draft layers start from the target's layers {copied}", highlight=False)
     rows = load_rows(data, tokenizer, max_length)
     args = TrainingArguments(
         output=output,
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        optimizer=optimizer,
+        ce_weight=ce_weight,
         anchors_per_sequence=anchors,
         save_every=save_every,
         seed=seed,

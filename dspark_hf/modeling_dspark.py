@@ -106,15 +106,15 @@ class DSparkHead(PreTrainedModel):
             ValueError: when the head borrows and the target has no such module of the right size.
         """
         modules = {"embed_tokens": target.get_input_embeddings(), "lm_head": target.get_output_embeddings()}
+        chosen = {}
         for name, module in modules.items():
             own = getattr(self, name)
+            chosen[name] = module if own is None else own
             if own is not None and _same(own.weight, module.weight):
                 self._stand_ins[name] = module.weight
+                chosen[name] = module
                 setattr(self, name, None)
-        return Tables(
-            self.embed_tokens if self.embed_tokens is not None else modules["embed_tokens"],
-            self.lm_head if self.lm_head is not None else modules["lm_head"],
-        )
+        return Tables(chosen["embed_tokens"], chosen["lm_head"])
 
     # -- Pieces of a draft --------------------------------------------------------------------------------------
 
@@ -151,8 +151,8 @@ class DSparkHead(PreTrainedModel):
 
     def base_logits(self, hidden: torch.Tensor, tables: Tables) -> torch.Tensor:
         """Logits [..., V] of the parallel stage, before the sequential head."""
-        weight = tables.lm_head.weight
-        return tables.lm_head(hidden.to(weight.device, weight.dtype)).to(hidden.device)
+        lm_head = tables.lm_head
+        return lm_head(hidden.to(device_of(lm_head), lm_head.weight.dtype)).to(hidden.device)
 
     def confidence_logits(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor | None:
         """[..., B] from hidden states [..., B, d] and the tokens before each position [..., B]."""
@@ -266,6 +266,13 @@ class DSparkHead(PreTrainedModel):
 
     def _freed_copies(self) -> dict[str, torch.Tensor]:
         return {f"{name}.weight": weight.detach().clone() for name, weight in self._stand_ins.items()}
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module runs: where its weights are, or where accelerate brings them for the call."""
+    if module.weight.device.type != "meta":
+        return module.weight.device
+    return torch.device(module._hf_hook.execution_device)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, StaticCache, T5Config, T5ForConditionalGeneration
 
 from dspark_hf import DSparkConfig, DSparkHead
+from dspark_hf.generation.compatibility import check_inputs
 
 IDS = torch.tensor([[3, 4, 5]])
 
@@ -103,6 +104,21 @@ def test_embeddings_instead_of_tokens():
     embeds = target.get_input_embeddings()(IDS)
     message = message_of(target, tiny_head(target), input_ids=None, inputs_embeds=embeds)
     assert "inputs_embeds" in message
+
+
+def test_positions_that_do_not_count_the_tokens():
+    target = tiny_target()
+    message = message_of(target, tiny_head(target), position_ids=torch.tensor([[0, 1, 5]]))
+    assert "position_ids" in message
+    plain = target.generate(input_ids=IDS, max_new_tokens=4)
+    given = {"position_ids": torch.tensor([[0, 1, 2]]), "assistant_model": tiny_head(target)}
+    assert torch.equal(target.generate(input_ids=IDS, max_new_tokens=4, **given), plain)
+
+
+def test_inputs_that_would_be_lost():
+    with pytest.raises(ValueError, match="pixel_values"):
+        check_inputs({"pixel_values": torch.zeros(1, 3, 4, 4)})
+    check_inputs({"token_type_ids": torch.zeros(1, 3), "use_cache": True, "logits_to_keep": 1})
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
@@ -11,6 +12,8 @@ from ..modeling_dspark import DSparkHead
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 RECURRENT_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+# Inputs of `generate` that the rounds make themselves.
+HANDLED_INPUTS = {"inputs_tensor", "position_ids", "cache_position", "logits_to_keep"}
 # Architectures without `position_ids` whose position bias counts the cache's columns, which are each row's positions.
 POSITIONS_FROM_COLUMNS = {"mpt"}
 
@@ -104,6 +107,31 @@ def check_inputs(model_kwargs: dict[str, Any]) -> None:
     """Raise for inputs that the rounds cannot start from."""
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("A DSpark head needs token ids: pass `input_ids` instead of `inputs_embeds`.")
+    for name, value in model_kwargs.items():
+        if (
+            not torch.is_tensor(value)
+            or name in HANDLED_INPUTS
+            or (name.endswith("token_type_ids") and not value.any())
+        ):
+            continue
+        raise ValueError(
+            f"The rounds of a DSpark head do not pass `{name}` on to the model. Leave it out, or leave out "
+            "`assistant_model`."
+        )
+
+
+def check_positions(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+    """Raise for positions other than those that count a row's tokens, which is where its slots put them."""
+    if position_ids is None or (attention_mask is not None and attention_mask.shape != position_ids.shape):
+        return
+    if attention_mask is None:
+        attention_mask = torch.ones_like(position_ids)
+    counted, real = attention_mask.cumsum(-1) - 1, attention_mask.bool()
+    if (position_ids != counted)[real].any():
+        raise ValueError(
+            "The given `position_ids` do not count the tokens of each prompt. A DSpark head needs those that do: leave "
+            "`position_ids` out."
+        )
 
 
 def check_prompt(target: PreTrainedModel, length: int) -> None:

@@ -14,7 +14,7 @@ from ..modeling_dspark import DraftBlock, DSparkHead
 from .acceptance import Verdict, accept_greedy, accept_sampled
 from .batch import Row, read_rows
 from .cache import on_device
-from .compatibility import check_inputs, check_pair, check_prompt
+from .compatibility import check_inputs, check_pair, check_positions, check_prompt
 from .drafting import Drafter
 from .outputs import Recorder
 from .past import Continuation, with_unseen
@@ -35,12 +35,14 @@ def generate(
     streamer: Any = None,
     attention_mask: torch.Tensor | None = None,
     past_key_values: Cache | None = None,
+    position_ids: torch.Tensor | None = None,
     **model_kwargs,
 ) -> torch.Tensor | DSparkGenerateOutput:
     """The decoding method that `model.generate(..., assistant_model=head)` runs; see [`Rounds`].
 
     Args:
         input_ids: [R, P], left-padded where prompts differ in length. attention_mask: [R, P], `None` for no padding.
+        position_ids: [R, P]; only those that count the tokens are taken.
         past_key_values: a cache to continue, which is brought up to date; `generate` passes an empty one otherwise.
 
     Returns:
@@ -54,6 +56,7 @@ def generate(
         assistant_model,
         input_ids,
         attention_mask,
+        position_ids,
         past_key_values,
         logits_processor,
         stopping_criteria,
@@ -71,7 +74,9 @@ def generate(
 class Rounds:
     """The state of one call and the steps of a round. Tensors hold the active rows only, in the order of `rows`."""
 
-    def __init__(self, model, head, input_ids, attention_mask, given, processors, criteria, config, streamer):
+    def __init__(
+        self, model, head, input_ids, attention_mask, positions, given, processors, criteria, config, streamer
+    ):
         size = len(input_ids)
         self.config = config
         self.recorder = Recorder(config, size)
@@ -87,6 +92,8 @@ class Rounds:
 
         self.input_ids = input_ids
         self.past = Continuation(given, config)
+        if not self.past.cached:
+            check_positions(positions, attention_mask)
         width = self.past.width(input_ids, attention_mask)
         self.all_rows = self.rows = read_rows(input_ids, attention_mask, self.past.cached, width)
         check_prompt(model, max(len(row.prompt_columns) for row in self.rows))

@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
+from ..modeling_dspark import device_of
 from .cache import Placement, SlotCache, causal_mask
 from .hidden_states import indices_of, request_for
 
@@ -47,7 +48,7 @@ class Target:
         self.all_hidden_states = all_hidden_states
         self.attentions = attentions
         self.model = model
-        self.device = _device_of(model.get_input_embeddings())
+        self.device = device_of(model.get_input_embeddings())
         self.config = model.config.get_text_config(decoder=True)
         self.hidden_state_indices = indices_of(layer_ids)
         self.layer_types = set(getattr(self.config, "layer_types", None) or ())
@@ -119,10 +120,3 @@ def block_mask(placement: Placement, window: int | None = None) -> BlockMask:
 
     rows, count = slots.shape
     return create_block_mask(sees, rows, None, count, placement.view, device=str(slots.device))
-
-
-def _device_of(module: torch.nn.Module) -> torch.device:
-    """Where the module runs: of weights that accelerate keeps elsewhere between calls, where it brings them."""
-    if module.weight.device.type != "meta":
-        return module.weight.device
-    return torch.device(module._hf_hook.execution_device)

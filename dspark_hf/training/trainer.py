@@ -19,7 +19,7 @@ from ..generation.hidden_states import indices_of, request_for
 from ..modeling_dspark import DSparkHead, Tables
 from .blocks import attention_mask, labels_and_weights, sample_blocks
 from .data import collate
-from .losses import Losses, dspark_losses
+from .losses import CE_WEIGHT, Losses, dspark_losses
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class TrainingArguments:
     batch_size: int = 16
     learning_rate: float = 6e-4
     warmup_share: float = 0.04
-    weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    ce_weight: float = CE_WEIGHT
     anchors_per_sequence: int = 512
     save_every: int = 500
     seed: int = 0
@@ -91,6 +92,7 @@ def training_step(
     batch: dict[str, torch.Tensor],
     anchors_per_sequence: int,
     generator: torch.Generator,
+    ce_weight: float = CE_WEIGHT,
 ) -> Losses:
     """Losses of one batch at freshly sampled anchors. `head` may be wrapped by accelerate."""
     input_ids, loss_mask = batch["input_ids"], batch["loss_mask"]
@@ -106,7 +108,7 @@ def training_step(
     aligned = last_hidden.gather(1, positions[..., None].expand(-1, -1, last_hidden.shape[-1]))
     with torch.no_grad():
         target_logits = tables.lm_head(aligned).unflatten(1, (-1, config.block_size))
-    return dspark_losses(draft_logits, target_logits, confidence_logits, labels, supervised)
+    return dspark_losses(draft_logits, target_logits, confidence_logits, labels, supervised, ce_weight)
 
 
 def train(
@@ -142,12 +144,11 @@ def train(
         [len(row["input_ids"]) for row in rows], args.batch_size, args.seed, steps * processes, step * processes
     )
     loader = DataLoader(rows, batch_sampler=sampler, collate_fn=collate)
-    optimizer = torch.optim.AdamW(
-        [p for p in head.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_cosine(steps, args.warmup_share))
-    head, optimizer, loader = accelerator.prepare(head.train(), optimizer, loader)
-    accelerator.register_for_checkpointing(schedule)
+    optimizers = _optimizers(head, args)
+    factor = _warmup_then_cosine(steps, args.warmup_share)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+    head, loader, *optimizers = accelerator.prepare(head.train(), loader, *optimizers)
+    accelerator.register_for_checkpointing(*schedules)
     if resume:
         accelerator.load_state(str(checkpoint))
     if accelerator.is_main_process:
@@ -160,12 +161,15 @@ def train(
             # Anchors follow from the step, so that a resumed run draws the same.
             generator.manual_seed(args.seed + step * processes + accelerator.process_index)
             with accelerator.autocast():
-                losses = training_step(head, target, tables, batch, args.anchors_per_sequence, generator)
+                losses = training_step(
+                    head, target, tables, batch, args.anchors_per_sequence, generator, args.ce_weight
+                )
             accelerator.backward(losses.total)
             accelerator.clip_grad_norm_(head.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
             step += 1
             if accelerator.is_main_process and (step % 10 == 0 or step == steps):
                 progress.update(bar, completed=step, losses=_log(args.output, step, losses))
@@ -178,6 +182,22 @@ def train(
         described = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
         Path(args.output, "training.json").write_text(json.dumps(described | {"steps": steps}, indent=2) + "\n")
     return trained
+
+
+def _optimizers(head: DSparkHead, args: TrainingArguments) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the backbone's matrices and AdamW for the rest."""
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    if args.optimizer == "adamw":
+        return [torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)]
+    if args.optimizer != "muon":
+        raise ValueError(f"The optimizer must be adamw or muon, got {args.optimizer!r}.")
+    matrices = [head.fc.weight, *(p for p in head.layers.parameters() if p.ndim == 2)]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in parameters if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
 
 
 def _warmup_then_cosine(steps: int, warmup_share: float):

@@ -24,7 +24,8 @@ fi
 if [ ! -e "$work/head.done" ]; then
     resume=$([ -e "$work/head/checkpoint/step.json" ] && echo --resume || true)
     dspark-hf train --model "$work/target" --data "$work/responses.jsonl" --output "$work/head" \
-        --layers 3 --markov-rank 64 --batch-size 8 --anchors 32 --epochs 3 --learning-rate 2e-3 --max-length 512 --save-every 300 $resume
+        --layers 3 --markov-rank 64 --batch-size 8 --anchors 32 --epochs 3.5 --max-length 512 \
+        --optimizer muon --learning-rate 3e-3 --ce-weight 1 --save-every 300 $resume
     touch "$work/head.done"
 fi
 python "$here/install.py" --target "$work/target" --head "$work/head"
