@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from dspark_hf import DSparkHead
 from dspark_hf.training.blocks import attention_mask, labels_and_weights, sample_blocks
 from dspark_hf.training.data import collate, encode_chat, load_rows
+from dspark_hf.training.losses import dspark_losses
 from dspark_hf.training.trainer import ShuffledByLength, TrainingArguments, train
+from dspark_hf.training.warm_start import warm_start
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' end ' }}{% endfor %}"
@@ -192,3 +194,45 @@ def test_head_of_another_target(task, tmp_path):
     target, rows = task
     with pytest.raises(ValueError, match="vocabulary"):
         train(tiny_head(tiny_target(vocab_size=16)), target, rows, arguments(tmp_path))
+
+
+def test_warm_start_copies_layers_of_the_target(task):
+    target, rows = task
+    cold = tiny_head(target, num_hidden_layers=2)
+    warm = tiny_head(target, num_hidden_layers=2)
+    assert warm_start(warm, target) == [0, 1]
+    for own, theirs in zip(warm.layers, target.model.layers, strict=False):
+        assert torch.equal(own.self_attn.q_proj.weight, theirs.self_attn.q_proj.weight)
+        assert torch.equal(own.mlp.down_proj.weight, theirs.mlp.down_proj.weight)
+    assert torch.equal(warm.norm.weight, target.model.norm.weight)
+    projection = warm.fc.weight - cold.fc.weight
+    assert projection.abs().sum().item() == pytest.approx(target.config.hidden_size, rel=1e-3)
+
+
+def test_no_warm_start_where_shapes_differ(task):
+    target, _ = task
+    head = tiny_head(target, intermediate_size=48)
+    before = {name: p.clone() for name, p in head.state_dict().items()}
+    assert warm_start(head, target) == []
+    assert all(torch.equal(p, before[name]) for name, p in head.state_dict().items())
+    assert warm_start(tiny_head(target, num_hidden_layers=4), target) == []
+
+
+def test_muon(task, tmp_path):
+    target, rows = task
+    train(tiny_head(target), target, rows, arguments(tmp_path, optimizer="muon", epochs=15))
+    losses = losses_of(tmp_path)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_unknown_optimizer(task, tmp_path):
+    target, rows = task
+    with pytest.raises(ValueError, match="'sgd'"):
+        train(tiny_head(target), target, rows, arguments(tmp_path, optimizer="sgd"))
+
+
+def test_weight_of_the_cross_entropy():
+    draft, goal = torch.randn(1, 2, 3, 5), torch.randn(1, 2, 3, 5)
+    labels, supervised = torch.randint(0, 5, (1, 2, 3)), torch.ones(1, 2, 3, dtype=torch.bool)
+    light, heavy = (dspark_losses(draft, goal, None, labels, supervised, weight) for weight in (0.1, 1.0))
+    assert heavy.total - light.total == pytest.approx(0.9 * light.ce.item(), rel=1e-5)
