@@ -12,7 +12,7 @@ demo-generate: $(VENV)/installed
 	@$(BIN)/dspark-hf generate --no-draft "$(PROMPT)"
 	@echo "--- the same with the draft head"
 	@$(BIN)/dspark-hf generate "$(PROMPT)"
-	@$(BIN)/dspark-hf bench --batch-sizes 1,4
+	@$(BIN)/dspark-hf bench --batch-sizes 1,4 --dtype float32
 
 test: $(VENV)/installed-for-tests lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
