@@ -156,11 +156,11 @@ def as_table(records: list[Record]) -> Table:
     """The records as people read them."""
     table = Table(
         title="greedy decoding, methods measured alternately",
-        caption="reached: share of the ceiling. same: whether all tokens equal plain's.",
+        caption="of it: share of the ceiling that was reached. same: whether all tokens equal plain's.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    columns = ("batch", "tokens/s", "speed-up", "tau", "draft ms", "verify ms", "ceiling", "reached", "same")
+    columns = ("batch", "tok/s", "speed up", "tau", "draft ms", "verify ms", "ceiling", "of it", "same")
     table.add_column("method", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
