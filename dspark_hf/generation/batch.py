@@ -13,7 +13,7 @@ class Row:
     index: place in the batch. given: its `input_ids` as plain generate holds them, padding included. prompt: the
     tokens of it that are neither padding nor cached. prompt_columns: columns of cached and prompt tokens in the layout
     of plain generate (one column a token, padding included). cached: how many of them are cached. committed: new
-    tokens so far.
+    tokens so far. told_to_end: whether a stopping criterion has asked for the end (only kept where rows end together).
     """
 
     index: int
@@ -23,6 +23,7 @@ class Row:
     cached: int
     width: int
     committed: list[int] = field(default_factory=list)
+    told_to_end: bool = False
 
     @property
     def sequence(self) -> list[int]:

@@ -85,6 +85,9 @@ class Rounds:
         self.drafter = Drafter(head, model, size)
         self.processors = BlockProcessors(processors, config.do_sample, size)
         self.stopping = Stopping(criteria)
+        # Without an end-of-sequence token, plain generate goes on with every row until all have ended. To end where it
+        # does, rows then move together, a token a round.
+        self.lockstep = size > 1 and bool(self.stopping.others) and not self.stopping.eos_ids
         self.streamer = streamer
         self.pad = config._pad_token_tensor.item() if config._pad_token_tensor is not None else 0
         self.stats = DSparkStats.empty(size, head.config.block_size)
@@ -196,9 +199,14 @@ class Rounds:
             self.cache.commit(self.counts)
         self.anchors = verdict.next_tokens
         active = []
-        for r, row in enumerate(self.rows):
-            new = drafts[r][: accepted[r]] + [next_tokens[r]]
-            kept, ended = self.stopping.kept(row.sequence, new, self.input_ids.device)
+        news = [drafts[r][: accepted[r]] + [next_tokens[r]] for r in range(len(self.rows))]
+        stops = [
+            self.stopping.kept(row.sequence, new, self.input_ids.device)
+            for row, new in zip(self.rows, news, strict=True)
+        ]
+        if self.lockstep:
+            stops = self._together(stops)
+        for r, (row, (kept, ended)) in enumerate(zip(self.rows, stops, strict=True)):
             if lengths is not None:
                 self.stats.record(row.index, len(drafts[r]), lengths[r], min(accepted[r], len(kept)), len(kept))
             if self.recorder.active:
@@ -212,10 +220,19 @@ class Rounds:
                 self.past.keep_row(r, row, self.cache, self.drafter, self.features)
         self._keep(active)
 
+    def _together(self, stops: list[tuple[list[int], bool]]) -> list[tuple[list[int], bool]]:
+        """The same tokens, with rows that end only when every row has been told to."""
+        for row, (_, ended) in zip(self.rows, stops, strict=True):
+            row.told_to_end |= ended
+        all_told = all(row.told_to_end for row in self.rows)
+        return [(kept, all_told) for kept, _ in stops]
+
     # -- Helpers ------------------------------------------------------------------------------------------------
 
     def _room(self, row: Row) -> int:
         """Drafts that row could commit before its length limit, with one place left for the target's own token."""
+        if self.lockstep:
+            return 0
         if self.stopping.max_length is None:
             return self.stats.block_size
         return self.stopping.max_length - len(row.given) - len(row.committed) - 1
