@@ -169,7 +169,10 @@ MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_s
 REFUSED = {
     "qwen3-next": ("Qwen3Next", GROUPED | EXPERTS | LINEAR | HYBRID | {"shared_expert_intermediate_size": 32}),
     "qwen3.5": ("Qwen3_5", GROUPED | LINEAR | HYBRID),
-    "nemotron-h": ("NemotronH", GROUPED | MAMBA | {"layer_types": ["linear_attention", "full_attention", "moe", "linear_attention"]}),
+    "nemotron-h": (
+        "NemotronH",
+        GROUPED | MAMBA | {"layer_types": ["linear_attention", "full_attention", "moe", "linear_attention"]},
+    ),
     "mamba": ("Mamba", {}),
     "llama4": ("Llama4", GROUPED | {"num_local_experts": 2, "intermediate_size_mlp": 64}),
     "bart": ("Bart", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}),
