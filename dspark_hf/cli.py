@@ -27,6 +27,8 @@ console, errors = Console(), Console(stderr=True)
 Model = Annotated[str | None, typer.Option(help="Target: a Hub id or a folder. Default: the embedded pair.")]
 Head = Annotated[str | None, typer.Option(help="Draft head for --model: a Hub id or a folder.")]
 Dtype = Annotated[str, typer.Option(help="dtype of target and head, such as float32 or bfloat16; auto: as stored.")]
+Prompts = Annotated[Path | None, typer.Option(help="JSON lines with turns, prompt or question, or a prompt a line.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts only.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 
 
@@ -80,13 +82,11 @@ def generate(
 def bench(
     model: Model = None,
     head: Head = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="JSON lines with turns, prompt or question, or a prompt a line.")
-    ] = None,
+    prompts: Prompts = None,
     batch_sizes: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4",
     methods: Annotated[str, typer.Option(help="Comma-separated: plain, stock, dspark.")] = "plain,stock,dspark",
     max_new_tokens: MaxNewTokens = 128,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts only.")] = None,
+    limit: Limit = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the records to this file.")] = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -115,12 +115,10 @@ def bench(
 def verify(
     model: Model = None,
     head: Head = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="JSON lines with turns, prompt or question, or a prompt a line.")
-    ] = None,
+    prompts: Prompts = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
     max_new_tokens: MaxNewTokens = 128,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts only.")] = None,
+    limit: Limit = None,
     sampling: Annotated[
         bool, typer.Option("--sampling", help="Audit sampling at temperature 1 instead of greedy decoding.")
     ] = False,

@@ -14,7 +14,7 @@ from ..modeling_dspark import DraftBlock, DSparkHead
 from .acceptance import Verdict, accept_greedy, accept_sampled
 from .batch import Row, read_rows
 from .cache import on_device
-from .compatibility import check_inputs, check_pair, check_positions, check_prompt
+from .compatibility import check_inputs, check_positions, check_prompt
 from .drafting import Drafter
 from .outputs import Recorder
 from .past import Continuation, with_unseen
@@ -49,7 +49,6 @@ def generate(
         sequences [R, P + new tokens], right-padded where rows ended early, or with `return_dict_in_generate` a
         [`DSparkGenerateOutput`] around them.
     """
-    check_pair(model, assistant_model)
     check_inputs(model_kwargs)
     rounds = Rounds(
         model,
@@ -78,7 +77,6 @@ class Rounds:
         self, model, head, input_ids, attention_mask, positions, given, processors, criteria, config, streamer
     ):
         size = len(input_ids)
-        self.config = config
         self.recorder = Recorder(config, size)
         wants = self.recorder.wants
         self.target = Target(model, head.config.target_layer_ids, wants("hidden_states"), wants("attentions"))

@@ -10,7 +10,7 @@ gsm8k=${1:-../shared/data/gsm8k_train.jsonl}
 work=${2:-build/pair}
 mkdir -p "$work"
 
-# glibc hands large blocks back to the system after every operation; keeping them saves a third of the time on a CPU.
+# glibc hands large blocks back to the system after every operation, which costs time on a CPU; this keeps them.
 export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 
 if [ ! -e "$work/target.done" ]; then
