@@ -7,14 +7,17 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from .backbones.qwen3 import DraftLayer, RMSNorm, RotaryEmbedding
 from .configuration_dspark import DSparkConfig
+from .scheduling.load import LoadSensor
 from .sequential_heads import build_sequential_head
 
 # Draft tokens [R] from logits [R, V], and what they were sampled from ([R, V], `None` when they are the argmax).
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+# Whether to draft another position, given its confidence logits [R] (`None` without a confidence head).
+GoesOn = Callable[[torch.Tensor | None], bool]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,14 @@ class DraftBlock:
     tokens: torch.Tensor
     logits: torch.Tensor | None
     confidence_logits: torch.Tensor | None
+
+    def spread(self, rows: torch.Tensor, count: int) -> "DraftBlock":
+        """The block with its lines at the given rows [R] of `count`, and zeros in the others."""
+
+        def spread(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.new_zeros(count, *x.shape[1:]).index_copy_(0, rows, x)
+
+        return DraftBlock(spread(self.tokens), spread(self.logits), spread(self.confidence_logits))
 
 
 class ConfidenceHead(nn.Module):
@@ -69,6 +80,12 @@ class DSparkHead(PreTrainedModel):
     Released heads carry copies of the target's embedding and LM head. The first time such a head meets a target
     (in `generate`, or by calling [`~DSparkHead.share_tables`]) each copy that equals the target's, on the same device
     and in the same dtype, is freed and the target's is used from then on. `save_pretrained` still writes the copies.
+
+    How many tokens are drafted is set, as for any assistant of transformers, on `head.generation_config`:
+    `num_assistant_tokens` is the most (the block size at first); `num_assistant_tokens_schedule` is `"load"`, which
+    weighs the tokens that a draft may bring against measured step times and the load of the device, or `"constant"`;
+    `assistant_confidence_threshold`, when set, keeps drafts that survive with a lower probability from verification.
+    `load_sensor` may be set to a [`~scheduling.load.LoadSensor`].
     """
 
     config_class = DSparkConfig
@@ -93,6 +110,10 @@ class DSparkHead(PreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if owns_tables else None
         self.markov_head = build_sequential_head(config)
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
+        self.generation_config = GenerationConfig(
+            num_assistant_tokens=config.block_size, num_assistant_tokens_schedule="load"
+        )
+        self.load_sensor: LoadSensor | None = None
         # Parameters of the target that stand in for freed copies: (embedding weight, LM head weight).
         self._stand_ins: dict[str, torch.Tensor] = {}
         self.post_init()
@@ -161,17 +182,41 @@ class DSparkHead(PreTrainedModel):
         embedded = self.markov_head.embed(previous) if self.config.confidence_head_with_markov else None
         return self.confidence_head(hidden, embedded)
 
+    def calibrated(self, confidence_logits: torch.Tensor) -> torch.Tensor:
+        """Confidence [..., G] of the first G positions from its logits, at the temperatures of the config if it has
+        them (sequential temperature scaling)."""
+        logits = confidence_logits.float()
+        if self.config.confidence_temperatures is not None:
+            logits = logits / logits.new_tensor(self.config.confidence_temperatures[: logits.shape[-1]])
+        return logits.sigmoid()
+
     def sample_block(
-        self, hidden: torch.Tensor, base_logits: torch.Tensor, anchors: torch.Tensor, select: Select
+        self,
+        hidden: torch.Tensor,
+        anchors: torch.Tensor,
+        tables: Tables,
+        length: int,
+        select: Select,
+        goes_on: GoesOn | None = None,
+        most: int | None = None,
     ) -> DraftBlock:
         """The sequential stage: p_k = softmax(U_k + B_k), left to right.
 
         Args:
-            hidden: [R, G, d]. base_logits: [R, G, V]. anchors: [R].
+            hidden: [R, B, d]. anchors: [R]. length: positions to draft.
             select: called once a position, in order, see `BlockProcessors.drafting`.
+            goes_on: asked before every position, of which the first is drafted anyhow; those behind a no are not.
+                `length` is what is expected then, and `most` the limit: base logits are computed for the expected
+                positions at once (the LM head is read once for all of them), for the others only when it gets there.
         """
+        most = length if goes_on is None else most
+        base_logits = self.base_logits(hidden[:, :length], tables)
         previous, state, tokens, sampled_from = anchors, None, [], []
-        for k in range(hidden.shape[1]):
+        for k in range(most):
+            if goes_on is not None and not goes_on(self.confidence_logits(hidden[:, k], previous)) and k:
+                break
+            if k == length:
+                base_logits = torch.cat([base_logits, self.base_logits(hidden[:, length:most], tables)], dim=1)
             logits = base_logits[:, k]
             if self.markov_head is not None:
                 embedded = self.markov_head.embed(previous)
@@ -185,7 +230,7 @@ class DSparkHead(PreTrainedModel):
         return DraftBlock(
             tokens,
             None if sampled_from[0] is None else torch.stack(sampled_from, dim=1),
-            self.confidence_logits(hidden, torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)),
+            self.confidence_logits(hidden[:, : tokens.shape[1]], torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)),
         )
 
     # -- Training -----------------------------------------------------------------------------------------------

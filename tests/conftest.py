@@ -1,15 +1,23 @@
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Step times that tests measure are no concern of the user's cache.
+_cache = tempfile.TemporaryDirectory(prefix="dspark-tests-")
+os.environ["HF_HOME"] = _cache.name
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dspark_hf import DSparkConfig, DSparkHead
+from dspark_hf.generation import loop
+from dspark_hf.generation.step_times import experience_of
+from dspark_hf.scheduling.scheduler import NO_DRAFT, ConstantSchedule, Plan, Settings
 
 HERE = Path(__file__).parent
 FIXTURES = Path(os.environ.get("DSPARK_FIXTURES", HERE / "fixtures"))
@@ -48,7 +56,8 @@ class Case:
         return AutoModelForCausalLM.from_pretrained(self.folder / "target", dtype=torch.float32).eval()
 
     def head(self):
-        return DSparkHead.from_pretrained(self.folder / "head", dtype=torch.float32).eval()
+        """The head; like the reference it drafts and verifies whole blocks."""
+        return whole_blocks(DSparkHead.from_pretrained(self.folder / "head", dtype=torch.float32).eval())
 
 
 def cases() -> list[str]:
@@ -86,7 +95,45 @@ def tiny_target(vocab_size: int = 16, seed: int = 0, sharpness: float = 1.0, **k
 
 
 def tiny_head(target, seed: int = 1, **kwargs) -> DSparkHead:
-    """An untrained head for `target`: its drafts are rejected often, in every way."""
+    """An untrained head for `target`: its drafts are rejected often, in every way. It always drafts, which pays for
+    no target this small."""
     torch.manual_seed(seed)
     fields = {"block_size": 4, "num_hidden_layers": 1, "markov_rank": 8, "initializer_range": 0.2}
-    return DSparkHead(DSparkConfig.from_target(target.config, **fields | kwargs)).eval()
+    return whole_blocks(DSparkHead(DSparkConfig.from_target(target.config, **fields | kwargs)).eval())
+
+
+def whole_blocks(head: DSparkHead) -> DSparkHead:
+    head.generation_config.num_assistant_tokens_schedule = "constant"
+    return head
+
+
+class ShuffledSchedule(ConstantSchedule):
+    """Changes from round to round and from row to row, by chance: who drafts, how long, how much of it is verified and
+    whether that is packed."""
+
+    def __init__(self, settings, shared, rows, packs, seed=0):
+        super().__init__(settings, shared, rows)
+        self.packs, self.random = packs, np.random.default_rng(seed)
+
+    def plan(self, rooms, context, load):
+        rows = [r for r in range(len(rooms)) if self.random.random() < 0.7]
+        length = min(int(self.random.integers(0, self.settings.most + 1)), int(rooms.max()))
+        if not rows or length < 1:
+            return NO_DRAFT
+        return Plan(rows, length, length, packed=self.packs and self.random.random() < 0.7)
+
+    def choose(self, plan, survival, rooms):
+        drafted = survival.any(axis=1) * survival.shape[1]
+        return np.minimum(self.random.integers(0, drafted + 1), rooms.clip(min=0))
+
+
+@pytest.fixture
+def shuffled(monkeypatch):
+    """Generation with a head runs with a `ShuffledSchedule`."""
+    monkeypatch.setattr(loop, "scheduler_for", shuffled_scheduler)
+
+
+def shuffled_scheduler(target, drafter, rows, greedy, runs_ahead):
+    head = drafter.head
+    settings = Settings.read(head.generation_config, head.config.block_size)
+    return ShuffledSchedule(settings, experience_of(head, target.model), rows, target.packs)

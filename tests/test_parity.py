@@ -90,12 +90,14 @@ def check_rounds(target, head, prompt, recorded, prompt_features):
     for r, start in enumerate(recorded["start"].tolist()):
         anchor = sequence[:, start]
         assert anchor.item() == recorded["anchor_id"][r]
-        hidden = drafter._hidden(anchor, features[:, seen:start], [start - seen])
+        drafter.remember(features[:, seen:start], [start - seen])
+        hidden = drafter._hidden(anchor, None)
         seen = start
         close(hidden[0], recorded["hidden"][r])
         base = head.base_logits(hidden, drafter.tables)
         close(base[0], recorded["base_logits"][r])
-        block = head.sample_block(hidden, base, anchor, processors.drafting(None, [0]))
+        select = processors.drafting(None, [0])
+        block = head.sample_block(hidden, anchor, drafter.tables, head.config.block_size, select)
         assert block.tokens.tolist() == [recorded["draft_tokens"][r].tolist()]
         corrected = corrected_logits(head, hidden, base, anchor, block.tokens)
         close(corrected[0], recorded["corrected_logits"][r])

@@ -5,9 +5,11 @@
 
 import functools
 import os
+from contextlib import contextmanager, nullcontext
+from unittest import mock
 
 import torch
-from conftest import tiny_head, tiny_target
+from conftest import shuffled_scheduler, tiny_head, tiny_target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -20,6 +22,8 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+
+from dspark_hf.generation import loop
 
 VOCABULARY = 24
 SIZES = {
@@ -80,6 +84,22 @@ LIMITS = st.one_of(
 )
 
 
+@contextmanager
+def load(head):
+    head.generation_config.num_assistant_tokens_schedule = "load"
+    yield
+    head.generation_config.num_assistant_tokens_schedule = "constant"
+
+
+@contextmanager
+def shuffled(head):
+    with mock.patch.object(loop, "scheduler_for", shuffled_scheduler):
+        yield
+
+
+SCHEDULES = [nullcontext, shuffled, load]
+
+
 @given(data=st.data())
 @settings(
     max_examples=int(os.environ.get("DSPARK_CASES", 50)),
@@ -103,5 +123,6 @@ def test_a_head_changes_nothing(data):
     if divisor:
         kwargs["stopping_criteria"] = StoppingCriteriaList([SumStop(divisor)])
     plain = target.generate(**kwargs)
-    ours = target.generate(**kwargs, assistant_model=head)
+    with data.draw(st.sampled_from(SCHEDULES))(head):
+        ours = target.generate(**kwargs, assistant_model=head)
     assert ours.tolist() == plain.tolist()

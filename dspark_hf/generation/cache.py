@@ -11,6 +11,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from .packing import Packing
+
 SMALLEST_CAPACITY = 256
 
 
@@ -30,11 +32,15 @@ class Placement:
     start: the common first index when every row writes n consecutive tokens from the same place, else `None`; lets
         the write be one slice.
     view: slots 0..view-1 are handed to the attention.
+    rows: [n] int64, the rows that take part when these are not all.
+    packing: set when the pass holds only some of the R * n tokens, as one sequence.
     """
 
     slots: torch.Tensor
     start: int | None
     view: int
+    rows: torch.Tensor | None = None
+    packing: Packing | None = None
 
 
 class SlotLayer(CacheLayerMixin):
@@ -42,33 +48,41 @@ class SlotLayer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(self):
+    def __init__(self, rows: int):
         super().__init__()
+        self.rows = rows
         self.placement: Placement | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         capacity = _capacity_for(self.placement.view)
         self.keys, self.values = (
-            x.new_zeros(x.shape[0], x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)
+            x.new_zeros(self.rows, x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)
         )
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [R, heads, n, head_dim] at the placement's slots; return keys and values of slots 0..view-1."""
+        """Write [R, heads, n, head_dim] ([1, heads, B, head_dim] in a packed pass) at the placement's slots; return
+        keys and values of slots 0..view-1."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         placement = self.placement
         self._reserve(placement.view)
+        device, rows = key_states.device, placement.rows
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            if placement.start is not None:
+            if placement.packing is not None:
+                index = placement.packing.index.to(device)
+                stored[index // placement.packing.width, :, placement.slots.to(device).flatten()[index]] = new[
+                    0
+                ].transpose(0, 1)
+            elif placement.start is not None:
                 stored[:, :, placement.start : placement.start + new.shape[2]] = new
             else:
-                slots = placement.slots.to(new.device)
-                rows = torch.arange(len(slots), device=new.device)[:, None]
-                stored[rows, :, slots] = new.transpose(1, 2)
-        return self.keys[:, :, : placement.view], self.values[:, :, : placement.view]
+                lines = torch.arange(len(new), device=device) if rows is None else rows.to(device)
+                stored[lines[:, None], :, placement.slots.to(device)] = new.transpose(1, 2)
+        views = (self.keys[:, :, : placement.view], self.values[:, :, : placement.view])
+        return views if rows is None else tuple(view[rows.to(device)] for view in views)
 
     def _reserve(self, view: int) -> None:
         if view <= self.keys.shape[2]:
@@ -83,6 +97,7 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def keep(self, rows: torch.Tensor) -> None:
+        self.rows = len(rows)
         if self.is_initialized:
             self.keys, self.values = (x.index_select(0, rows.to(x.device)) for x in (self.keys, self.values))
 
@@ -115,22 +130,22 @@ class SlotCache(Cache):
     """
 
     def __init__(self, num_layers: int, rows: int, device: torch.device):
-        super().__init__(layers=[SlotLayer() for _ in range(num_layers)])
+        super().__init__(layers=[SlotLayer(rows) for _ in range(num_layers)])
         self.lengths = [0] * rows
         self.device = device
 
-    def place(self, count: int) -> Placement:
-        """The next pass appends `count` tokens to every row. Returns where."""
+    def place(self, count: int, packing: Packing | None = None) -> Placement:
+        """The next pass appends `count` tokens to every row, or those of them that are packed. Returns where."""
         starts = self.lengths
-        if len(set(starts)) == 1:
+        if len(set(starts)) == 1 and packing is None:
             row = torch.arange(starts[0], starts[0] + count, device=self.device)
             return self.place_at(row.expand(len(starts), -1), starts[0] + count, starts[0])
         slots = on_device(starts, self.device)[:, None] + torch.arange(count, device=self.device)
-        return self.place_at(slots, max(starts) + count)
+        return self.place_at(slots, max(starts) + count, packing=packing)
 
-    def place_at(self, slots: torch.Tensor, view: int, start: int | None = None) -> Placement:
+    def place_at(self, slots: torch.Tensor, view: int, start: int | None = None, **fields) -> Placement:
         """The next pass writes to the given slots; see [`Placement`]."""
-        placement = Placement(slots, start, view)
+        placement = Placement(slots, start, view, **fields)
         for layer in self.layers:
             layer.placement = placement
         return placement

@@ -8,6 +8,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.utils import ModelOutput
 
 from ..modeling_dspark import DSparkHead
+from ..scheduling.scheduler import Settings
 from .drafting import Drafter
 from .hidden_states import indices_of, request_for
 from .processors import BlockProcessors
@@ -33,6 +34,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         self.drafter = Drafter(head, target, rows=1)
         self.processors = BlockProcessors(logits_processor or LogitsProcessorList(), generation_config.do_sample)
         self.max_length = generation_config.max_length
+        self.most = Settings.read(head.generation_config, head.config.block_size).most
         self.hidden_state_indices = indices_of(head.config.target_layer_ids)
         self.model_kwargs_overrides: dict[str, Any] = {"output_hidden_states": request_for(self.hidden_state_indices)}
 
@@ -57,11 +59,10 @@ class DSparkCandidateGenerator(CandidateGenerator):
         # The states that the head has not seen: those of every committed token but the last, the anchor.
         unseen = input_ids.shape[1] - 1 - self.drafter.cache.lengths[0]
         chosen = [model_outputs.hidden_states[i][:, :unseen] for i in self.hidden_state_indices]
+        self.drafter.remember(torch.cat([states.to(self.drafter.device) for states in chosen], dim=-1), [unseen])
         block = self.drafter.draft(
             input_ids[:, -1],
-            torch.cat([states.to(self.drafter.device) for states in chosen], dim=-1),
-            [unseen],
-            min(self.head.config.block_size, room),
+            min(self.most, room),
             self.processors.drafting([input_ids[0]], [0]),
         )
         return torch.cat([input_ids, block.tokens.to(input_ids.device)], dim=1), block.logits

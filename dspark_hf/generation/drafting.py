@@ -3,12 +3,18 @@
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling_dspark import DraftBlock, DSparkHead, Select
+from ..modeling_dspark import DraftBlock, DSparkHead, GoesOn, Select
 from .cache import SlotCache, on_device
+
+# Tokens of a row whose target states may wait for a draft; more are taken into the cache without one.
+LONGEST_WAIT = 256
 
 
 class Drafter:
-    """Drafts blocks for the rows of a batch; keeps the projected context of every row cached."""
+    """Drafts blocks for rows of a batch; keeps the projected context of every row cached.
+
+    Target states of committed tokens wait until their row drafts again, so that a row without drafts costs nothing.
+    """
 
     def __init__(self, head: DSparkHead, target: PreTrainedModel, rows: int):
         self.head = head
@@ -17,29 +23,43 @@ class Drafter:
         self.cache = SlotCache(head.config.num_hidden_layers, rows, self.device)
         # First token of every row that the head knows; those before came from a cache that was not ours.
         self.first = [0] * rows
+        # What waits: pieces [R, C, m*d], of which row r has the first counts[r] of each.
+        self.waiting: list[tuple[torch.Tensor, list[int]]] = []
+
+    def remember(self, features: torch.Tensor, counts: list[int]) -> None:
+        """Target states of the tokens that were committed last: features [R, C, m*d], of row r the first counts[r]."""
+        self.waiting.append((features, counts))
 
     def draft(
-        self, anchors: torch.Tensor, features: torch.Tensor, counts: list[int], length: int, select: Select
+        self,
+        anchors: torch.Tensor,
+        length: int,
+        select: Select,
+        rows: list[int] | None = None,
+        goes_on: GoesOn | None = None,
+        most: int | None = None,
     ) -> DraftBlock:
-        """Draft the tokens after the anchors and remember the context.
+        """Draft the tokens after the anchors, once the context has caught up with what was committed.
 
         Args:
-            anchors: [R], last committed token of every row.
-            features: [R, C, m*d], target states of the tokens committed since the last draft; row r has counts[r].
-            length: draft tokens wanted, at most the block size.
-            select: see `DSparkHead.sample_block`.
+            anchors: [R], last committed token of every row. length: draft tokens wanted, at most the block size.
+            rows: those that draft, increasing; all when `None`. The block has a line for each of them.
+            select, goes_on, most: see `DSparkHead.sample_block`.
         """
-        hidden = self._hidden(anchors.to(self.device), features, counts)
-        return self.head.sample_block(
-            hidden[:, :length],
-            self.head.base_logits(hidden[:, :length], self.tables),
-            anchors.to(self.device),
-            select,
-        )
+        anchors = anchors.to(self.device)
+        if rows is not None:
+            anchors = anchors[on_device(rows, self.device)]
+        hidden = self._hidden(anchors, rows)
+        return self.head.sample_block(hidden, anchors, self.tables, length, select, goes_on, most)
 
-    def absorb(self, anchors: torch.Tensor, features: torch.Tensor, counts: list[int]) -> None:
-        """Remember the context without drafting from it."""
-        self._hidden(anchors.to(self.device), features, counts)
+    def catch_up(self, anchors: torch.Tensor) -> None:
+        """Take what waits into the cache without drafting, when it has become much."""
+        if sum(features.shape[1] for features, _ in self.waiting) > LONGEST_WAIT + self.head.config.block_size:
+            self._hidden(anchors.to(self.device), None)
+
+    def unseen(self, row: int, count: int) -> torch.Tensor:
+        """[count, m*d], the first target states of a row that wait."""
+        return torch.cat([features[row, : counts[row]] for features, counts in self.waiting])[:count].clone()
 
     def start_at(self, lengths: list[int]) -> None:
         """Begin behind the first `lengths[r]` tokens of every row, without knowing them."""
@@ -50,15 +70,51 @@ class Drafter:
         """Drop all other rows."""
         self.first = [self.first[row] for row in rows]
         self.cache.keep(rows)
+        index = None
+        for i, (features, counts) in enumerate(self.waiting):
+            index = on_device(rows, features.device) if index is None else index
+            self.waiting[i] = features[index], [counts[row] for row in rows]
 
-    def _hidden(self, anchors: torch.Tensor, features: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """Backbone output [R, B, d]. Context goes to the slots behind each row's length, the block behind it; only
+    def _take(self, rows: list[int] | None) -> tuple[torch.Tensor, list[int]]:
+        """What waits for the given rows, [n, C, m*d] with the counts, which then no longer waits."""
+        counts = [sum(row) for row in zip(*(counts for _, counts in self.waiting), strict=True)]
+        features = self._joined(counts)
+        self.waiting = []
+        if rows is None:
+            return features, counts
+        taken = set(rows)
+        left = [0 if r in taken else count for r, count in enumerate(counts)]
+        if any(left):
+            self.waiting = [(features[:, : max(left)], left)]
+        own = [counts[row] for row in rows]
+        return features[on_device(rows, features.device), : max(own)], own
+
+    def _joined(self, counts: list[int]) -> torch.Tensor:
+        """The waiting pieces as one, [R, C, m*d], with the states of every row moved to the front."""
+        joined = torch.cat([features for features, _ in self.waiting], dim=1)
+        if len(self.waiting) == 1 or set(counts) == {joined.shape[1]}:
+            return joined
+        device = joined.device
+        real = torch.cat(
+            [
+                torch.arange(features.shape[1], device=device) < on_device(own, device)[:, None]
+                for features, own in self.waiting
+            ],
+            dim=1,
+        )
+        front = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(counts)]
+        return joined.gather(1, front[..., None].expand(-1, -1, joined.shape[2]))
+
+    def _hidden(self, anchors: torch.Tensor, rows: list[int] | None) -> torch.Tensor:
+        """Backbone output [n, B, d]. Context goes to the slots behind each row's length, the block behind it; only
         the context is committed, so the next draft overwrites the block."""
+        features, counts = self._take(rows)
         size, width = self.head.config.block_size, features.shape[1]
-        starts = self.cache.lengths
+        lines = range(len(self.first)) if rows is None else rows
+        starts = [self.cache.lengths[row] for row in lines]
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         end = on_device(ends, self.device)[:, None]
-        if len(set(starts)) == 1 and set(counts) == {width}:
+        if rows is None and len(set(starts)) == 1 and set(counts) == {width}:
             placement = self.cache.place(width + size)
             positions = placement.slots
         else:
@@ -69,11 +125,13 @@ class Drafter:
             # What lies beyond a row's count must not land where its block goes: it gets a slot that nobody sees.
             unseen = max(ends) + size
             places = torch.cat([context.where(context < end, unseen), block], dim=1)
-            placement = self.cache.place_at(places, unseen + 1)
+            index = None if rows is None else on_device(rows, self.device)
+            placement = self.cache.place_at(places, unseen + 1, rows=index)
         slots = torch.arange(placement.view, device=self.device)
         seen = slots < end + size
-        if any(self.first):
-            seen &= slots >= on_device(self.first, self.device)[:, None]
+        first = [self.first[row] for row in lines]
+        if any(first):
+            seen &= slots >= on_device(first, self.device)[:, None]
         hidden = self.head.backbone(
             self.head.embed_block(anchors, self.tables),
             self.head.project_context(features),
@@ -81,5 +139,6 @@ class Drafter:
             seen[:, None, None, :],
             self.cache,
         )
-        self.cache.commit(counts)
+        committed = dict(zip(lines, counts, strict=True))
+        self.cache.commit([committed.get(row, 0) for row in range(len(self.first))])
         return hidden

@@ -13,7 +13,8 @@ from contextvars import ContextVar
 from transformers import GenerationMixin
 
 from ..modeling_dspark import DSparkHead
-from . import loop
+from ..scheduling.load import in_flight
+from . import loop, packing
 from .candidate_generator import DSparkCandidateGenerator
 from .compatibility import check_mode, check_pair
 
@@ -37,6 +38,8 @@ def install() -> None:
     GenerationMixin._assisted_decoding = _wrap_decoding(GenerationMixin._assisted_decoding)
     GenerationMixin._validate_generation_mode = _wrap_validation(GenerationMixin._validate_generation_mode)
     GenerationMixin._get_candidate_generator = _wrap_generator(GenerationMixin._get_candidate_generator)
+    GenerationMixin._sample = _wrap_plain(GenerationMixin._sample)
+    packing.install()
 
 
 def _wrap_decoding(stock):
@@ -48,6 +51,16 @@ def _wrap_decoding(stock):
 
     _assisted_decoding._dspark = True
     return _assisted_decoding
+
+
+def _wrap_plain(stock):
+    @functools.wraps(stock)
+    def _sample(self, input_ids, *args, **kwargs):
+        # Calls without a head are load for those with one.
+        with in_flight(input_ids.device, len(input_ids)):
+            return stock(self, input_ids, *args, **kwargs)
+
+    return _sample
 
 
 def _wrap_validation(stock):

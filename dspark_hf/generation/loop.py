@@ -4,23 +4,28 @@ Every row of the batch decodes at its own pace. Between rounds a row is its comm
 anchor, is not yet in the target's cache. The host waits for the device once a round, in `commit`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from ..modeling_dspark import DraftBlock, DSparkHead
+from ..modeling_dspark import DraftBlock, DSparkHead, GoesOn
+from ..scheduling.load import Call, in_flight
+from ..scheduling.scheduler import Plan, Step
 from .acceptance import Verdict, accept_greedy, accept_sampled
 from .batch import Row, read_rows
 from .cache import on_device
 from .compatibility import check_inputs, check_positions, check_prompt
 from .drafting import Drafter
 from .outputs import Recorder
-from .past import Continuation, with_unseen
+from .packing import Packing
+from .past import Continuation
 from .processors import BlockProcessors
 from .stats import DSparkGenerateOutput, DSparkStats, Stopwatch
 from .stopping import Stopping
+from .step_times import scheduler_for
 from .target import Target, TargetPass
 
 
@@ -62,12 +67,41 @@ def generate(
         generation_config,
         streamer,
     )
-    sequences = rounds.run()
+    with in_flight(rounds.target.device, len(input_ids)) as rounds.call:
+        sequences = rounds.run()
     cache = rounds.past.store(rounds.all_rows, rounds.target.config, assistant_model)
     if not generation_config.return_dict_in_generate:
         return sequences
     recorded = rounds.recorder.collect()
     return DSparkGenerateOutput(sequences=sequences, past_key_values=cache, dspark=rounds.stats, **recorded)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What a round verifies. of_rows: [R] drafts of each row. most: drafts that a row can have at most. total: tokens
+    that count, anchors included. packed: whether the pass holds only those. drafted: positions drafted."""
+
+    of_rows: torch.Tensor
+    most: int
+    total: int
+    packed: bool
+    drafted: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round came to, on the host but for `next_tokens` [R], the anchors of the next round.
+
+    accepted, tokens, lengths: of each row, drafts accepted, the target's own token, drafts verified. drafts: [R, G].
+    confidence: [R, G].
+    """
+
+    next_tokens: torch.Tensor
+    accepted: np.ndarray
+    tokens: list[int]
+    lengths: np.ndarray
+    drafts: list[list[int]]
+    confidence: np.ndarray
 
 
 class Rounds:
@@ -90,6 +124,7 @@ class Rounds:
         self.pad = config._pad_token_tensor.item() if config._pad_token_tensor is not None else 0
         self.stats = DSparkStats.empty(size, head.config.block_size)
         self.stopwatch = Stopwatch(self.target.device)
+        self.call: Call
 
         self.input_ids = input_ids
         self.past = Continuation(given, config)
@@ -99,25 +134,32 @@ class Rounds:
         self.all_rows = self.rows = read_rows(input_ids, attention_mask, self.past.cached, width)
         check_prompt(model, max(len(row.prompt_columns) for row in self.rows))
         self.cache = self.target.new_cache(size)
-        # Target states of the tokens committed since the last draft, [R, C, m*d]; row r has counts[r] of them.
-        self.features: torch.Tensor
-        self.counts: list[int]
         self.anchors: torch.Tensor
         self.passed: TargetPass
+        # Where the host queues work for the device, it does not wait to see a round's confidence.
+        self.runs_ahead = self.target.device.type == "cuda"
+        self.scheduler = scheduler_for(self.target, self.drafter, size, not config.do_sample, self.runs_ahead)
+        self.step: Step | None = None
 
     def run(self) -> torch.Tensor:
         with self.stopwatch.part("prefill"):
-            verdict, logits = self.prefill()
-        self.commit(verdict, logits)
+            outcome, logits = self.prefill()
+        self.commit(outcome, logits)
         while self.rows:
+            with self.stopwatch.part("schedule"):
+                plan = self.plan()
             with self.stopwatch.part("draft"):
-                block = self.draft()
-            lengths = self.schedule(block)
+                block = self.draft(plan)
+            with self.stopwatch.part("schedule"):
+                lengths = self.schedule(plan, block)
             with self.stopwatch.part("verify"):
                 logits = self.verify(block, lengths)
             with self.stopwatch.part("other"):
-                verdict = self.accept(block, lengths, logits)
-                self.commit(verdict, logits, block, lengths)
+                outcome = self.accept(block, lengths, logits)
+            with self.stopwatch.part("schedule"):
+                self.learn(plan, lengths, outcome)
+            with self.stopwatch.part("other"):
+                self.commit(outcome, logits, lengths)
         if self.streamer is not None:
             self.streamer.end()
         self._finish_stats()
@@ -125,79 +167,115 @@ class Rounds:
 
     # -- The steps ----------------------------------------------------------------------------------------------
 
-    def prefill(self) -> tuple[Verdict, torch.Tensor]:
+    def prefill(self) -> tuple[Outcome, torch.Tensor]:
         """A round without a draft: the whole prompts, right-padded inside; only their last logits are computed."""
-        remembered = self.past.load(self.rows, self.cache, self.drafter)
+        self.past.load(self.rows, self.cache, self.drafter)
         counts = [len(row.prompt) for row in self.rows]
         longest, device = max(counts), self.target.device
         tokens = on_device([row.prompt + [self.pad] * (longest - len(row.prompt)) for row in self.rows], device)
         keep = sorted({count - 1 for count in counts})
         self.passed = self.target.forward(tokens, self.cache, on_device(keep, device))
         self.cache.commit(counts)
-        self.features, self.counts = self.passed.features, counts
-        if remembered is not None:
-            self.features, self.counts = with_unseen(remembered, self.features, counts)
+        self.drafter.remember(self.passed.features, counts)
         columns = on_device([keep.index(count - 1) for count in counts], device)
         last = self.passed.logits[torch.arange(len(counts), device=device), columns][:, None]
         self.passed = replace(self.passed, logits=last)
         logits = self._processed(last, None)
         nothing = torch.zeros(len(counts), dtype=torch.long, device=device)
-        return Verdict(nothing, self.processors.choose(logits[:, 0])), logits
+        return self._to_host(None, nothing, Verdict(nothing, self.processors.choose(logits[:, 0]))), logits
 
-    def draft(self) -> DraftBlock | None:
-        """A block for every row, no longer than any row can still use; `None` when one token is all that is left."""
-        length = min(self.stats.block_size, max(map(self._room, self.rows)))
-        if length == 0:
-            if self.past.is_kept:
-                self.drafter.absorb(self.anchors, self.features, self.counts)
+    def plan(self) -> Plan:
+        """Which rows draft, and how many positions."""
+        times = self.stopwatch.collect()
+        load = self.call.load(self.drafter.head.load_sensor)
+        if self.step is not None and load.others == 0:
+            self.scheduler.observe(self.step, times.get("draft", 0.0), times["verify"] + times["other"])
+        self.stats.load.append(load.total)
+        return self.scheduler.plan(self._rooms(), self._context(), load)
+
+    def draft(self, plan: Plan) -> DraftBlock | None:
+        """A block with a line for every row, zeros for those that do not draft; `None` when none does."""
+        if not plan.rows:
+            self.drafter.catch_up(self.anchors)
             return None
-        select = self.processors.drafting(self._prefixes(), self._row_indices())
-        return self.drafter.draft(self.anchors, self.features, self.counts, length, select)
+        everybody = len(plan.rows) == len(self.rows)
+        prefixes = self._prefixes()
+        if prefixes is not None:
+            prefixes = [prefixes[r] for r in plan.rows]
+        select = self.processors.drafting(prefixes, [self.rows[r].index for r in plan.rows])
+        rows = None if everybody else plan.rows
+        block = self.drafter.draft(self.anchors, plan.length, select, rows, self._goes_on(plan), plan.most)
+        return block if everybody else block.spread(on_device(plan.rows, block.tokens.device), len(self.rows))
 
-    def schedule(self, block: DraftBlock | None) -> list[int]:
-        """How many drafts of each row to verify: all, as far as the length limit leaves room for."""
-        drafted = block.tokens.shape[1] if block is not None else 0
-        return [min(drafted, self._room(row)) for row in self.rows]
+    def schedule(self, plan: Plan, block: DraftBlock | None) -> Lengths:
+        """How many drafts of each row to verify."""
+        rows, rooms, device = len(self.rows), self._rooms(), self.target.device
+        if block is None:
+            return Lengths(torch.zeros(rows, dtype=torch.long, device=device), 0, rows, False, 0)
+        drafted = block.tokens.shape[1]
+        confidence = self._confidence(block.confidence_logits, drafted)
+        if self.runs_ahead:
+            lengths = self.scheduler.choose_ahead(plan, confidence.to(device), on_device(rooms.tolist(), device))
+            return Lengths(lengths, drafted, rows + plan.budget, plan.packed, drafted)
+        survival = np.zeros((rows, drafted))
+        survival[plan.rows] = self.scheduler.survival(plan.rows, confidence.numpy()[plan.rows])
+        lengths = self.scheduler.choose(plan, survival, rooms)
+        most, total = int(lengths.max()), rows + int(lengths.sum())
+        packed = plan.packed and total < rows * (1 + most)
+        return Lengths(torch.from_numpy(lengths).to(device), most, total, packed, drafted)
 
-    def verify(self, block: DraftBlock | None, lengths: list[int]) -> torch.Tensor:
-        """Processed target logits [R, L+1, V] of the anchor and the drafts behind it, L = max(lengths)."""
+    def verify(self, block: DraftBlock | None, lengths: Lengths) -> torch.Tensor:
+        """Processed target logits [R, L+1, V] of the anchor and the drafts behind it, L = lengths.most."""
         tokens = self.anchors[:, None]
-        if max(lengths):
-            tokens = torch.cat([tokens, block.tokens[:, : max(lengths)].to(tokens.device)], dim=1)
-        self.passed = self.target.forward(tokens, self.cache)
-        self.features = self.passed.features
+        if lengths.most:
+            tokens = torch.cat([tokens, block.tokens[:, : lengths.most].to(tokens.device)], dim=1)
+        if lengths.packed:
+            packing = Packing.of(lengths.of_rows, tokens.shape[1], lengths.total)
+            self.passed = self.target.forward_packed(tokens, self.cache, packing)
+        else:
+            self.passed = self.target.forward(tokens, self.cache)
         return self._processed(self.passed.logits, tokens[:, 1:])
 
-    def accept(self, block: DraftBlock | None, lengths: list[int], logits: torch.Tensor) -> Verdict:
-        longest, device = max(lengths), logits.device
-        if longest == 0:
-            nothing = torch.zeros(len(lengths), dtype=torch.long, device=device)
-            return Verdict(nothing, self.processors.choose(logits[:, 0]))
-        drafts = block.tokens[:, :longest].to(device)
-        limits = on_device(lengths, device)
+    def accept(self, block: DraftBlock | None, lengths: Lengths, logits: torch.Tensor) -> Outcome:
+        """What the target makes of the drafts. Here the host waits for the device, once a round."""
+        limits = lengths.of_rows
+        if lengths.most == 0:
+            verdict = Verdict(torch.zeros_like(limits), self.processors.choose(logits[:, 0]))
+            return self._to_host(block, limits, verdict)
+        drafts = block.tokens[:, : lengths.most].to(logits.device)
         if block.logits is None:
-            return accept_greedy(logits, drafts, limits)
-        return accept_sampled(logits, drafts, block.logits[:, :longest].to(device), limits)
+            verdict = accept_greedy(logits, drafts, limits)
+        else:
+            verdict = accept_sampled(logits, drafts, block.logits[:, : lengths.most].to(logits.device), limits)
+        return self._to_host(block, limits, verdict)
 
-    def commit(
-        self,
-        verdict: Verdict,
-        logits: torch.Tensor,
-        block: DraftBlock | None = None,
-        lengths: list[int] | None = None,
-    ) -> None:
+    def learn(self, plan: Plan, lengths: Lengths, outcome: Outcome) -> None:
+        """Tell the scheduler what became of the round."""
+        tokens = lengths.total if lengths.packed else len(self.rows) * (1 + lengths.most)
+        self.step = Step(len(plan.rows), lengths.drafted, len(self.rows), tokens, lengths.packed, self._context())
+        expected = np.ones(len(self.rows))
+        if plan.rows:
+            confidence, verified = outcome.confidence[plan.rows], outcome.lengths[plan.rows]
+            survival = self.scheduler.survival(plan.rows, confidence)
+            expected[plan.rows] += (survival * (np.arange(lengths.drafted) < verified[:, None])).sum(axis=1)
+            self.scheduler.learn(plan, confidence, verified, outcome.accepted[plan.rows])
+        for r, row in enumerate(self.rows):
+            drafted = lengths.drafted if r in plan.rows else 0
+            self.stats.expect(row.index, drafted, int(outcome.lengths[r]), float(expected[r]))
+
+    def commit(self, outcome: Outcome, logits: torch.Tensor, lengths: Lengths | None = None) -> None:
         """Append accepted drafts and the target's own token; lengthen the cache; stream; drop rows that ended.
 
         Without `lengths` the token is the prefill's, which belongs to no round.
         """
-        accepted, next_tokens, drafts = self._to_host(block, verdict)
+        accepted = outcome.accepted.tolist()
         if lengths is not None:
-            self.stats.rounds += 1
-            self.counts = [count + 1 for count in accepted]
-            self.cache.commit(self.counts)
-        self.anchors = verdict.next_tokens
+            counts = [count + 1 for count in accepted]
+            self.cache.commit(counts)
+            self.drafter.remember(self.passed.features, counts)
+        self.anchors = outcome.next_tokens
         active = []
-        news = [drafts[r][: accepted[r]] + [next_tokens[r]] for r in range(len(self.rows))]
+        news = [outcome.drafts[r][: accepted[r]] + [outcome.tokens[r]] for r in range(len(self.rows))]
         stops = [
             self.stopping.kept(row.sequence, new, self.input_ids.device)
             for row, new in zip(self.rows, news, strict=True)
@@ -206,7 +284,7 @@ class Rounds:
             stops = self._together(stops)
         for r, (row, (kept, ended)) in enumerate(zip(self.rows, stops, strict=True)):
             if lengths is not None:
-                self.stats.record(row.index, len(drafts[r]), lengths[r], min(accepted[r], len(kept)), len(kept))
+                self.stats.record(row.index, min(accepted[r], len(kept)), len(kept))
             if self.recorder.active:
                 self._record(r, row, len(kept), logits)
             row.committed += kept
@@ -215,7 +293,7 @@ class Rounds:
             if not ended:
                 active.append(r)
             else:
-                self.past.keep_row(r, row, self.cache, self.drafter, self.features)
+                self.past.keep_row(r, row, self.cache, self.drafter)
         self._keep(active)
 
     def _together(self, stops: list[tuple[list[int], bool]]) -> list[tuple[list[int], bool]]:
@@ -250,13 +328,49 @@ class Rounds:
     def _row_indices(self) -> list[int]:
         return [row.index for row in self.rows]
 
-    def _to_host(self, block: DraftBlock | None, verdict: Verdict) -> tuple[list[int], list[int], list[list[int]]]:
-        """The one transfer of a round: accepted counts, next tokens and drafts in a single tensor."""
-        columns = [verdict.accepted[:, None], verdict.next_tokens[:, None]]
+    def _rooms(self) -> np.ndarray:
+        return np.array([self._room(row) for row in self.rows])
+
+    def _context(self) -> float:
+        """Mean tokens of a row in the target's cache."""
+        return sum(self.cache.lengths) / len(self.rows)
+
+    def _confidence(self, logits: torch.Tensor | None, count: int) -> torch.Tensor:
+        """[R, count] from confidence logits of the first positions; without a confidence head, running acceptance."""
+        if logits is None:
+            running = torch.from_numpy(self.scheduler.estimates.shared.confidence[:count])
+            return running.expand(len(self.rows), -1)
+        return self.drafter.head.calibrated(logits)
+
+    def _goes_on(self, plan: Plan) -> GoesOn | None:
+        """What decides, position by position, whether a single row drafts on; `None` where it is decided before."""
+        if plan.walk is None:
+            return None
+        seen = []
+
+        def goes_on(logits: torch.Tensor | None) -> bool:
+            seen.append(logits)
+            logits = None if logits is None else torch.stack(seen, dim=1)
+            survival = self.scheduler.survival(plan.rows, self._confidence(logits, len(seen)).numpy())
+            return self.scheduler.goes_on(plan, survival[0])
+
+        return goes_on
+
+    def _to_host(self, block: DraftBlock | None, lengths: torch.Tensor, verdict: Verdict) -> Outcome:
+        """The one transfer of a round: all that the host needs, in a single tensor."""
+        device = lengths.device
+        columns = [x[:, None] for x in (verdict.accepted, verdict.next_tokens, lengths)]
+        drafted = 0
         if block is not None:
-            columns.append(block.tokens.to(verdict.accepted.device))
-        table = torch.cat(columns, dim=1).tolist()
-        return [line[0] for line in table], [line[1] for line in table], [line[2:] for line in table]
+            drafted = block.tokens.shape[1]
+            confidence = self._confidence(block.confidence_logits, drafted)
+            # In double precision token ids stay what they are.
+            columns += [block.tokens.to(device), confidence.to(device)]
+        table = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
+        whole, confidence = table[:, : 3 + drafted].astype(int), table[:, 3 + drafted :]
+        return Outcome(
+            verdict.next_tokens, whole[:, 0], whole[:, 1].tolist(), whole[:, 2], whole[:, 3:].tolist(), confidence
+        )
 
     def _keep(self, active: list[int]) -> None:
         """Go on with the given rows only; their neighbours' slots are freed."""
@@ -265,11 +379,10 @@ class Rounds:
         self.rows = [self.rows[r] for r in active]
         if not active:
             return
-        index = on_device(active, self.anchors.device)
-        self.anchors, self.features = self.anchors[index], self.features[index]
-        self.counts = [self.counts[r] for r in active]
-        self.cache.keep(active)
-        self.drafter.keep(active)
+        self.anchors = self.anchors[on_device(active, self.anchors.device)]
+        for rows in (self.cache, self.drafter, self.scheduler):
+            rows.keep(active)
+        self.call.set_rows(len(active))
 
     def _record(self, r: int, row: Row, count: int, logits: torch.Tensor) -> None:
         if not row.committed:
@@ -280,7 +393,8 @@ class Rounds:
         self.recorder.record(row.index, r, count, self.passed, logits, [*row.columns, *drafts])
 
     def _finish_stats(self) -> None:
-        for name, seconds in self.stopwatch.read().items():
+        self.stopwatch.collect(wait=True)
+        for name, seconds in self.stopwatch.seconds.items():
             setattr(self.stats, f"{name}_seconds", seconds)
 
     def _sequences(self) -> torch.Tensor:

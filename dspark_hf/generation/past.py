@@ -108,12 +108,6 @@ def _right_padded(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     return stacked
 
 
-def with_unseen(rows: Sequence[RowPast], features: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list[int]]:
-    """The states that the head had not seen yet, in front of new ones: [R, C, m*d] and their counts."""
-    joined = [torch.cat([row.features, new[:n]]) for row, new, n in zip(rows, features, counts, strict=True)]
-    return _right_padded(joined, dim=0), [len(states) for states in joined]
-
-
 def take_row(slots: SlotCache, row: int, length: int) -> States:
     """Copies of the first `length` tokens of a row, so that its slot can go."""
     if length == 0:
@@ -148,30 +142,31 @@ class Continuation:
             return attention_mask.shape[1]
         return self.dropped_mask_width or input_ids.shape[1]
 
-    def load(self, rows: Sequence[Row], slots: SlotCache, drafter: Drafter) -> list[RowPast] | None:
+    def load(self, rows: Sequence[Row], slots: SlotCache, drafter: Drafter) -> None:
         """Fill the target's slots, and the head's with what it remembers if the cache is one that we returned."""
         if self.cached == 0:
-            return None
+            return
         load(self.given, [row.prompt_columns[: row.cached] for row in rows], slots)
         memory = getattr(self.given, "dspark", None)
         if memory is None or not memory.fits(drafter.head, slots.lengths):
             drafter.start_at(slots.lengths)
-            return None
+            return
         load_draft(memory.rows, drafter.cache)
-        return memory.rows
+        unseen = [row.features for row in memory.rows]
+        drafter.remember(_right_padded(unseen, dim=0), [len(features) for features in unseen])
 
-    def keep_row(self, r: int, row: Row, slots: SlotCache, drafter: Drafter, features: torch.Tensor) -> None:
+    def keep_row(self, r: int, row: Row, slots: SlotCache, drafter: Drafter) -> None:
         """Remember a row that ends: all its tokens but the last, which the target has not seen.
 
         Args:
-            r: place of the row in slots and features.
+            r: place of the row in slots and drafter.
         """
         if not self.is_kept:
             return
         length, drafted = len(row.columns) - 1, drafter.cache.lengths[r]
-        draft, unseen = [], features[r, :0]
+        draft, unseen = [], drafter.unseen(r, 0)
         if not any(drafter.first):
-            draft, unseen = take_row(drafter.cache, r, drafted), features[r, : length - drafted].clone()
+            draft, unseen = take_row(drafter.cache, r, drafted), drafter.unseen(r, length - drafted)
         self.ended[row.index] = RowPast(take_row(slots, r, length), draft, unseen)
 
     def store(self, rows: Sequence[Row], config: PreTrainedConfig, head: DSparkHead) -> Cache | None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..modeling_dspark import device_of
 from .cache import Placement, SlotCache, causal_mask
 from .hidden_states import indices_of, request_for
+from .packing import Packing, packed
 
 Mask = torch.Tensor | BlockMask
 
@@ -59,6 +60,13 @@ class Target:
     def new_cache(self, rows: int) -> SlotCache:
         return SlotCache(self.config.num_hidden_layers, rows, self.device)
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows of different lengths can share a pass without padding; see `packing`."""
+        wants_all = self.all_hidden_states or self.attentions
+        uses_interface = self.implementation == "sdpa" and self.model._supports_attention_backend
+        return uses_interface and not wants_all and self.model._compiled_call_impl is None
+
     def forward(self, tokens: torch.Tensor, cache: SlotCache, keep: torch.Tensor | None = None) -> TargetPass:
         """One pass that appends tokens [R, n] to every row, without committing them.
 
@@ -67,17 +75,7 @@ class Target:
         """
         placement = cache.place(tokens.shape[1])
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
-        outputs = self.model(
-            input_ids=tokens,
-            attention_mask=self._mask(placement),
-            position_ids=placement.slots,
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=self.all_hidden_states or request_for(self.hidden_state_indices),
-            output_attentions=self.attentions,
-            return_dict=True,
-            **kwargs,
-        )
+        outputs = self._call(tokens, placement.slots, placement, cache, **kwargs)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
         chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
         return TargetPass(
@@ -85,6 +83,28 @@ class Target:
             torch.cat(chosen, dim=-1),
             outputs.hidden_states if self.all_hidden_states else None,
             outputs.attentions if self.attentions else None,
+        )
+
+    def forward_packed(self, tokens: torch.Tensor, cache: SlotCache, packing: Packing) -> TargetPass:
+        """The same for the places of tokens [R, n] that are filled; logits and features of the others are zeros."""
+        placement = cache.place(tokens.shape[1], packing)
+        with packed(packing):
+            outputs = self._call(packing.pack(tokens), packing.pack(placement.slots), placement, cache)
+        chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
+        logits = outputs.logits.to(tokens.device, torch.float32)
+        return TargetPass(packing.unpack(logits), packing.unpack(torch.cat(chosen, dim=-1)), None, None)
+
+    def _call(self, tokens: torch.Tensor, positions: torch.Tensor, placement: Placement, cache: SlotCache, **kwargs):
+        return self.model(
+            input_ids=tokens,
+            attention_mask=self._mask(placement),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=self.all_hidden_states or request_for(self.hidden_state_indices),
+            output_attentions=self.attentions,
+            return_dict=True,
+            **kwargs,
         )
 
     def _mask(self, placement: Placement) -> Mask | dict[str, Mask]:

@@ -1,0 +1,169 @@
+"""Measures the step times of a pair on its device, and makes the scheduler that uses them."""
+
+import time
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel
+from transformers.utils import logging
+
+from ..modeling_dspark import DSparkHead
+from ..scheduling import cost
+from ..scheduling.cost import CostTable
+from ..scheduling.estimates import Experience
+from ..scheduling.scheduler import ConstantSchedule, LoadSchedule, Settings
+from .cache import on_device
+from .drafting import Drafter
+from .packing import Packing
+from .processors import BlockProcessors
+from .target import Target
+
+logger = logging.get_logger(__name__)
+
+# Tokens of context at which step times are measured, where the target knows so many positions.
+CONTEXTS = (128, 1024)
+# Rows are measured at powers of two up to this; beyond, times go on as between the last two.
+MOST_ROWS = 64
+REPEATS = 4
+# Between two writes of a table that generation has moved along.
+SECONDS_BETWEEN_WRITES = 60
+
+_tables: dict[str, CostTable] = {}
+_written: dict[str, float] = {}
+_experiences: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, Experience]] = WeakKeyDictionary()
+
+
+def scheduler_for(target: Target, drafter: Drafter, rows: int, greedy: bool, runs_ahead: bool) -> ConstantSchedule:
+    """The scheduler that the head's `generation_config` asks for; step times are measured if they have to be.
+
+    Raises:
+        ValueError: for settings that mean nothing to a DSpark head.
+    """
+    head = drafter.head
+    settings = Settings.read(head.generation_config, head.config.block_size)
+    shared = experience_of(head, target.model)
+    if settings.schedule == "constant":
+        return ConstantSchedule(settings, shared, rows)
+    table = step_times(target, head, rows)
+    return LoadSchedule(settings, shared, rows, table, greedy, target.packs, runs_ahead)
+
+
+def experience_of(head: DSparkHead, target: PreTrainedModel) -> Experience:
+    """What this process has seen of the head's drafts for a target."""
+    by_target = _experiences.setdefault(head, WeakKeyDictionary())
+    if target not in by_target:
+        by_target[target] = Experience.fresh(head.config.block_size)
+    return by_target[target]
+
+
+def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
+    """The pair's table, good for calls of `rows` rows: from memory, from the cache folder, or measured now."""
+    identity = cost.identity_of(target.model, head, target.device)
+    key = str(cost.path_of(identity))
+    if key not in _tables:
+        contexts = _contexts(target, head)
+        _tables[key] = cost.load(identity, head.config.block_size) or CostTable.empty(
+            identity, contexts, head.config.block_size
+        )
+    table = _tables[key]
+    missing = [n for n in _row_counts(rows) if not table.rows or n > table.rows[-1]]
+    if missing:
+        logger.info(f"Measuring the step times of {type(target.model).__name__} for batches of {missing} rows.")
+        for n in missing:
+            table.extend(n, measure(target, head, n, table.contexts))
+        table.save()
+    return table
+
+
+def _row_counts(rows: int) -> list[int]:
+    """Powers of two up to the first that is enough for a call, and at least two of them."""
+    largest = min(max(2, 1 << (rows - 1).bit_length()), MOST_ROWS)
+    return [1 << i for i in range(largest.bit_length())]
+
+
+def _contexts(target: Target, head: DSparkHead) -> list[int]:
+    known = getattr(target.config, "max_position_embeddings", None) or CONTEXTS[-1]
+    fits = [context for context in CONTEXTS if context + head.config.block_size + 1 < known]
+    return fits or [max(1, known - head.config.block_size - 1)]
+
+
+@torch.no_grad()
+def measure(target: Target, head: DSparkHead, rows: int, contexts: list[int]) -> dict[str, np.ndarray]:
+    """Seconds of every kind of step, [contexts, sizes] each, for a number of rows.
+
+    All sizes are measured in turn, so that a disturbance does not hit one of them only; the fastest of a few passes
+    counts. In the longer contexts the smallest and the largest size stand for those between.
+    """
+    tables: dict[str, list[np.ndarray]] = {kind: [] for kind in cost.KINDS}
+    for i, context in enumerate(contexts):
+        steps = _Steps(target, head, rows, context)
+        for kind, sizes in cost.sizes_of(head.config.block_size).items():
+            measured = list(range(1, sizes + 1)) if i == 0 else sorted({1, sizes})
+            seconds = [_fastest(getattr(steps, kind), measured, target.device)]
+            if i == 0:
+                tables[kind].append(seconds[0])
+                continue
+            ends = seconds[0] - tables[kind][0][[size - 1 for size in measured]]
+            tables[kind].append(tables[kind][0] + np.interp(range(1, sizes + 1), measured, ends).clip(min=0))
+    return {kind: np.stack(measured) for kind, measured in tables.items()}
+
+
+def _fastest(step: Callable[[int], None], sizes: list[int], device: torch.device) -> np.ndarray:
+    """[len(sizes)] seconds."""
+    seconds = np.empty((REPEATS, len(sizes)))
+    for size in sizes:
+        step(size)
+    for turn in seconds:
+        for i, size in enumerate(sizes):
+            _synchronize(device)
+            started = time.perf_counter()
+            step(size)
+            _synchronize(device)
+            turn[i] = time.perf_counter() - started
+    return seconds.min(axis=0)
+
+
+class _Steps:
+    """One pass of each kind over rows that hold `context` tokens; which tokens does not matter."""
+
+    def __init__(self, target: Target, head: DSparkHead, rows: int, context: int):
+        self.target, self.head, self.rows, self.context = target, head, rows, context
+        device = target.device
+        self.cache = target.new_cache(rows)
+        # Rows of one length are the exception in generation.
+        self.cache.lengths = [context - (r % 2) for r in range(rows)]
+        self.drafter = Drafter(head, target.model, rows)
+        width = head.config.block_size + 1
+        spread = torch.arange(rows * width, device=device).view(rows, width)
+        self.tokens = spread * 7919 % head.config.vocab_size
+        states = len(head.config.target_layer_ids) * head.config.hidden_size
+        self.features = torch.zeros(rows, 2, states, device=device, dtype=target.model.dtype)
+        self.select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None, [])
+
+    def verify(self, size: int) -> None:
+        self.target.forward(self.tokens[:, :size], self.cache)
+
+    def packed(self, size: int) -> None:
+        """`rows * size` tokens, of which the first rows have as many as they can."""
+        lengths, left = [], self.rows * (size - 1)
+        for _ in range(self.rows):
+            lengths.append(min(left, self.tokens.shape[1] - 1))
+            left -= lengths[-1]
+        if not self.target.packs:
+            return self.verify(size)
+        of_rows = on_device(lengths, self.target.device)
+        width = 1 + max(lengths)
+        packing = Packing.of(of_rows, width, self.rows * size)
+        self.target.forward_packed(self.tokens[:, :width], self.cache, packing)
+
+    def draft(self, size: int) -> None:
+        self.drafter.waiting = [(self.features, [2] * self.rows)]
+        self.drafter.cache.lengths = [length - 2 for length in self.cache.lengths]
+        self.drafter.draft(self.tokens[:, 0], size, self.select)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
