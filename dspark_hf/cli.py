@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from . import DSparkConfig, DSparkHead
 from .embedded import embedded_pair
-from .evaluation.prompts import encode, read_prompts
+from .evaluation.prompts import DOMAINS, domain_prompts, encode, read_prompts
 
 app = typer.Typer(
     help="DSpark speculative decoding for transformers: faster generate, same tokens.",
@@ -84,31 +84,53 @@ def bench(
     head: Head = None,
     prompts: Prompts = None,
     batch_sizes: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4",
-    methods: Annotated[str, typer.Option(help="Comma-separated: plain, stock, dspark.")] = "plain,stock,dspark",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated: plain, stock, dspark (the head as it is set), load, fixed-1 and so on.")
+    ] = "plain,stock,dspark",
+    sweep_batch: Annotated[
+        str | None,
+        typer.Option(help="Batch sizes at which plain, every fixed length and load are compared, instead of the above."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the sweep, such as sweep.png.")] = None,
     max_new_tokens: MaxNewTokens = 128,
     limit: Limit = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the records to this file.")] = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Measure plain decoding, transformers' stock assisted loop and DSpark on the same prompts, alternately."""
-    from .evaluation.bench import as_json, as_table
-    from .evaluation.bench import bench as measure
+    """Measure plain decoding, transformers' stock assisted loop and DSpark on the same prompts, alternately.
 
-    sizes = _numbers(batch_sizes)
+    A sweep without --prompts takes 64 problems of GSM8K and 64 beginnings of Python source.
+    """
+    from .evaluation import bench as speed
+    from .evaluation import sweep
+
+    if plot is not None:
+        if sweep_batch is None:
+            raise ValueError(f"--plot {plot} shows a sweep: give --sweep-batch too.")
+        sweep.import_pyplot()
+    sizes = _numbers(sweep_batch or batch_sizes)
     texts = read_prompts(prompts)[:limit]
     target, draft_head, tokenizer = _load(model, head, dtype)
+    if sweep_batch is None:
+        tables, names = speed, methods.split(",")
+        measured = speed.bench(target, draft_head, tokenizer, texts, sizes, names, max_new_tokens)
+        sets = f"{len(texts)} prompts"
+    else:
+        given = {prompts.stem: texts} if prompts else {name: domain_prompts(name)[:limit] for name in DOMAINS}
+        tables, sets = sweep, ", ".join(given)
+        measured = sweep.sweep(target, draft_head, tokenizer, given, sizes, max_new_tokens)
     records = []
     with console.status("measuring") as status:
-        for record in measure(target, draft_head, tokenizer, texts, sizes, methods.split(","), max_new_tokens):
+        for record in measured:
             records.append(record)
-            status.update(f"measured {record.method} at batch {record.batch_size}")
-    console.print(as_table(records))
+            status.update(f"measured {record.domain or ''} {record.method} at batch {record.batch_size}")
+    console.print(tables.as_table(records))
     device = torch.cuda.get_device_name() if target.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    console.print(
-        f"[dim]{len(texts)} prompts, {max_new_tokens} new tokens, {target.dtype}, {device}[/dim]", highlight=False
-    )
+    console.print(f"[dim]{sets}, {max_new_tokens} new tokens, {target.dtype}, {device}[/dim]", highlight=False)
+    if plot is not None:
+        sweep.plot(records, plot)
     if json_file is not None:
-        json_file.write_text(json.dumps(as_json(records), indent=2) + "\n")
+        json_file.write_text(json.dumps(speed.as_json(records), indent=2) + "\n")
 
 
 @app.command()
@@ -128,12 +150,15 @@ def verify(
 ) -> None:
     """Audit losslessness: the tokens with the head against the target's own. Exit status 1 when it is BROKEN.
 
-    float32 is the sharper audit: what rounding can explain shrinks with the dtype.
+    Whole blocks are drafted and verified, whatever they cost. float32 is the sharper audit: what rounding can explain
+    shrinks with the dtype.
     """
     from .evaluation.verify import BROKEN
 
     texts = read_prompts(prompts)[:limit]
     target, draft_head, tokenizer = _load(model, head, dtype)
+    # A schedule that saw no gain in drafts would leave nothing to audit.
+    draft_head.generation_config.num_assistant_tokens_schedule = "constant"
     if sampling:
         findings = _verify_sampling(target, draft_head, tokenizer, texts, batch_size, draws)
     else:

@@ -182,12 +182,14 @@ class DSparkHead(PreTrainedModel):
         embedded = self.markov_head.embed(previous) if self.config.confidence_head_with_markov else None
         return self.confidence_head(hidden, embedded)
 
-    def calibrated(self, confidence_logits: torch.Tensor) -> torch.Tensor:
-        """Confidence [..., G] of the first G positions from its logits, at the temperatures of the config if it has
-        them (sequential temperature scaling)."""
-        logits = confidence_logits.float()
-        if self.config.confidence_temperatures is not None:
-            logits = logits / logits.new_tensor(self.config.confidence_temperatures[: logits.shape[-1]])
+    def calibrated(self, confidence_logits: torch.Tensor, position: int | None = None) -> torch.Tensor:
+        """Confidence from its logits, at the temperatures of the config if it has them (sequential temperature
+        scaling): [..., G] of the first G positions, or [...] of one position."""
+        logits, temperatures = confidence_logits.float(), self.config.confidence_temperatures
+        if temperatures is not None:
+            logits = logits / (
+                logits.new_tensor(temperatures[: logits.shape[-1]]) if position is None else temperatures[position]
+            )
         return logits.sigmoid()
 
     def sample_block(
@@ -213,13 +215,15 @@ class DSparkHead(PreTrainedModel):
         base_logits = self.base_logits(hidden[:, :length], tables)
         previous, state, tokens, sampled_from = anchors, None, [], []
         for k in range(most):
-            if goes_on is not None and not goes_on(self.confidence_logits(hidden[:, k], previous)) and k:
-                break
+            embedded = None if self.markov_head is None else self.markov_head.embed(previous)
+            if goes_on is not None:
+                judged = self.confidence_head and self.confidence_head(hidden[:, k], embedded)
+                if not goes_on(judged) and k:
+                    break
             if k == length:
                 base_logits = torch.cat([base_logits, self.base_logits(hidden[:, length:most], tables)], dim=1)
             logits = base_logits[:, k]
             if self.markov_head is not None:
-                embedded = self.markov_head.embed(previous)
                 state = self.markov_head.initial_state(embedded) if k == 0 else state
                 bias, state = self.markov_head.step(hidden[:, k], embedded, state)
                 logits = logits + bias

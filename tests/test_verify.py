@@ -198,12 +198,12 @@ def test_a_wrong_end_is_broken(pair, options, monkeypatch, fault):
     assert verify(options, "--batch-size", "1")[0] == 0
     kept = loop.Stopping.kept
 
-    def wrongly(self, sequence, committed, device):
+    def wrongly(self, row, committed, device):
         if fault == "late":
             self.eos_ids = set()
-            return kept(self, sequence, committed, device)
-        tokens, ended = kept(self, sequence, committed, device)
-        return tokens, ended or len(sequence) > 10
+            return kept(self, row, committed, device)
+        tokens, ended = kept(self, row, committed, device)
+        return tokens, ended or row.length > 10
 
     monkeypatch.setattr(loop.Stopping, "kept", wrongly)
     status, output, findings = verify(options, "--batch-size", "1")

@@ -1,8 +1,10 @@
 """Speed of decoding methods, measured alternately in one run on the same prompts."""
 
+import copy
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -15,7 +17,6 @@ from ..generation.stats import DSparkStats
 from ..modeling_dspark import DSparkHead
 from .prompts import encode
 
-METHODS = ("plain", "stock", "dspark")
 FEWEST_RUNS = 3
 
 
@@ -23,8 +24,8 @@ FEWEST_RUNS = 3
 class Record:
     """One method at one batch size.
 
-    tokens_per_second: median over the runs, all rows together. speedup: of that over plain's. tau: tokens a round of
-    a row. draft_ms, verify_ms: mean a round. ceiling: tau * T(1) / (T_verify + T_draft), the speed-up if everything
+    domain: the set of prompts, where there are several. tokens_per_second: median over the runs, all rows together. speedup: of that over plain's. tau: tokens a round of
+    a row. verify_length: drafts verified a round of a row. draft_ms, schedule_ms, verify_ms: mean a round. ceiling: tau * T(1) / (T_verify + T_draft), the speed-up if everything
     but the two model passes were free, with T(1) plain's time a step. identical: whether all outputs equalled plain's.
     Fields that do not apply to a method are `None`.
     """
@@ -32,9 +33,12 @@ class Record:
     method: str
     batch_size: int
     tokens_per_second: float
+    domain: str | None = None
     speedup: float | None = None
     tau: float | None = None
+    verify_length: float | None = None
     draft_ms: float | None = None
+    schedule_ms: float | None = None
     verify_ms: float | None = None
     ceiling: float | None = None
     identical: bool | None = None
@@ -63,24 +67,37 @@ def bench(
     batch_sizes: list[int],
     methods: list[str],
     max_new_tokens: int = 128,
+    domain: str | None = None,
+    most_turns: int | None = None,
 ) -> Iterator[Record]:
     """Records of every batch size, as soon as it is measured. Decoding is greedy.
 
     Batches of prompts are run by every method in turn, in an order that rotates, after one unmeasured run each.
-    `stock` (transformers' own loop with the same head) exists at batch 1 only.
+
+    Args:
+        methods: `plain`; `stock`, transformers' own loop with the same head, at batch 1 only; `dspark`, the head as it
+            is set; `load` and `fixed-1`, `fixed-2`, .., the head with that schedule.
+        most_turns: batches of prompts to run at most, `None` for all; fewer than three are run again.
     """
-    unknown = set(methods) - set(METHODS)
+    known = ["plain", "stock", "dspark", "load", *fixed_methods(head)]
+    unknown = set(methods) - set(known)
     if unknown:
-        raise ValueError(f"Unknown methods {sorted(unknown)}; choose from {', '.join(METHODS)}.")
+        raise ValueError(f"Unknown methods {sorted(unknown)}; choose from {', '.join(known)}.")
     for size in batch_sizes:
         if not 1 <= size <= len(prompts):
             raise ValueError(f"Batch size {size} needs between 1 and {len(prompts)} prompts, the number given.")
         chosen = [method for method in methods if method != "stock" or size == 1]
-        yield from _records(_measure(model, head, tokenizer, prompts, size, chosen, max_new_tokens), size)
+        measured = _measure(model, head, tokenizer, prompts, size, chosen, max_new_tokens, most_turns)
+        yield from _records(measured, size, domain)
 
 
-def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens) -> dict[str, Runs]:
-    batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)]
+def fixed_methods(head: DSparkHead) -> list[str]:
+    """The methods that draft and verify the same number of positions every round."""
+    return [f"fixed-{k}" for k in range(1, head.config.block_size + 1)]
+
+
+def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens, most_turns) -> dict[str, Runs]:
+    batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)][:most_turns]
     inputs = [encode(batch, tokenizer, model.device) for batch in batches]
     runs = {method: Runs() for method in methods}
     for method in methods:
@@ -100,11 +117,9 @@ def _run(runs: Runs, index: int, method: str, model, head, inputs, max_new_token
     started = time.perf_counter()
     if method == "plain":
         output = model.generate(**inputs, **kwargs)
-    elif method == "stock":
-        with stock_loop():
-            output = model.generate(**inputs, assistant_model=head, **kwargs)
     else:
-        output = model.generate(**inputs, assistant_model=head, **kwargs)
+        with stock_loop() if method == "stock" else _schedule(head, method):
+            output = model.generate(**inputs, assistant_model=head, **kwargs)
     _synchronize(model.device)
     runs.seconds.append(time.perf_counter() - started)
     new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
@@ -112,11 +127,27 @@ def _run(runs: Runs, index: int, method: str, model, head, inputs, max_new_token
     runs.outputs[index] = rows
     runs.tokens.append(sum(map(len, rows)))
     runs.steps.append(max(map(len, rows)))
-    if method == "dspark":
+    if method not in ("plain", "stock"):
         runs.stats.append(output.dspark)
 
 
-def _records(measured: dict[str, Runs], size: int) -> Iterator[Record]:
+@contextmanager
+def _schedule(head: DSparkHead, method: str) -> Iterator[None]:
+    """The head with the schedule of a method; as it was afterwards."""
+    before = head.generation_config
+    head.generation_config = copy.deepcopy(before)
+    if method == "load":
+        head.generation_config.update(num_assistant_tokens_schedule="load", num_assistant_tokens=None)
+    elif method.startswith("fixed-"):
+        length = int(method.removeprefix("fixed-"))
+        head.generation_config.update(num_assistant_tokens_schedule="constant", num_assistant_tokens=length)
+    try:
+        yield
+    finally:
+        head.generation_config = before
+
+
+def _records(measured: dict[str, Runs], size: int, domain: str | None) -> Iterator[Record]:
     plain = measured.get("plain")
     for method, runs in measured.items():
         speed = runs.tokens_per_second
@@ -128,7 +159,7 @@ def _records(measured: dict[str, Runs], size: int) -> Iterator[Record]:
             if plain is not None:
                 step_ms = 1000 * statistics.median(s / n for s, n in zip(plain.seconds, plain.steps, strict=True))
                 fields["ceiling"] = fields["tau"] * step_ms / (fields["draft_ms"] + fields["verify_ms"])
-        yield Record(method, size, speed, **fields)
+        yield Record(method, size, speed, domain, **fields)
 
 
 def _round_times(stats: list[DSparkStats]) -> dict[str, float]:
@@ -136,7 +167,9 @@ def _round_times(stats: list[DSparkStats]) -> dict[str, float]:
     lengths = [length for s in stats for row in s.accepted_lengths for length in row]
     return {
         "tau": sum(lengths) / len(lengths),
+        "verify_length": sum(sum(s.verified) for s in stats) / len(lengths),
         "draft_ms": 1000 * sum(s.draft_seconds for s in stats) / rounds,
+        "schedule_ms": 1000 * sum(s.schedule_seconds for s in stats) / rounds,
         "verify_ms": 1000 * sum(s.verify_seconds for s in stats) / rounds,
     }
 

@@ -17,6 +17,16 @@ DEFAULT_PROMPTS = (
 )
 
 
+# Sets of prompts that ship with the package: problems of GSM8K's test split, and beginnings of Python source that the
+# embedded pair was not trained on.
+DOMAINS = ("gsm8k", "code")
+
+
+def domain_prompts(domain: str) -> list[str]:
+    """The 64 prompts of a set that ships with the package."""
+    return read_prompts(Path(__file__).parent / "data" / f"{domain}.jsonl")
+
+
 def read_prompts(path: str | Path | None) -> list[str]:
     """Prompts from a file, or the built-in ones.
 

@@ -31,6 +31,11 @@ class Row:
         return self.given + self.committed
 
     @property
+    def length(self) -> int:
+        """How many these are."""
+        return len(self.given) + len(self.committed)
+
+    @property
     def columns(self) -> list[int]:
         """Column of every token, new ones included."""
         return self.prompt_columns + list(range(self.width, self.width + len(self.committed)))

@@ -32,7 +32,7 @@ class Placement:
     start: the common first index when every row writes n consecutive tokens from the same place, else `None`; lets
         the write be one slice.
     view: slots 0..view-1 are handed to the attention.
-    rows: [n] int64, the rows that take part when these are not all.
+    rows: [n] int64, the rows that take part when these are not all. lines: [n, 1], all that take part.
     packing: set when the pass holds only some of the R * n tokens, as one sequence.
     """
 
@@ -40,6 +40,7 @@ class Placement:
     start: int | None
     view: int
     rows: torch.Tensor | None = None
+    lines: torch.Tensor | None = None
     packing: Packing | None = None
 
 
@@ -79,8 +80,7 @@ class SlotLayer(CacheLayerMixin):
             elif placement.start is not None:
                 stored[:, :, placement.start : placement.start + new.shape[2]] = new
             else:
-                lines = torch.arange(len(new), device=device) if rows is None else rows.to(device)
-                stored[lines[:, None], :, placement.slots.to(device)] = new.transpose(1, 2)
+                stored[placement.lines.to(device), :, placement.slots.to(device)] = new.transpose(1, 2)
         views = (self.keys[:, :, : placement.view], self.values[:, :, : placement.view])
         return views if rows is None else tuple(view[rows.to(device)] for view in views)
 
@@ -145,7 +145,9 @@ class SlotCache(Cache):
 
     def place_at(self, slots: torch.Tensor, view: int, start: int | None = None, **fields) -> Placement:
         """The next pass writes to the given slots; see [`Placement`]."""
-        placement = Placement(slots, start, view, **fields)
+        rows = fields.get("rows")
+        lines = torch.arange(len(slots), device=self.device) if rows is None else rows
+        placement = Placement(slots, start, view, lines=lines[:, None], **fields)
         for layer in self.layers:
             layer.placement = placement
         return placement

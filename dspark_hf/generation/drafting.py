@@ -6,8 +6,9 @@ from transformers import PreTrainedModel
 from ..modeling_dspark import DraftBlock, DSparkHead, GoesOn, Select
 from .cache import SlotCache, on_device
 
-# Tokens of a row whose target states may wait for a draft; more are taken into the cache without one.
-LONGEST_WAIT = 256
+# Tokens of a row, those of the last prompt or draft aside, whose target states may wait for a draft; more are taken
+# into the cache without one.
+LONGEST_WAIT = 512
 
 
 class Drafter:
@@ -54,7 +55,7 @@ class Drafter:
 
     def catch_up(self, anchors: torch.Tensor) -> None:
         """Take what waits into the cache without drafting, when it has become much."""
-        if sum(features.shape[1] for features, _ in self.waiting) > LONGEST_WAIT + self.head.config.block_size:
+        if sum(features.shape[1] for features, _ in self.waiting[1:]) > LONGEST_WAIT:
             self._hidden(anchors.to(self.device), None)
 
     def unseen(self, row: int, count: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ Every row of the batch decodes at its own pace. Between rounds a row is its comm
 anchor, is not yet in the target's cache. The host waits for the device once a round, in `commit`.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,13 +80,15 @@ def generate(
 @dataclass(frozen=True)
 class Lengths:
     """What a round verifies. of_rows: [R] drafts of each row. most: drafts that a row can have at most. total: tokens
-    that count, anchors included. packed: whether the pass holds only those. drafted: positions drafted."""
+    that count, anchors included. packed: whether the pass holds only those. drafted: positions drafted. survival:
+    [R, drafted], 0 for rows that did not draft; `None` where the host does not wait for it."""
 
     of_rows: torch.Tensor
     most: int
     total: int
     packed: bool
     drafted: int
+    survival: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ class Rounds:
         self.runs_ahead = self.target.device.type == "cuda"
         self.scheduler = scheduler_for(self.target, self.drafter, size, not config.do_sample, self.runs_ahead)
         self.step: Step | None = None
+        # Of every round the indices of its rows, and of each of them drafts made, drafts verified, tokens expected.
+        self.planned: list[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]] = []
 
     def run(self) -> torch.Tensor:
         with self.stopwatch.part("prefill"):
@@ -173,14 +178,19 @@ class Rounds:
         counts = [len(row.prompt) for row in self.rows]
         longest, device = max(counts), self.target.device
         tokens = on_device([row.prompt + [self.pad] * (longest - len(row.prompt)) for row in self.rows], device)
-        keep = sorted({count - 1 for count in counts})
-        self.passed = self.target.forward(tokens, self.cache, on_device(keep, device))
+        if self.target.packs and len(set(counts)) > 1:
+            packing = Packing.of(on_device(counts, device) - 1, longest, sum(counts))
+            last = on_device([end - 1 for end in itertools.accumulate(counts)], device)
+            self.passed = self.target.forward_packed(tokens, self.cache, packing, last)
+        else:
+            keep = sorted({count - 1 for count in counts})
+            self.passed = self.target.forward(tokens, self.cache, on_device(keep, device))
+            columns = on_device([keep.index(count - 1) for count in counts], device)
+            last = self.passed.logits[torch.arange(len(counts), device=device), columns][:, None]
+            self.passed = replace(self.passed, logits=last)
         self.cache.commit(counts)
         self.drafter.remember(self.passed.features, counts)
-        columns = on_device([keep.index(count - 1) for count in counts], device)
-        last = self.passed.logits[torch.arange(len(counts), device=device), columns][:, None]
-        self.passed = replace(self.passed, logits=last)
-        logits = self._processed(last, None)
+        logits = self._processed(self.passed.logits, None)
         nothing = torch.zeros(len(counts), dtype=torch.long, device=device)
         return self._to_host(None, nothing, Verdict(nothing, self.processors.choose(logits[:, 0]))), logits
 
@@ -189,9 +199,11 @@ class Rounds:
         times = self.stopwatch.collect()
         load = self.call.load(self.drafter.head.load_sensor)
         if self.step is not None and load.others == 0:
-            self.scheduler.observe(self.step, times.get("draft", 0.0), times["verify"] + times["other"])
+            deciding = times.get("draft", 0.0) + times["schedule"]
+            self.scheduler.observe(self.step, deciding, times["verify"] + times["other"])
         self.stats.load.append(load.total)
-        return self.scheduler.plan(self._rooms(), self._context(), load)
+        self.rooms = self._rooms()
+        return self.scheduler.plan(self.rooms, self._context(), load)
 
     def draft(self, plan: Plan) -> DraftBlock | None:
         """A block with a line for every row, zeros for those that do not draft; `None` when none does."""
@@ -209,20 +221,24 @@ class Rounds:
 
     def schedule(self, plan: Plan, block: DraftBlock | None) -> Lengths:
         """How many drafts of each row to verify."""
-        rows, rooms, device = len(self.rows), self._rooms(), self.target.device
+        rows, rooms, device = len(self.rows), self.rooms, self.target.device
         if block is None:
-            return Lengths(torch.zeros(rows, dtype=torch.long, device=device), 0, rows, False, 0)
+            return Lengths(torch.zeros(rows, dtype=torch.long, device=device), 0, rows, False, 0, None)
         drafted = block.tokens.shape[1]
         confidence = self._confidence(block.confidence_logits, drafted)
         if self.runs_ahead:
             lengths = self.scheduler.choose_ahead(plan, confidence.to(device), on_device(rooms.tolist(), device))
-            return Lengths(lengths, drafted, rows + plan.budget, plan.packed, drafted)
-        survival = np.zeros((rows, drafted))
-        survival[plan.rows] = self.scheduler.survival(plan.rows, confidence.numpy()[plan.rows])
+            return Lengths(lengths, drafted, rows + plan.budget, plan.packed, drafted, None)
+        drafting = self._drafting(plan)
+        survival = self.scheduler.estimates.survival(confidence.numpy()[drafting], drafting)
+        if len(survival) < rows:
+            everybody = np.zeros((rows, drafted))
+            everybody[drafting] = survival
+            survival = everybody
         lengths = self.scheduler.choose(plan, survival, rooms)
         most, total = int(lengths.max()), rows + int(lengths.sum())
         packed = plan.packed and total < rows * (1 + most)
-        return Lengths(torch.from_numpy(lengths).to(device), most, total, packed, drafted)
+        return Lengths(torch.from_numpy(lengths).to(device), most, total, packed, drafted, survival)
 
     def verify(self, block: DraftBlock | None, lengths: Lengths) -> torch.Tensor:
         """Processed target logits [R, L+1, V] of the anchor and the drafts behind it, L = lengths.most."""
@@ -254,14 +270,18 @@ class Rounds:
         tokens = lengths.total if lengths.packed else len(self.rows) * (1 + lengths.most)
         self.step = Step(len(plan.rows), lengths.drafted, len(self.rows), tokens, lengths.packed, self._context())
         expected = np.ones(len(self.rows))
+        drafted = np.zeros(len(self.rows), dtype=int)
         if plan.rows:
-            confidence, verified = outcome.confidence[plan.rows], outcome.lengths[plan.rows]
-            survival = self.scheduler.survival(plan.rows, confidence)
-            expected[plan.rows] += (survival * (np.arange(lengths.drafted) < verified[:, None])).sum(axis=1)
-            self.scheduler.learn(plan, confidence, verified, outcome.accepted[plan.rows])
-        for r, row in enumerate(self.rows):
-            drafted = lengths.drafted if r in plan.rows else 0
-            self.stats.expect(row.index, drafted, int(outcome.lengths[r]), float(expected[r]))
+            drafting, estimates = self._drafting(plan), self.scheduler.estimates
+            confidence, verified = outcome.confidence[drafting], outcome.lengths[drafting]
+            if lengths.survival is not None:
+                survival = lengths.survival[drafting]
+            else:
+                survival = estimates.survival(confidence, drafting)
+            drafted[drafting] = lengths.drafted
+            expected[drafting] += (survival * (np.arange(lengths.drafted) < verified[:, None])).sum(axis=1)
+            estimates.learn(drafting, confidence, survival, verified, outcome.accepted[drafting])
+        self.planned.append((self._row_indices(), drafted, outcome.lengths, expected))
 
     def commit(self, outcome: Outcome, logits: torch.Tensor, lengths: Lengths | None = None) -> None:
         """Append accepted drafts and the target's own token; lengthen the cache; stream; drop rows that ended.
@@ -274,26 +294,29 @@ class Rounds:
             self.cache.commit(counts)
             self.drafter.remember(self.passed.features, counts)
         self.anchors = outcome.next_tokens
-        active = []
         news = [outcome.drafts[r][: accepted[r]] + [outcome.tokens[r]] for r in range(len(self.rows))]
         stops = [
-            self.stopping.kept(row.sequence, new, self.input_ids.device)
+            self.stopping.kept(row, new, self.input_ids.device)
             for row, new in zip(self.rows, news, strict=True)
         ]
         if self.lockstep:
             stops = self._together(stops)
         for r, (row, (kept, ended)) in enumerate(zip(self.rows, stops, strict=True)):
             if lengths is not None:
-                self.stats.record(row.index, min(accepted[r], len(kept)), len(kept))
+                self.stats.accepted_lengths[row.index].append(len(kept))
+                self.stats.kept_lengths[row.index].append(min(accepted[r], len(kept)))
             if self.recorder.active:
                 self._record(r, row, len(kept), logits)
             row.committed += kept
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(kept))
-            if not ended:
-                active.append(r)
-            else:
-                self.past.keep_row(r, row, self.cache, self.drafter)
+            if ended:
+                shared = self.scheduler.estimates.shared
+                shared.learn_end(len(row.committed), row.length == self.stopping.max_length)
+        active = [r for r, (_, ended) in enumerate(stops) if not ended]
+        for r, row in enumerate(self.rows):
+            if stops[r][1]:
+                self.past.keep_row(r, row, self.cache, self.drafter, copy=bool(active))
         self._keep(active)
 
     def _together(self, stops: list[tuple[list[int], bool]]) -> list[tuple[list[int], bool]]:
@@ -311,7 +334,7 @@ class Rounds:
             return 0
         if self.stopping.max_length is None:
             return self.stats.block_size
-        return self.stopping.max_length - len(row.given) - len(row.committed) - 1
+        return self.stopping.max_length - row.length - 1
 
     def _processed(self, logits: torch.Tensor, drafts: torch.Tensor | None) -> torch.Tensor:
         return self.processors.on_target(logits, self._prefixes(drafts), self._row_indices())
@@ -331,9 +354,13 @@ class Rounds:
     def _rooms(self) -> np.ndarray:
         return np.array([self._room(row) for row in self.rows])
 
-    def _context(self) -> float:
-        """Mean tokens of a row in the target's cache."""
-        return sum(self.cache.lengths) / len(self.rows)
+    def _drafting(self, plan: Plan) -> list[int] | slice:
+        """The rows that draft, as an index; that of everybody copies nothing."""
+        return slice(None) if len(plan.rows) == len(self.rows) else plan.rows
+
+    def _context(self) -> int:
+        """Tokens of the longest row in the target's cache, which is what all rows look at."""
+        return max(self.cache.lengths)
 
     def _confidence(self, logits: torch.Tensor | None, count: int) -> torch.Tensor:
         """[R, count] from confidence logits of the first positions; without a confidence head, running acceptance."""
@@ -344,15 +371,15 @@ class Rounds:
 
     def _goes_on(self, plan: Plan) -> GoesOn | None:
         """What decides, position by position, whether a single row drafts on; `None` where it is decided before."""
-        if plan.walk is None:
+        walk = self.scheduler.walk(plan)
+        if walk is None:
             return None
-        seen = []
+        head, running = self.drafter.head, self.scheduler.estimates.shared.confidence
+        positions = itertools.count()
 
         def goes_on(logits: torch.Tensor | None) -> bool:
-            seen.append(logits)
-            logits = None if logits is None else torch.stack(seen, dim=1)
-            survival = self.scheduler.survival(plan.rows, self._confidence(logits, len(seen)).numpy())
-            return self.scheduler.goes_on(plan, survival[0])
+            k = next(positions)
+            return walk(running[k] if logits is None else head.calibrated(logits, k).item())
 
         return goes_on
 
@@ -393,6 +420,13 @@ class Rounds:
         self.recorder.record(row.index, r, count, self.passed, logits, [*row.columns, *drafts])
 
     def _finish_stats(self) -> None:
+        stats = self.stats
+        for indices, *columns in self.planned:
+            for lists, values in zip(
+                (stats.drafted_lengths, stats.verified_lengths, stats.expected_lengths), columns, strict=True
+            ):
+                for index, value in zip(indices, values.tolist(), strict=True):
+                    lists[index].append(value)
         self.stopwatch.collect(wait=True)
         for name, seconds in self.stopwatch.seconds.items():
             setattr(self.stats, f"{name}_seconds", seconds)

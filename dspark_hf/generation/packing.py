@@ -37,7 +37,8 @@ class Packing:
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
         """[1, B, ...] -> [rows, width, ...], zeros where nothing is."""
         spread = x.new_zeros(self.rows * self.width, *x.shape[2:])
-        return spread.index_copy_(0, self.index.to(x.device), x[0]).unflatten(0, (self.rows, self.width))
+        spread[self.index.to(x.device)] = x[0]
+        return spread.unflatten(0, (self.rows, self.width))
 
 
 _packing: ContextVar[Packing | None] = ContextVar("dspark_packing", default=None)

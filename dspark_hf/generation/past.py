@@ -108,11 +108,12 @@ def _right_padded(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     return stacked
 
 
-def take_row(slots: SlotCache, row: int, length: int) -> States:
-    """Copies of the first `length` tokens of a row, so that its slot can go."""
+def take_row(slots: SlotCache, row: int, length: int, copy: bool) -> States:
+    """The first `length` tokens of a row; copies, when its slot is to go."""
     if length == 0:
         return []
-    return [(layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone()) for layer in slots.layers]
+    states = [(layer.keys[row, :, :length], layer.values[row, :, :length]) for layer in slots.layers]
+    return [(keys.clone(), values.clone()) for keys, values in states] if copy else states
 
 
 class Continuation:
@@ -155,26 +156,26 @@ class Continuation:
         unseen = [row.features for row in memory.rows]
         drafter.remember(_right_padded(unseen, dim=0), [len(features) for features in unseen])
 
-    def keep_row(self, r: int, row: Row, slots: SlotCache, drafter: Drafter) -> None:
+    def keep_row(self, r: int, row: Row, slots: SlotCache, drafter: Drafter, copy: bool) -> None:
         """Remember a row that ends: all its tokens but the last, which the target has not seen.
 
         Args:
-            r: place of the row in slots and drafter.
+            r: place of the row in slots and drafter. copy: whether other rows go on, so that its slot goes.
         """
         if not self.is_kept:
             return
         length, drafted = len(row.columns) - 1, drafter.cache.lengths[r]
         draft, unseen = [], drafter.unseen(r, 0)
         if not any(drafter.first):
-            draft, unseen = take_row(drafter.cache, r, drafted), drafter.unseen(r, length - drafted)
-        self.ended[row.index] = RowPast(take_row(slots, r, length), draft, unseen)
+            draft, unseen = take_row(drafter.cache, r, drafted, copy), drafter.unseen(r, length - drafted)
+        self.ended[row.index] = RowPast(take_row(slots, r, length, copy), draft, unseen)
 
     def store(self, rows: Sequence[Row], config: PreTrainedConfig, head: DSparkHead) -> Cache | None:
         """The cache that plain generate would return, with what the head knows; the given one, brought up to date."""
         if not self.is_kept:
             return None
         width = rows[0].width + max(len(row.committed) for row in rows) - 1
-        stored = as_cache([self.ended[row.index] for row in rows], [row.columns[:-1] for row in rows], width, config)
+        stored = KeptCache([self.ended[row.index] for row in rows], [row.columns[:-1] for row in rows], width, config)
         memory = DraftPast(
             weakref.ref(head),
             [RowPast([], past.draft, past.features) for past in map(self.ended.get, range(len(rows)))],
@@ -184,16 +185,32 @@ class Continuation:
         return past
 
 
-def as_cache(rows: list[RowPast], columns: list[list[int]], width: int, config: PreTrainedConfig) -> DynamicCache:
-    """A transformers cache of `width` columns that holds the rows' tokens at their columns."""
-    past = DynamicCache(config=config)
-    for i in range(len(rows[0].target)):
-        states = []
-        for part in (0, 1):
-            sample = rows[0].target[i][part]
-            x = sample.new_zeros(len(rows), sample.shape[0], width, sample.shape[2])
-            for r, (row, own) in enumerate(zip(rows, columns, strict=True)):
-                x[r].index_copy_(1, torch.tensor(own, device=x.device), row.target[i][part])
-            states.append(x)
-        past.update(*states, i)
-    return past
+class KeptCache(DynamicCache):
+    """A transformers cache of `width` columns that holds the rows' tokens at their columns; put together when somebody
+    looks at it, as most callers that ask for outputs never do."""
+
+    def __init__(self, rows: list[RowPast], columns: list[list[int]], width: int, config: PreTrainedConfig):
+        self.parts: tuple | None = None
+        super().__init__(config=config)
+        self.parts = rows, columns, width
+
+    @property
+    def layers(self) -> list:
+        if self.parts is not None:
+            rows, columns, width = self.parts
+            self.parts = None
+            for i in range(len(rows[0].target)):
+                self.update(*(_in_columns([row.target[i][part] for row in rows], columns, width) for part in (0, 1)), i)
+        return self._layers
+
+    @layers.setter
+    def layers(self, layers: list) -> None:
+        self._layers = layers
+
+
+def _in_columns(states: list[torch.Tensor], columns: list[list[int]], width: int) -> torch.Tensor:
+    """[R, heads, width, head_dim] from the rows' [heads, n, head_dim]; zeros where no token is."""
+    x = states[0].new_zeros(len(states), states[0].shape[0], width, states[0].shape[2])
+    for r, (own, at) in enumerate(zip(states, columns, strict=True)):
+        x[r].index_copy_(1, torch.tensor(at, device=x.device), own)
+    return x

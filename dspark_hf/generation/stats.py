@@ -13,26 +13,21 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 class DSparkStats:
     """Counts and times of one `generate` call.
 
-    accepted_lengths[row]: tokens committed in each round of that row, bonus included, in the order of the batch.
-    verified_lengths[row]: drafts that were verified in each of these rounds, the length that the scheduler chose.
-    expected_lengths[row]: tokens that it expected each of these rounds to commit.
+    The lists have an entry for every row in the order of the batch, and each of those one for every round of the row:
+    accepted_lengths: tokens committed, bonus included. drafted_lengths, verified_lengths: drafts made, and drafts
+    verified, the length that the scheduler chose. kept_lengths: drafts that became text. expected_lengths: tokens that
+    the scheduler expected to be committed.
     load[round]: rows decoded on the device, those of others included, as far as the scheduler knew.
-    drafted, verified, accepted: drafts of each row.
-    drafted_at, verified_at, accepted_at: drafts of all rows by position in the block, 0 first.
     prefill_seconds, draft_seconds, schedule_seconds, verify_seconds, other_seconds: wall time by part; other is
         acceptance, commit, streaming and stopping.
     """
 
     block_size: int
     accepted_lengths: list[list[int]]
+    drafted_lengths: list[list[int]]
     verified_lengths: list[list[int]]
+    kept_lengths: list[list[int]]
     expected_lengths: list[list[float]]
-    drafted: list[int]
-    verified: list[int]
-    accepted: list[int]
-    drafted_at: list[int]
-    verified_at: list[int]
-    accepted_at: list[int]
     load: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
@@ -42,15 +37,7 @@ class DSparkStats:
 
     @classmethod
     def empty(cls, rows: int, block_size: int) -> "DSparkStats":
-        def zeros(count: int) -> list[int]:
-            return [0] * count
-
-        return cls(
-            block_size,
-            *([[] for _ in range(rows)] for _ in range(3)),
-            *(zeros(rows) for _ in range(3)),
-            *(zeros(block_size) for _ in range(3)),
-        )
+        return cls(block_size, *([[] for _ in range(rows)] for _ in range(5)))
 
     @property
     def rounds(self) -> int:
@@ -60,28 +47,46 @@ class DSparkStats:
     @property
     def tau(self) -> float:
         """Mean tokens a round of a row, bonus included; 0 before the first round."""
-        lengths = [length for row in self.accepted_lengths for length in row]
-        return sum(lengths) / len(lengths) if lengths else 0.0
+        return _mean(self.accepted_lengths)
 
-    def expect(self, row: int, drafted: int, verified: int, expected: float) -> None:
-        """Add what one round of one row drafted, verified and expected to commit."""
-        self.verified_lengths[row].append(verified)
-        self.expected_lengths[row].append(expected)
-        self.drafted[row] += drafted
-        self.verified[row] += verified
-        _count(self.drafted_at, drafted)
-        _count(self.verified_at, verified)
+    @property
+    def verify_length(self) -> float:
+        """Mean drafts verified in a round of a row; 0 before the first round."""
+        return _mean(self.verified_lengths)
 
-    def record(self, row: int, accepted: int, committed: int) -> None:
-        """Add what it came to. `accepted` counts drafts that were kept, `committed` all tokens that were."""
-        self.accepted_lengths[row].append(committed)
-        self.accepted[row] += accepted
-        _count(self.accepted_at, accepted)
+    @property
+    def drafted(self) -> list[int]:
+        """Drafts of each row; `verified` and `accepted` likewise."""
+        return list(map(sum, self.drafted_lengths))
+
+    @property
+    def verified(self) -> list[int]:
+        return list(map(sum, self.verified_lengths))
+
+    @property
+    def accepted(self) -> list[int]:
+        return list(map(sum, self.kept_lengths))
+
+    @property
+    def drafted_at(self) -> list[int]:
+        """Drafts of all rows by position in the block, the first first; `verified_at` and `accepted_at` likewise."""
+        return self._by_position(self.drafted_lengths)
+
+    @property
+    def verified_at(self) -> list[int]:
+        return self._by_position(self.verified_lengths)
+
+    @property
+    def accepted_at(self) -> list[int]:
+        return self._by_position(self.kept_lengths)
+
+    def _by_position(self, lengths: list[list[int]]) -> list[int]:
+        return [sum(length > k for row in lengths for length in row) for k in range(self.block_size)]
 
 
-def _count(positions: list[int], upto: int) -> None:
-    for position in range(upto):
-        positions[position] += 1
+def _mean(lengths: list[list[int]]) -> float:
+    count = sum(map(len, lengths))
+    return sum(map(sum, lengths)) / count if count else 0.0
 
 
 @dataclass

@@ -22,11 +22,12 @@ from .target import Target
 
 logger = logging.get_logger(__name__)
 
-# Tokens of context at which step times are measured, where the target knows so many positions.
+# Tokens of context at which step times are measured, or as many as the target knows positions for.
 CONTEXTS = (128, 1024)
 # Rows are measured at powers of two up to this; beyond, times go on as between the last two.
 MOST_ROWS = 64
-REPEATS = 4
+# Everything is gone through in several turns, and the fastest pass counts: a disturbance lasts a while.
+TURNS, REPEATS = 3, 2
 # Between two writes of a table that generation has moved along.
 SECONDS_BETWEEN_WRITES = 60
 
@@ -71,8 +72,9 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
     missing = [n for n in _row_counts(rows) if not table.rows or n > table.rows[-1]]
     if missing:
         logger.info(f"Measuring the step times of {type(target.model).__name__} for batches of {missing} rows.")
-        for n in missing:
-            table.extend(n, measure(target, head, n, table.contexts))
+        turns = [[measure(target, head, n, table.contexts) for n in missing] for _ in range(TURNS)]
+        for n, measured in zip(missing, zip(*turns, strict=True), strict=True):
+            table.extend(n, {kind: np.min([turn[kind] for turn in measured], axis=0) for kind in cost.KINDS})
         table.save()
     return table
 
@@ -84,17 +86,16 @@ def _row_counts(rows: int) -> list[int]:
 
 
 def _contexts(target: Target, head: DSparkHead) -> list[int]:
-    known = getattr(target.config, "max_position_embeddings", None) or CONTEXTS[-1]
-    fits = [context for context in CONTEXTS if context + head.config.block_size + 1 < known]
-    return fits or [max(1, known - head.config.block_size - 1)]
+    known = getattr(target.config, "max_position_embeddings", None) or 2 * CONTEXTS[-1]
+    longest = max(1, known - head.config.block_size - 1)
+    return sorted({min(context, longest) for context in CONTEXTS})
 
 
 @torch.no_grad()
 def measure(target: Target, head: DSparkHead, rows: int, contexts: list[int]) -> dict[str, np.ndarray]:
     """Seconds of every kind of step, [contexts, sizes] each, for a number of rows.
 
-    All sizes are measured in turn, so that a disturbance does not hit one of them only; the fastest of a few passes
-    counts. In the longer contexts the smallest and the largest size stand for those between.
+    In the longer contexts the smallest and the largest size stand for those between.
     """
     tables: dict[str, list[np.ndarray]] = {kind: [] for kind in cost.KINDS}
     for i, context in enumerate(contexts):

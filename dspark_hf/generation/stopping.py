@@ -4,6 +4,8 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from .batch import Row
+
 
 class Stopping:
     """Applies a `StoppingCriteriaList` to the tokens that a round commits to one row.
@@ -22,21 +24,15 @@ class Stopping:
             elif type(criterion) is not MaxLengthCriteria:
                 self.others.append(criterion)
 
-    def kept(self, sequence: list[int], committed: list[int], device: torch.device) -> tuple[list[int], bool]:
-        """The committed tokens up to and including the one that ends the row, and whether one does.
-
-        Args:
-            sequence: the row so far as plain generate holds it, left padding included.
-        """
+    def kept(self, row: Row, committed: list[int], device: torch.device) -> tuple[list[int], bool]:
+        """The committed tokens of a row up to and including the one that ends it, and whether one does."""
         for count, token in enumerate(committed, start=1):
-            if self._ends(sequence, committed[:count], token, device):
+            ended = token in self.eos_ids
+            ended |= self.max_length is not None and row.length + count >= self.max_length
+            if self.others:
+                # Asked at every token, ended or not: a criterion may count its calls.
+                ids = torch.tensor([row.sequence + committed[:count]], device=device)
+                ended |= bool(self.others(ids, None).any())
+            if ended:
                 return committed[:count], True
         return committed, False
-
-    def _ends(self, sequence: list[int], new: list[int], token: int, device: torch.device) -> bool:
-        ended = token in self.eos_ids
-        ended |= self.max_length is not None and len(sequence) + len(new) >= self.max_length
-        if self.others:
-            # Asked at every token, ended or not: a criterion may count its calls.
-            ended |= bool(self.others(torch.tensor([sequence + new], device=device), None).any())
-        return ended

@@ -85,14 +85,25 @@ class Target:
             outputs.attentions if self.attentions else None,
         )
 
-    def forward_packed(self, tokens: torch.Tensor, cache: SlotCache, packing: Packing) -> TargetPass:
-        """The same for the places of tokens [R, n] that are filled; logits and features of the others are zeros."""
+    def forward_packed(
+        self, tokens: torch.Tensor, cache: SlotCache, packing: Packing, keep: torch.Tensor | None = None
+    ) -> TargetPass:
+        """The same for the places of tokens [R, n] that are filled; logits and features of the others are zeros.
+
+        Args:
+            keep: [R], where the one token of each row lies among the filled places whose logits are wanted: [R, 1, V].
+        """
         placement = cache.place(tokens.shape[1], packing)
+        kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
         with packed(packing):
-            outputs = self._call(packing.pack(tokens), packing.pack(placement.slots), placement, cache)
+            outputs = self._call(packing.pack(tokens), packing.pack(placement.slots), placement, cache, **kwargs)
         chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
         logits = outputs.logits.to(tokens.device, torch.float32)
-        return TargetPass(packing.unpack(logits), packing.unpack(torch.cat(chosen, dim=-1)), None, None)
+        if keep is None:
+            logits = packing.unpack(logits)
+        else:
+            logits = (logits if kwargs else logits[:, keep]).transpose(0, 1)
+        return TargetPass(logits, packing.unpack(torch.cat(chosen, dim=-1)), None, None)
 
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, placement: Placement, cache: SlotCache, **kwargs):
         return self.model(
@@ -118,13 +129,11 @@ class Target:
         return full if self.layer_types == {"full_attention"} else sliding
 
     def _seen(self, placement: Placement, window: int | None = None) -> Mask:
-        """`causal_mask` as the attention implementation takes it: sdpa booleans, eager a term that it adds to the
-        scores, flex attention a `BlockMask`."""
+        """`causal_mask` as the attention implementation takes it: flex attention a `BlockMask`, the others a term that
+        is added to the scores. sdpa would make that of booleans itself, in every layer again."""
         if self.implementation == "flex_attention":
             return block_mask(placement, window)
         mask = causal_mask(placement, window)
-        if self.implementation != "eager":
-            return mask
         dtype = self.model.dtype
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 

@@ -12,7 +12,7 @@ import os
 import tempfile
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 FORMAT = 1
-# An observation moves the cell it belongs to by this share of its (log) surprise, and every cell by the other one:
-# a device that slows down is slower everywhere, but a single shape may also differ from what the profile saw.
-OWN_SHARE, COMMON_SHARE = 0.1, 0.03
+# An observation moves the cell it belongs to by a share of its (log) surprise: one over the number of observations, the
+# profile being the first, but no less than this. Every cell moves by the other share: a device that slows down is
+# slower everywhere.
+OWN_SHARE, COMMON_SHARE = 0.15, 0.01
 # A step that was interrupted says nothing about the next; this bounds what one observation can claim (log scale).
 LARGEST_SURPRISE = 0.5
 
@@ -44,7 +45,7 @@ class CostTable:
 
     identity: what was measured, see [`identity_of`]. rows, contexts: where, increasing. verify: the target over 1 to
     block + 1 tokens in every row. packed: the same number of tokens, unevenly spread over the rows. draft: the head,
-    1 to block positions drafted in every row.
+    1 to block positions drafted in every row. seen: how often each cell was observed.
     """
 
     identity: dict[str, Any]
@@ -53,6 +54,7 @@ class CostTable:
     verify: np.ndarray
     packed: np.ndarray
     draft: np.ndarray
+    seen: dict[tuple[str, int, int, int], float] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, identity: dict[str, Any], contexts: list[int], block_size: int) -> "CostTable":
@@ -80,7 +82,10 @@ class CostTable:
             getattr(self, every)[:] *= math.exp(COMMON_SHARE * surprise)
         corners = itertools.product(_corners(self.contexts, context), _corners(self.rows, rows), _corners(sizes, size))
         for (i, i_weight), (r, r_weight), (s, s_weight) in corners:
-            table[i, r, s] *= math.exp(OWN_SHARE * i_weight * r_weight * s_weight * surprise)
+            weight = i_weight * r_weight * s_weight
+            seen = self.seen.get((kind, i, r, s), 1.0) + weight
+            self.seen[kind, i, r, s] = seen
+            table[i, r, s] *= math.exp(max(1 / seen, OWN_SHARE) * weight * surprise)
 
     # -- Files --------------------------------------------------------------------------------------------------
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .algorithm import survival
+from .algorithm import survival as survival_of
 
 # Tokens of evidence that the confidence is right as it is, before verification is believed over it.
 PRIOR = 4.0
-# Evidence fades: half of it is forgotten after this many tested drafts of all rows, or rounds of one row.
-POOL_HALF_LIFE, ROW_HALF_LIFE = 512.0, 8.0
+# Evidence fades: half of it is forgotten after this many tested drafts of all rows; in eight rounds of a row.
+POOL_HALF_LIFE, ROW_FADE = 512.0, 0.5 ** (1 / 8)
+# The same in tokens, for how often texts end.
+END_HALF_LIFE = 4096.0
 # A head without a confidence head, before anything is known of it.
 FIRST_GUESS = 0.7
 LEAST_CERTAIN, MOST_CERTAIN = 0.001, 0.99
@@ -26,7 +28,8 @@ class Experience:
 
     tested[k], accepted[k]: drafts at position k that were verified after all before them were accepted, and those of
     them that were accepted. expected: the sum of their confidences. curve[k]: mean survival of position k, from
-    `evidence` drafts. patience: rounds to wait before drafting is tried again where it does not pay.
+    `evidence` drafts. patience: rounds to wait before drafting is tried again where it does not pay. ends, tokens: rows
+    that ended before their length limit, and tokens committed by all rows.
     """
 
     tested: np.ndarray
@@ -35,11 +38,13 @@ class Experience:
     expected: float = 0.0
     evidence: float = 0.0
     patience: int = 1
+    ends: float = 1.0
+    tokens: float = 512.0
 
     @classmethod
     def fresh(cls, block_size: int) -> "Experience":
         nothing = np.zeros(block_size)
-        return cls(nothing, nothing.copy(), survival(np.full(block_size, FIRST_GUESS)))
+        return cls(nothing, nothing.copy(), survival_of(np.full(block_size, FIRST_GUESS)))
 
     @property
     def confidence(self) -> np.ndarray:
@@ -51,67 +56,90 @@ class Experience:
         """Accepted drafts over those that the confidence promised."""
         return (self.accepted.sum() + PRIOR) / (self.expected + PRIOR)
 
+    @property
+    def hazard(self) -> float:
+        """Probability that a token ends its row."""
+        return self.ends / self.tokens
+
+    def learn_end(self, tokens: int, at_limit: bool) -> None:
+        """Add a row that has ended with so many new tokens."""
+        fade = 0.5 ** (tokens / END_HALF_LIFE)
+        self.ends = fade * self.ends + (not at_limit)
+        self.tokens = fade * self.tokens + tokens
+
     def learn(self, tested: np.ndarray, accepted: np.ndarray, expected: float, curves: np.ndarray) -> None:
-        """Add a round: counts by position [G], the sum of tested confidences, and survival curves [R, G]."""
-        fade = 0.5 ** (tested.sum() / POOL_HALF_LIFE)
-        self.tested, self.accepted = fade * self.tested + tested, fade * self.accepted + accepted
-        self.expected = fade * self.expected + expected
-        self.evidence = fade * self.evidence + tested.sum()
-        share = tested.sum() / (self.evidence + PRIOR)
-        self.curve = (1 - share) * self.curve + share * curves.mean(axis=0)
+        """Add a round: counts of the drafted positions, the sum of tested confidences, and survival curves [n, G]."""
+        drafted, count = len(tested), int(tested.sum())
+        fade = 0.5 ** (count / POOL_HALF_LIFE)
+        self.tested *= fade
+        self.tested[:drafted] += tested
+        self.accepted *= fade
+        self.accepted[:drafted] += accepted
+        self.expected = fade * self.expected + float(expected)
+        self.evidence = fade * self.evidence + count
+        self.curve += count / (self.evidence + PRIOR) * (curves.mean(axis=0) - self.curve)
 
 
 class RowEstimates:
     """What is known of the rows of a call; see [`Experience`] for what they share.
 
     recent: [H, R, G], survival of the drafts of the last rounds that drafted, so many that they are a sample of what a
-    round may bring. expected, accepted: [R], as in `Experience`, of each row.
+    round may bring. mean: [R, G], the same averaged over the last rounds of a row. expected, accepted: [R], as in `Experience`, of each row. corrections: [R], factors on the
+    confidence of its drafts.
     """
 
     def __init__(self, shared: Experience, rows: int):
         self.shared = shared
         self.recent = np.tile(shared.curve, (max(1, SAMPLE // rows), rows, 1))
+        self.mean = np.tile(shared.curve, (rows, 1))
         self.expected, self.accepted = np.zeros(rows), np.zeros(rows)
+        self.corrections = np.full(rows, shared.correction)
 
-    def corrected(self, confidence: np.ndarray, rows: list[int]) -> np.ndarray:
-        """Confidence [n, G] of the given rows, times what verification has shown it to be worth."""
-        return (confidence * self.corrections(rows)[:, None]).clip(LEAST_CERTAIN, MOST_CERTAIN)
+    def survival(self, confidence: np.ndarray, rows: list[int] | slice) -> np.ndarray:
+        """[n, G] from the confidence [n, G] of the given rows, times what verification has shown it to be worth."""
+        corrected = confidence * self.corrections[rows][:, None]
+        return survival_of(np.minimum(np.maximum(corrected, LEAST_CERTAIN), MOST_CERTAIN))
 
-    def corrections(self, rows: list[int] | slice) -> np.ndarray:
-        """[n] factors on the confidence of the given rows."""
-        pool = self.shared.correction
-        return pool * (self.accepted[rows] + PRIOR) / (pool * self.expected[rows] + PRIOR)
-
-    def learn(self, rows: list[int], confidence: np.ndarray, lengths: np.ndarray, accepted: np.ndarray) -> None:
+    def learn(
+        self,
+        rows: list[int] | slice,
+        confidence: np.ndarray,
+        survival: np.ndarray,
+        lengths: np.ndarray,
+        accepted: np.ndarray,
+    ) -> None:
         """Add a round.
 
         Args:
             rows: n rows that drafted. confidence: [n, G], as the head gave it, of the G drafted positions.
+            survival: [n, G], of the corrected confidence.
             lengths, accepted: [n], drafts verified and drafts accepted.
         """
         tested = np.arange(confidence.shape[1]) < np.minimum(accepted + 1, lengths)[:, None]
         expected = (confidence * tested).sum(axis=1)
-        fade = 0.5 ** (1 / ROW_HALF_LIFE)
-        self.expected[rows] = fade * self.expected[rows] + expected
-        self.accepted[rows] = fade * self.accepted[rows] + accepted
-        curves = self._whole(survival(self.corrected(confidence, rows)))
-        self.recent[:-1, rows] = self.recent[1:, rows]
+        self.expected[rows] = ROW_FADE * self.expected[rows] + expected
+        self.accepted[rows] = ROW_FADE * self.accepted[rows] + accepted
+        curves = self._whole(survival)
+        if len(self.recent) > 1:
+            self.recent[:-1, rows] = self.recent[1:, rows]
         self.recent[-1, rows] = curves
-        block = len(self.shared.curve)
-        self.shared.learn(_at_least(tested.sum(axis=1), block), _at_least(accepted, block), expected.sum(), curves)
+        self.mean[rows] += (1 - ROW_FADE) * (curves - self.mean[rows])
+        counts = tested.sum(axis=0)
+        passed = (accepted[:, None] > np.arange(confidence.shape[1])).sum(axis=0)
+        self.shared.learn(counts, passed, expected.sum(), curves)
+        pool = self.shared.correction
+        self.corrections = pool * (self.accepted + PRIOR) / (pool * self.expected + PRIOR)
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows."""
-        self.recent = self.recent[:, rows]
+        self.recent, self.mean = self.recent[:, rows], self.mean[rows]
         self.expected, self.accepted = self.expected[rows], self.accepted[rows]
+        self.corrections = self.corrections[rows]
 
     def _whole(self, curves: np.ndarray) -> np.ndarray:
         """Curves [n, G] of the drafted positions, continued to the whole block as the pool's curve goes on."""
         drafted, shared = curves.shape[1], self.shared.curve
+        if drafted == len(shared):
+            return curves
         rest = shared[drafted:] / shared[drafted - 1]
         return np.concatenate([curves, curves[:, -1:] * rest], axis=1)
-
-
-def _at_least(counts: np.ndarray, block: int) -> np.ndarray:
-    """[block] how many of the counts are at least 1, 2, .."""
-    return (counts[:, None] > np.arange(block)).sum(axis=0)

@@ -4,20 +4,28 @@ The head's `generation_config` says which of the two schedules runs: "load" weig
 "constant" always drafts and verifies `num_assistant_tokens`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from .algorithm import admit, at_size, best_length, cut, smoothed, survival
+from .algorithm import admit, at_size, best_length, cut, smoothed
 from .cost import KINDS, CostTable
+from .horizon import seconds_to_end
 from .estimates import LEAST_CERTAIN, MOST_CERTAIN, Experience, RowEstimates
 from .load import Load
 
 SCHEDULES = ("load", "constant")
 # Rounds without a draft before a call, or a row among others that draft, is tried again, at most.
 MOST_PATIENCE, ROW_PATIENCE = 128, 16
+# What deciding in the middle of a draft, and packing, have to bring to be worth their own cost.
+STOPPING_PAYS, PACKING_PAYS = 1.03, 1.02
+POWERS = [1 << i for i in range(16)]
+# Rounds that a plan is used for. One plan in so many looks beside the best one: what a step costs is only known of
+# steps that are taken.
+PLAN_LASTS, LOOK_EVERY, LOOKS_LIKE = 4, 6, 1.15
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Plan:
     theta: float = 0.0
     probe: bool = False
     costs: Costs | None = None
-    walk: np.ndarray | None = None
+    walk: list[float] | None = None
 
 
 NO_DRAFT = Plan([], 0, 0)
@@ -93,14 +101,14 @@ NO_DRAFT = Plan([], 0, 0)
 @dataclass(frozen=True)
 class Step:
     """The shape of a round: `drafting` rows drafted `drafted` positions, and a pass verified `tokens` tokens of `rows`
-    rows, which hold `context` tokens on average; `packed` as in [`Plan`]."""
+    rows, the longest of which holds `context` tokens; `packed` as in [`Plan`]."""
 
     drafting: int
     drafted: int
     rows: int
     tokens: int
     packed: bool
-    context: float
+    context: int
 
 
 class ConstantSchedule:
@@ -114,23 +122,20 @@ class ConstantSchedule:
         self.settings = settings
         self.estimates = RowEstimates(shared, rows)
 
-    def plan(self, rooms: np.ndarray, context: float, load: Load) -> Plan:
+    def plan(self, rooms: np.ndarray, context: int, load: Load) -> Plan:
         """What to draft.
 
         Args:
-            rooms: [R], drafts that each row could still commit. context: mean tokens of a row. load: of the device.
+            rooms: [R], drafts that each row could still commit. context: tokens of the longest row. load: of the device.
         """
         length = min(self.settings.most, int(rooms.max()))
         return Plan(list(range(len(rooms))), length, length) if length > 0 else NO_DRAFT
 
-    def survival(self, rows: list[int], confidence: np.ndarray) -> np.ndarray:
-        """[n, G] of the given rows, from the confidence of their head."""
-        return survival(self.estimates.corrected(confidence, rows))
-
-    def goes_on(self, plan: Plan, survival: np.ndarray) -> bool:
-        """Whether to draft one more position, given the survival [k] of k positions, that one included. It must not
-        depend on what is drafted there, and does not: confidence sees only the tokens before."""
-        return True
+    def walk(self, plan: Plan) -> Callable[[float], bool] | None:
+        """What decides, given the confidence of one position after the other, whether it is drafted; `None` where
+        `plan` has decided. Losslessness asks that this does not depend on what is drafted there, and it does not: the
+        confidence of a position sees only the tokens before it."""
+        return None
 
     def choose(self, plan: Plan, survival: np.ndarray, rooms: np.ndarray) -> np.ndarray:
         """Lengths [R] to verify.
@@ -148,16 +153,12 @@ class ConstantSchedule:
         return torch.minimum(alive.sum(dim=1), rooms)
 
     def _survival_ahead(self, confidence: torch.Tensor) -> torch.Tensor:
-        corrections = torch.from_numpy(self.estimates.corrections(slice(None)))
+        corrections = torch.from_numpy(self.estimates.corrections)
         corrections = corrections.to(confidence.device, confidence.dtype, non_blocking=True)
         return (confidence * corrections[:, None]).clamp(LEAST_CERTAIN, MOST_CERTAIN).cumprod(dim=1)
 
     def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
         """Learn from the times of a round: its draft, and everything behind it."""
-
-    def learn(self, plan: Plan, confidence: np.ndarray, lengths: np.ndarray, accepted: np.ndarray) -> None:
-        """Remember a round; arguments as in `RowEstimates.learn`."""
-        self.estimates.learn(plan.rows, confidence, lengths, accepted)
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows."""
@@ -166,7 +167,7 @@ class ConstantSchedule:
     def _confident(self, survival: np.ndarray) -> np.ndarray:
         """[R] drafts before the first whose survival is below the threshold."""
         if self.settings.threshold is None:
-            return np.full(len(survival), survival.shape[1])
+            return survival.any(axis=1) * survival.shape[1]
         return (survival >= self.settings.threshold).sum(axis=1)
 
 
@@ -192,47 +193,64 @@ class LoadSchedule(ConstantSchedule):
         super().__init__(settings, shared, rows)
         self.table, self.greedy, self.packs, self.runs_ahead = table, greedy, packs, runs_ahead
         self.idle = np.zeros(rows, dtype=int)
-        self.rounds_without = 0
-        self.hopeless: tuple[int, int] | None = None
+        # The last plan, the load it was made for, and in how many rounds it has been used.
+        self.last, self.situation, self.age = NO_DRAFT, None, 0
+        self.plans = 0
 
-    def plan(self, rooms: np.ndarray, context: float, load: Load) -> Plan:
-        if rooms.max() <= 0:
+    def plan(self, rooms: np.ndarray, context: int, load: Load) -> Plan:
+        limit = min(int(rooms.max()), self.settings.most)
+        if limit <= 0:
             return NO_DRAFT
-        shared, situation = self.estimates.shared, (load.rows, load.total)
-        self.rounds_without += 1
-        due = self.rounds_without > shared.patience
-        if situation == self.hopeless and not due:
-            return NO_DRAFT
+        self.age += 1
+        self.idle += 1
+        if self._is_out_of_date(limit, load):
+            self._renew(rooms, context, load)
+        self.idle[self.last.rows] = 0
+        return self.last
+
+    def _is_out_of_date(self, limit: int, load: Load) -> bool:
+        if self.last.rows:
+            return self.age > PLAN_LASTS or self.last.probe or limit < self.last.most
+        return self.age > self.estimates.shared.patience or load != self.situation
+
+    def _renew(self, rooms: np.ndarray, context: int, load: Load) -> None:
+        shared = self.estimates.shared
         plan = self._best(rooms, context, load)
-        self.hopeless = None if plan.rows else situation
+        waited = not self.last.rows and self.age > shared.patience
         if plan.rows:
             shared.patience = 1
-        elif due:
+        elif waited:
             shared.patience = min(2 * shared.patience, MOST_PATIENCE)
             plan = Plan(list(range(len(rooms))), 1, 1, probe=True)
-        if plan.rows:
-            self.rounds_without = 0
-        self.idle += 1
-        self.idle[plan.rows] = 0
-        return plan
+        if plan.rows or self.last.rows:
+            self.age = 0
+        self.last, self.situation = plan, load
 
-    def goes_on(self, plan, survival):
+    def walk(self, plan):
         if plan.walk is None:
-            return True
-        if self.settings.threshold is not None and survival[-1] < self.settings.threshold:
-            return False
-        tokens, k = 1 + survival.sum(), len(survival)
-        return tokens / plan.walk[k] > (tokens - survival[-1]) / plan.walk[k - 1]
+            return None
+        seconds, threshold = plan.walk, self.settings.threshold or 0.0
+        correction = self.estimates.corrections[0]
+        alive, tokens, k = 1.0, 1.0, 0
+
+        def goes_on(confidence: float) -> bool:
+            nonlocal alive, tokens, k
+            before, k = tokens, k + 1
+            alive *= min(max(confidence * correction, LEAST_CERTAIN), MOST_CERTAIN)
+            tokens += alive
+            return alive >= threshold and tokens * seconds[k - 1] > before * seconds[k]
+
+        return goes_on
 
     def choose(self, plan, survival, rooms):
         most = super().choose(plan, survival, rooms)
         if plan.probe:
             return np.minimum(rooms, survival.any(axis=1))
-        if plan.walk is not None and not self.greedy:
+        if len(survival) == 1:
             # Every position was admitted before it was drafted; to drop one now would depend on what it is.
             return most
         rows, drafted = survival.shape
-        admissible = survival * (np.arange(drafted) < most[:, None])
+        admissible = survival if most.min() == drafted else survival * (np.arange(drafted) < most[:, None])
         sizes = plan.costs.packed if plan.packed else plan.costs.verify
         if not self.greedy:
             sizes = smoothed(sizes)
@@ -257,6 +275,8 @@ class LoadSchedule(ConstantSchedule):
     def keep(self, rows):
         super().keep(rows)
         self.idle = self.idle[rows]
+        drafting = set(self.last.rows)
+        self.last = replace(self.last, rows=[i for i, row in enumerate(rows) if row in drafting])
 
     def observe(self, step, draft_seconds, step_seconds):
         if step.drafted:
@@ -266,42 +286,60 @@ class LoadSchedule(ConstantSchedule):
 
     # -- Searching ----------------------------------------------------------------------------------------------
 
-    def _best(self, rooms: np.ndarray, context: float, load: Load) -> Plan:
-        """The plan of highest Theta over rows, positions and ways to verify, as far as earlier rounds tell."""
+    def _best(self, rooms: np.ndarray, context: int, load: Load) -> Plan:
+        """The plan that earlier rounds suggest."""
         rows, busy = len(rooms), load.total / len(rooms)
         costs = Costs(*(self.table.seconds(kind, load.total, context) for kind in KINDS))
-        positions = np.arange(self.estimates.recent.shape[2])
-        worth = self.estimates.recent * (positions < np.minimum(rooms, self.settings.most)[:, None])
+        allowed = np.arange(self.estimates.recent.shape[2]) < np.minimum(rooms, self.settings.most)[:, None]
+        worth = self.estimates.recent * allowed
         if self.settings.threshold is not None:
             worth = worth * (worth >= self.settings.threshold)
-        order = np.argsort(-worth.sum(axis=(0, 2)), kind="stable")
-        count, plan = rows, NO_DRAFT
-        # All rows, or where that does not pay the most promising half of them, and so on.
-        while count and not plan.rows:
-            chosen = np.sort(order[:count])
-            draft = costs.draft if count == rows else self.table.seconds("draft", count * busy, context)
-            plan = self._of_rows(worth[:, chosen], chosen, rows, replace(costs, draft=draft))
-            count //= 2
-        return replace(plan, rows=self._without_losers(plan, worth, context, busy)) if plan.rows else plan
+        if rows == 1:
+            return self._of_one(worth[:, 0], costs)
+        length = self._first_to_end(rooms, self.estimates.mean * allowed, context, busy)
+        if length == 0:
+            return NO_DRAFT
+        everybody, packed = list(range(rows)), False
+        columns = rows + worth[:, :, :length].sum(axis=(1, 2)).mean()
+        theta, budget = columns / (costs.draft[length - 1] + costs.verify[length]), length * rows
+        if self.packs:
+            best, its_length, count = best_length(worth, rows, costs.draft, costs.packed, 1 / rows)
+            if best > PACKING_PAYS * theta:
+                theta, length, budget, packed = best, its_length, round(count), True
+        plan = Plan(everybody, length, length, packed, budget, theta, costs=costs)
+        return replace(plan, rows=self._without_losers(plan, worth, context, busy))
 
-    def _of_rows(self, worth: np.ndarray, drafting: np.ndarray, rows: int, costs: Costs) -> Plan:
-        """The best plan when the rows `drafting` [n] of `rows` rows draft, whose survival [H, n, G] is a sample of
-        what is to come; no draft where that is as good."""
-        best, plan = rows / costs.verify[0], NO_DRAFT
-        for packed in (False, True) if self.packs and rows > 1 else (False,):
-            # A draft costs one token in a packed pass, a column of the whole batch otherwise.
-            units = worth if packed else worth.sum(axis=1, keepdims=True)
-            sizes, share = (costs.packed, 1 / rows) if packed else (costs.verify, 1)
-            theta, length, count = best_length(units, rows, costs.draft, sizes, share)
-            if theta > best:
-                budget = round(count) if packed else round(count) * len(drafting)
-                best = theta
-                plan = Plan(drafting.tolist(), length, length, packed, budget, theta, costs=costs)
-        if plan.rows and rows == 1 and not self.runs_ahead:
-            plan = replace(plan, most=int(worth.any(axis=(0, 1)).sum()), walk=_walk(costs))
-        return plan
+    def _first_to_end(self, rooms: np.ndarray, survival: np.ndarray, context: int, busy: float) -> int:
+        """Drafts to verify of each row, for the batch to end soonest; see `horizon`."""
+        counts = [n for n in POWERS if n < len(rooms)] + [len(rooms)]
+        verify, draft = ([self.table.seconds(kind, n * busy, context) for n in counts] for kind in ("verify", "draft"))
+        seconds = np.stack(verify, axis=1)
+        seconds[1:] += np.stack(draft, axis=1)
+        ends = seconds_to_end(rooms + 1, survival, self.estimates.shared.hazard, np.array(counts), seconds)
+        self.plans += 1
+        if self.plans % LOOK_EVERY:
+            return int(ends.argmin())
+        # The best of the others, if it is not far off.
+        best, other = ends.argsort()[:2]
+        return int(other if ends[other] < LOOKS_LIKE * ends[best] else best)
 
-    def _without_losers(self, plan: Plan, worth: np.ndarray, context: float, busy: float) -> list[int]:
+    def _of_one(self, worth: np.ndarray, costs: Costs) -> Plan:
+        """The plan of highest Theta for a single row, whose survival [H, G] is a sample of what is to come; no draft
+        where that is as good."""
+        theta, length, _ = best_length(worth.mean(axis=0)[None, None], 1, costs.draft, costs.verify, 1)
+        plan = Plan([0], length, length, budget=length, theta=theta, costs=costs)
+        if not self.runs_ahead:
+            walk = _walk(costs)
+            # What stopping early would have brought in the rounds of the sample.
+            price = theta * np.diff(walk)
+            taken = np.logical_and.accumulate((worth > price) & (worth > 0), axis=1)
+            stopping = (1 + (worth * taken).sum(axis=1)).mean() / walk[taken.sum(axis=1)].mean()
+            if stopping > STOPPING_PAYS * theta:
+                most = int(worth.any(axis=0).sum())
+                plan = replace(plan, most=max(most, length), theta=stopping, walk=walk.tolist())
+        return plan if plan.theta > 1 / costs.verify[0] else NO_DRAFT
+
+    def _without_losers(self, plan: Plan, worth: np.ndarray, context: int, busy: float) -> list[int]:
         """The rows of the plan whose drafts bring more than drafting them costs, and those that have rested for long.
 
         Args:

@@ -1,0 +1,120 @@
+"""Throughput against batch size: plain decoding, every fixed length, and the load schedule, on the same prompts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..modeling_dspark import DSparkHead
+from .bench import Record, bench, fixed_methods
+
+# Runs of every method at a batch size: small batches are quick and depend more on their prompts.
+MOST_TURNS, FEWEST_TURNS = 16, 6
+
+
+def sweep(
+    model: PreTrainedModel,
+    head: DSparkHead,
+    tokenizer: PreTrainedTokenizerBase,
+    domains: dict[str, list[str]],
+    batch_sizes: list[int],
+    max_new_tokens: int = 128,
+) -> Iterator[Record]:
+    """Records of every set of prompts and batch size; see `bench`."""
+    methods = ["plain", *fixed_methods(head), "load"]
+    for domain, prompts in domains.items():
+        for size in batch_sizes:
+            turns = max(FEWEST_TURNS, MOST_TURNS // size)
+            # Small sets are gone through again, so that every turn has a full batch.
+            again = prompts * -(-turns * size // len(prompts))
+            yield from bench(model, head, tokenizer, again, [size], methods, max_new_tokens, domain, turns)
+
+
+def as_table(records: list[Record]) -> Table:
+    """What the load schedule is measured against: plain decoding and the best fixed length."""
+    table = Table(
+        title="tokens/s, methods measured alternately",
+        caption="of best: load over the best of all others. length: drafts verified a round of a row.",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("prompts", no_wrap=True)
+    for column in ("batch", "plain", "best fixed", "load", "of best", "speed up", "length", "tau", "schedule"):
+        table.add_column(column, justify="right")
+    for (domain, size), group in _groups(records).items():
+        load, plain = group["load"], group["plain"]
+        fixed = max((r for name, r in group.items() if name.startswith("fixed")), key=lambda r: r.tokens_per_second)
+        best = max(fixed.tokens_per_second, plain.tokens_per_second)
+        round_ms = load.draft_ms + load.schedule_ms + load.verify_ms
+        table.add_row(
+            domain,
+            str(size),
+            f"{plain.tokens_per_second:.0f}",
+            f"{fixed.tokens_per_second:.0f} ({fixed.method.removeprefix('fixed-')})",
+            f"{load.tokens_per_second:.0f}",
+            f"{load.tokens_per_second / best:.3f}",
+            f"{load.speedup:.2f}x",
+            f"{load.verify_length:.2f}",
+            f"{load.tau:.2f}",
+            f"{load.schedule_ms / round_ms:.1%}",
+        )
+    return table
+
+
+def plot(records: list[Record], path: Path) -> None:
+    """Throughput and verified drafts against batch size, a column a set of prompts, as a picture file.
+
+    Raises:
+        ValueError: without matplotlib.
+    """
+    pyplot = import_pyplot()
+    groups = _groups(records)
+    domains = list(dict.fromkeys(domain for domain, _ in groups))
+    figure, axes = pyplot.subplots(2, len(domains), figsize=(5 * len(domains), 6), sharex=True, squeeze=False)
+    for (speed, length), domain in zip(axes.T, domains, strict=True):
+        sizes = [size for name, size in groups if name == domain]
+        for method in next(iter(groups.values())):
+            chosen = [groups[domain, size][method] for size in sizes]
+            style = _style(method)
+            speed.plot(sizes, [r.speedup for r in chosen], **style)
+            if method != "plain":
+                length.plot(sizes, [r.verify_length for r in chosen], **style)
+        speed.set_title(domain)
+        speed.set_xscale("log", base=2)
+        speed.set_xticks(sizes, [str(size) for size in sizes])
+        length.set_xlabel("concurrent rows")
+    axes[0, 0].set_ylabel("throughput, plain = 1")
+    axes[1, 0].set_ylabel("drafts verified a row and round")
+    axes[0, -1].legend(fontsize="small", ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def import_pyplot():
+    """matplotlib's pyplot, without a display."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("Pictures need matplotlib: pip install 'dspark-hf[plot]'.") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _style(method: str) -> dict:
+    if method == "load":
+        return {"label": method, "color": "tab:red", "linewidth": 2.5, "marker": "o", "zorder": 3}
+    if method == "plain":
+        return {"label": method, "color": "black", "linestyle": "--"}
+    length = int(method.removeprefix("fixed-"))
+    return {"label": method, "color": ("#9ecae1", "#4292c6", "#08519c")[min(length // 3, 2)], "linewidth": 1}
+
+
+def _groups(records: list[Record]) -> dict[tuple[str, int], dict[str, Record]]:
+    groups = {}
+    for record in records:
+        groups.setdefault((record.domain, record.batch_size), {})[record.method] = record
+    return groups
