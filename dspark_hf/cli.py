@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from . import DSparkConfig, DSparkHead
 from .embedded import embedded_pair
-from .evaluation.prompts import DOMAINS, domain_prompts, encode, read_prompts
+from .evaluation.prompts import DOMAINS, domain_prompts, encode, read_prompts, sampling
 
 app = typer.Typer(
     help="DSpark speculative decoding for transformers: faster generate, same tokens.",
@@ -55,10 +55,7 @@ def generate(
     """Generate text, streamed as it is committed, and say how fast that was."""
     target, draft_head, tokenizer = _load(model, head, dtype, needs_head=not no_draft)
     inputs = encode([prompt], tokenizer, target.device)
-    kwargs = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "return_dict_in_generate": True}
-    if temperature > 0:
-        # Sampling from the target as it is; a model's own top-k and top-p stay out of it.
-        kwargs |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    kwargs = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True} | sampling(temperature)
     if not no_draft:
         kwargs["assistant_model"] = draft_head
     if not as_json:
@@ -85,11 +82,14 @@ def bench(
     prompts: Prompts = None,
     batch_sizes: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4",
     methods: Annotated[
-        str, typer.Option(help="Comma-separated: plain, stock, dspark (the head as it is set), load, fixed-1 and so on.")
+        str,
+        typer.Option(help="Comma-separated: plain, stock, dspark (the head as it is set), load, fixed-1 and so on."),
     ] = "plain,stock,dspark",
     sweep_batch: Annotated[
         str | None,
-        typer.Option(help="Batch sizes at which plain, every fixed length and load are compared, instead of the above."),
+        typer.Option(
+            help="Batch sizes at which plain, every fixed length and load are compared, instead of the above."
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of the sweep, such as sweep.png.")] = None,
     max_new_tokens: MaxNewTokens = 128,
@@ -103,11 +103,12 @@ def bench(
     """
     from .evaluation import bench as speed
     from .evaluation import sweep
+    from .evaluation.plots import import_pyplot
 
     if plot is not None:
         if sweep_batch is None:
             raise ValueError(f"--plot {plot} shows a sweep: give --sweep-batch too.")
-        sweep.import_pyplot()
+        import_pyplot()
     sizes = _numbers(sweep_batch or batch_sizes)
     texts = read_prompts(prompts)[:limit]
     target, draft_head, tokenizer = _load(model, head, dtype)
@@ -170,6 +171,91 @@ def verify(
     console.print(f"verdict: [{'red' if broken else 'green'}]{findings['verdict']}[/]", highlight=False)
     if broken:
         raise typer.Exit(1)
+
+
+@app.command()
+def profile(
+    model: Model = None,
+    head: Head = None,
+    rows: Annotated[int, typer.Option(min=1, help="Largest batch to look at.")] = 32,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew instead of showing what is stored.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the step times, such as profile.png.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the times to this file.")] = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Show what a step costs on this machine, which is what the load schedule goes by; measured where it is not stored."""
+    from .evaluation import profile as shown
+    from .evaluation.plots import import_pyplot
+    from .generation.step_times import forget, step_times
+    from .generation.target import Target
+
+    if plot is not None:
+        import_pyplot()
+    target, draft_head, _ = _load(model, head, dtype)
+    runner = Target(target, draft_head.config.target_layer_ids)
+    if again:
+        forget(runner, draft_head)
+    with console.status("measuring what is not stored"):
+        table = step_times(runner, draft_head, rows)
+    for part in shown.as_tables(table):
+        console.print(part)
+    console.print(f"[dim]{table.identity['device']}, {target.dtype}, stored in {table.path}[/dim]", highlight=False)
+    if plot is not None:
+        shown.plot(table, plot)
+    if json_file is not None:
+        json_file.write_text(json.dumps(shown.as_json(table), indent=2) + "\n")
+
+
+@app.command()
+def calibrate(
+    model: Model = None,
+    head: Head = None,
+    prompts: Prompts = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the calibrated head. Default: --head itself, when it is a folder.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 16,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="Of decoding; 0 is greedy.")] = 0.0,
+    limit: Limit = None,
+    plot: Annotated[Path | None, typer.Option(help="Reliability diagram, such as reliability.png.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Fit the temperatures and shifts of a head's confidence and write them into its config.
+
+    Half of the prompts are for fitting, the other half for the report. Without --prompts the sets of the sweep are
+    taken; a head should be calibrated on what it will be used for.
+    """
+    from .evaluation import calibrate as calibration
+    from .evaluation.plots import import_pyplot
+
+    if plot is not None:
+        import_pyplot()
+    if output is None and head is not None and not Path(head).is_dir():
+        raise ValueError(f"--head {head} is not a folder to write into: give --output.")
+    texts = read_prompts(prompts) if prompts else [p for name in DOMAINS for p in domain_prompts(name)]
+    texts = texts[:limit]
+    target, draft_head, tokenizer = _load(model, head, dtype)
+    with console.status("drafting") as status:
+        for found in calibration.calibrate(
+            target, draft_head, tokenizer, texts, batch_size, max_new_tokens, temperature
+        ):
+            status.update(f"drafted for {found} of {len(texts)} prompts")
+    console.print(calibration.as_table(found))
+    draft_head.config.update({"confidence_temperatures": found.temperatures, "confidence_shifts": found.shifts})
+    if output is not None:
+        draft_head.save_pretrained(output)
+        console.print(f"head written to {output}")
+    elif head is not None:
+        draft_head.config.save_pretrained(head)
+        console.print(f"temperatures written to {Path(head) / 'config.json'}")
+    else:
+        console.print("the embedded head is left as it is: give --output to write a calibrated copy")
+    if plot is not None:
+        calibration.plot(found, plot)
+    if json_file is not None:
+        json_file.write_text(json.dumps(calibration.as_json(found), indent=2) + "\n")
 
 
 @app.command()

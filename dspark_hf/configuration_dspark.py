@@ -30,8 +30,8 @@ class DSparkConfig(Qwen3Config):
         markov_head_type (`str`): `"vanilla"`, `"gated"` or `"rnn"`; ignored when `markov_rank` is 0.
         enable_confidence_head (`bool`): whether the head estimates the acceptance of its drafts.
         confidence_head_with_markov (`bool`): whether that estimate also sees the previous token's Markov embedding.
-        confidence_temperatures (`list[float]`, *optional*): one temperature a position, which the logits of the
-            confidence head are divided by; written by `dspark-hf calibrate`.
+        confidence_temperatures, confidence_shifts (`list[float]`, *optional*): one of each a position; the logits of
+            the confidence head are divided by the one, then the other is added. Written by `dspark-hf calibrate`.
         borrow_embeddings (`bool`): whether the checkpoint leaves the embedding and the LM head to the target.
             Released heads carry copies (`False`); heads made by [`~DSparkConfig.from_target`] borrow.
 
@@ -50,6 +50,7 @@ class DSparkConfig(Qwen3Config):
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
     confidence_temperatures: list[float] | None = None
+    confidence_shifts: list[float] | None = None
     borrow_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -72,12 +73,14 @@ class DSparkConfig(Qwen3Config):
             raise ValueError(
                 f"`mask_token_id` {self.mask_token_id} is outside the vocabulary of {self.vocab_size} tokens."
             )
-        temperatures = self.confidence_temperatures
-        if temperatures is not None and (len(temperatures) != self.block_size or min(temperatures) <= 0):
-            raise ValueError(
-                f"`confidence_temperatures` must be {self.block_size} positive numbers, one a position of the block, "
-                f"got {temperatures}."
-            )
+        for name in ("confidence_temperatures", "confidence_shifts"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.block_size:
+                raise ValueError(
+                    f"`{name}` must be {self.block_size} numbers, one a position of the block, got {values}."
+                )
+        if self.confidence_temperatures is not None and min(self.confidence_temperatures) <= 0:
+            raise ValueError(f"`confidence_temperatures` must be positive, got {self.confidence_temperatures}.")
         ids = self.target_layer_ids
         if ids is None:
             return
@@ -103,8 +106,9 @@ class DSparkConfig(Qwen3Config):
         generic.pop("transformers_version")
         own = {key: value for key, value in self.to_dict().items() if key not in generic or generic[key] != value}
         own.pop("_name_or_path", None)
-        if self.confidence_temperatures is None:
-            del own["confidence_temperatures"]
+        for name in ("confidence_temperatures", "confidence_shifts"):
+            if own[name] is None:
+                del own[name]
         return json.dumps(deepspec.write_config(own), indent=2, sort_keys=True) + "\n"
 
     @classmethod

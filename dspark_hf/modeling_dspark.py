@@ -183,13 +183,14 @@ class DSparkHead(PreTrainedModel):
         return self.confidence_head(hidden, embedded)
 
     def calibrated(self, confidence_logits: torch.Tensor, position: int | None = None) -> torch.Tensor:
-        """Confidence from its logits, at the temperatures of the config if it has them (sequential temperature
-        scaling): [..., G] of the first G positions, or [...] of one position."""
-        logits, temperatures = confidence_logits.float(), self.config.confidence_temperatures
-        if temperatures is not None:
-            logits = logits / (
-                logits.new_tensor(temperatures[: logits.shape[-1]]) if position is None else temperatures[position]
-            )
+        """Confidence from its logits, with the temperatures and shifts of the config if it has them (sequential
+        temperature scaling): [..., G] of the first G positions, or [...] of one position."""
+        logits, config = confidence_logits.float(), self.config
+        positions = slice(logits.shape[-1]) if position is None else position
+        if config.confidence_temperatures is not None:
+            logits = logits / logits.new_tensor(config.confidence_temperatures[positions])
+        if config.confidence_shifts is not None:
+            logits = logits + logits.new_tensor(config.confidence_shifts[positions])
         return logits.sigmoid()
 
     def sample_block(

@@ -118,7 +118,7 @@ def _run(runs: Runs, index: int, method: str, model, head, inputs, max_new_token
     if method == "plain":
         output = model.generate(**inputs, **kwargs)
     else:
-        with stock_loop() if method == "stock" else _schedule(head, method):
+        with stock_loop() if method == "stock" else schedule_of(head, method):
             output = model.generate(**inputs, assistant_model=head, **kwargs)
     _synchronize(model.device)
     runs.seconds.append(time.perf_counter() - started)
@@ -132,7 +132,7 @@ def _run(runs: Runs, index: int, method: str, model, head, inputs, max_new_token
 
 
 @contextmanager
-def _schedule(head: DSparkHead, method: str) -> Iterator[None]:
+def schedule_of(head: DSparkHead, method: str) -> Iterator[None]:
     """The head with the schedule of a method; as it was afterwards."""
     before = head.generation_config
     head.generation_config = copy.deepcopy(before)

@@ -71,6 +71,13 @@ def as_model_input(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
+def sampling(temperature: float) -> dict:
+    """Arguments of `generate` for a temperature; 0 is greedy. A model's own top-k and top-p stay out of it."""
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+
 def encode(prompts: list[str], tokenizer: PreTrainedTokenizerBase, device):
     """Left-padded `input_ids` and `attention_mask` of the prompts, ready for `generate`."""
     texts = [as_model_input(prompt, tokenizer) for prompt in prompts]

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_dspark import DSparkHead
 from .bench import Record, bench, fixed_methods
+from .plots import import_pyplot
 
 # Runs of every method at a batch size: small batches are quick and depend more on their prompts.
 MOST_TURNS, FEWEST_TURNS = 16, 6
@@ -90,18 +91,6 @@ def plot(records: list[Record], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def import_pyplot():
-    """matplotlib's pyplot, without a display."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("Pictures need matplotlib: pip install 'dspark-hf[plot]'.") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _style(method: str) -> dict:

@@ -143,8 +143,9 @@ class Rounds:
         self.runs_ahead = self.target.device.type == "cuda"
         self.scheduler = scheduler_for(self.target, self.drafter, size, not config.do_sample, self.runs_ahead)
         self.step: Step | None = None
-        # Of every round the indices of its rows, and of each of them drafts made, drafts verified, tokens expected.
-        self.planned: list[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]] = []
+        # Of every round the indices of its rows, and of each row drafts made, drafts verified, tokens expected, and the
+        # confidence of its drafts.
+        self.planned: list[tuple[list[int], np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]] = []
 
     def run(self) -> torch.Tensor:
         with self.stopwatch.part("prefill"):
@@ -281,7 +282,8 @@ class Rounds:
             drafted[drafting] = lengths.drafted
             expected[drafting] += (survival * (np.arange(lengths.drafted) < verified[:, None])).sum(axis=1)
             estimates.learn(drafting, confidence, survival, verified, outcome.accepted[drafting])
-        self.planned.append((self._row_indices(), drafted, outcome.lengths, expected))
+        confidence = [line[:count] for line, count in zip(outcome.confidence, drafted, strict=True)]
+        self.planned.append((self._row_indices(), drafted, outcome.lengths, expected, confidence))
 
     def commit(self, outcome: Outcome, logits: torch.Tensor, lengths: Lengths | None = None) -> None:
         """Append accepted drafts and the target's own token; lengthen the cache; stream; drop rows that ended.
@@ -295,10 +297,7 @@ class Rounds:
             self.drafter.remember(self.passed.features, counts)
         self.anchors = outcome.next_tokens
         news = [outcome.drafts[r][: accepted[r]] + [outcome.tokens[r]] for r in range(len(self.rows))]
-        stops = [
-            self.stopping.kept(row, new, self.input_ids.device)
-            for row, new in zip(self.rows, news, strict=True)
-        ]
+        stops = [self.stopping.kept(row, new, self.input_ids.device) for row, new in zip(self.rows, news, strict=True)]
         if self.lockstep:
             stops = self._together(stops)
         for r, (row, (kept, ended)) in enumerate(zip(self.rows, stops, strict=True)):
@@ -422,11 +421,10 @@ class Rounds:
     def _finish_stats(self) -> None:
         stats = self.stats
         for indices, *columns in self.planned:
-            for lists, values in zip(
-                (stats.drafted_lengths, stats.verified_lengths, stats.expected_lengths), columns, strict=True
-            ):
-                for index, value in zip(indices, values.tolist(), strict=True):
-                    lists[index].append(value)
+            named = (stats.drafted_lengths, stats.verified_lengths, stats.expected_lengths, stats.confidence)
+            for lists, values in zip(named, columns, strict=True):
+                for index, value in zip(indices, values, strict=True):
+                    lists[index].append(value.tolist())
         self.stopwatch.collect(wait=True)
         for name, seconds in self.stopwatch.seconds.items():
             setattr(self.stats, f"{name}_seconds", seconds)

@@ -23,11 +23,11 @@ from .target import Target
 logger = logging.get_logger(__name__)
 
 # Tokens of context at which step times are measured, or as many as the target knows positions for.
-CONTEXTS = (128, 1024)
+CONTEXTS = (128, 512)
 # Rows are measured at powers of two up to this; beyond, times go on as between the last two.
 MOST_ROWS = 64
 # Everything is gone through in several turns, and the fastest pass counts: a disturbance lasts a while.
-TURNS, REPEATS = 3, 2
+TURNS, REPEATS = 2, 2
 # Between two writes of a table that generation has moved along.
 SECONDS_BETWEEN_WRITES = 60
 
@@ -79,6 +79,13 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
     return table
 
 
+def forget(target: Target, head: DSparkHead) -> None:
+    """Drop the pair's table, stored and in memory, so that it is measured anew."""
+    path = cost.path_of(cost.identity_of(target.model, head, target.device))
+    _tables.pop(str(path), None)
+    path.unlink(missing_ok=True)
+
+
 def _row_counts(rows: int) -> list[int]:
     """Powers of two up to the first that is enough for a call, and at least two of them."""
     largest = min(max(2, 1 << (rows - 1).bit_length()), MOST_ROWS)
@@ -89,6 +96,14 @@ def _contexts(target: Target, head: DSparkHead) -> list[int]:
     known = getattr(target.config, "max_position_embeddings", None) or 2 * CONTEXTS[-1]
     longest = max(1, known - head.config.block_size - 1)
     return sorted({min(context, longest) for context in CONTEXTS})
+
+
+def store(table: CostTable) -> None:
+    """Write a table that generation has moved along, now and then."""
+    key, now = str(table.path), time.monotonic()
+    if now - _written.setdefault(key, now) > SECONDS_BETWEEN_WRITES:
+        _written[key] = now
+        table.save()
 
 
 @torch.no_grad()

@@ -166,7 +166,14 @@ def identity_of(target, head, device: torch.device) -> dict[str, Any]:
 
 
 # What a config says of itself that changes nothing about its speed.
-UNTIMED = ("_name_or_path", "architectures", "transformers_version", "confidence_temperatures", "dtype")
+UNTIMED = (
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "confidence_temperatures",
+    "confidence_shifts",
+    "dtype",
+)
 
 
 def _digest(config) -> str:
