@@ -1,10 +1,10 @@
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Step times that tests measure are no concern of the user's cache.
-_cache = tempfile.TemporaryDirectory(prefix="dspark-tests-")
-os.environ["HF_HOME"] = _cache.name
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dspark-tests-")
 
 import json
 from pathlib import Path
@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dspark_hf import DSparkConfig, DSparkHead
-from dspark_hf.generation import loop
+from dspark_hf.generation import loop, step_times
 from dspark_hf.generation.step_times import experience_of
+from dspark_hf.scheduling.cost import CostTable, sizes_of
 from dspark_hf.scheduling.scheduler import NO_DRAFT, ConstantSchedule, Plan, Settings
 
 HERE = Path(__file__).parent
@@ -30,6 +31,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with --all")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -131,6 +136,25 @@ class ShuffledSchedule(ConstantSchedule):
 def shuffled(monkeypatch):
     """Generation with a head runs with a `ShuffledSchedule`."""
     monkeypatch.setattr(loop, "scheduler_for", shuffled_scheduler)
+
+
+def table_of(block_size: int, verify: float = 0.05, draft: float = 0.02, identity=None) -> CostTable:
+    """Step times under which drafting pays: a step takes a second, and `verify` of one more for every further token a
+    row, `draft` of one for every position; four times as many rows take twice as long."""
+    counts = [1, 2, 4, 8, 16, 32, 64]
+    tables = {}
+    for kind, sizes in sizes_of(block_size).items():
+        price, first = (draft, 0.2) if kind == "draft" else (verify, 1.0)
+        line = first + price * np.arange(sizes)
+        tables[kind] = np.sqrt(np.array(counts))[:, None] * line * (1.02 if kind == "packed" else 1)
+    return CostTable(identity or {"target": "none"}, [128], counts, **{k: t[None] for k, t in tables.items()})
+
+
+@pytest.fixture
+def drafting_pays(monkeypatch):
+    """The load schedule goes by step times under which it drafts, whatever this machine and the tiny models take."""
+    monkeypatch.setattr(step_times, "step_times", lambda target, head, rows: table_of(head.config.block_size))
+    monkeypatch.setattr(CostTable, "observe", lambda *args: None)
 
 
 def shuffled_scheduler(target, drafter, rows, greedy, runs_ahead):

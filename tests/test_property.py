@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
-from conftest import shuffled_scheduler, tiny_head, tiny_target
+from conftest import shuffled_scheduler, table_of, tiny_head, tiny_target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -23,7 +23,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from dspark_hf.generation import loop
+from dspark_hf.generation import loop, step_times
+from dspark_hf.scheduling.cost import CostTable
 
 VOCABULARY = 24
 SIZES = {
@@ -97,7 +98,20 @@ def shuffled(head):
         yield
 
 
-SCHEDULES = [nullcontext, shuffled, load]
+@contextmanager
+def load_that_pays(head, ahead=False):
+    """The load schedule with step times under which it drafts, on a device that runs ahead of the host or not."""
+    table = table_of(head.config.block_size)
+    with (
+        load(head),
+        mock.patch.object(step_times, "step_times", lambda *args: table),
+        mock.patch.object(CostTable, "observe", lambda *args: None),
+        mock.patch.object(loop, "runs_ahead", lambda device: ahead),
+    ):
+        yield
+
+
+SCHEDULES = [nullcontext, shuffled, load, load_that_pays, functools.partial(load_that_pays, ahead=True)]
 
 
 @given(data=st.data())

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import tiny_head, tiny_target
+from conftest import tiny_head, tiny_target, whole_blocks
 from scipy.stats import chi2
 from transformers import (
     LogitsProcessorList,
@@ -12,6 +12,8 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from dspark_hf.generation import loop
 
 VOCABULARY, TOKENS, DRAWS, ROWS = 16, 3, 20_000, 500
 PROMPTS = ([1, 5, 9, 2], [7, 7, 3], [12, 4, 8, 11, 6, 2])
@@ -89,6 +91,33 @@ def test_one_prompt(pair, setting):
     kwargs, warpers = SETTINGS[setting]
     (tokens,) = draw(target, head, [PROMPTS[0]], **kwargs)
     assert p_value(tokens, exact_distribution(target, PROMPTS[0], warpers)) > 1e-4
+
+
+@pytest.mark.parametrize("setting", ["temperature 1", "top-p 0.8"])
+def test_a_schedule_that_changes(pair, setting, shuffled):
+    """From round to round and from row to row: who drafts, how long, and how much of it is verified."""
+    target, head = pair
+    kwargs, warpers = SETTINGS[setting]
+    for prompt, tokens in zip(PROMPTS, draw(target, head, list(PROMPTS), **kwargs), strict=True):
+        assert p_value(tokens, exact_distribution(target, prompt, warpers)) > 1e-4
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_load_schedule(pair, ahead, drafting_pays, monkeypatch):
+    """Lengths from this round's confidence with the early stop, or from earlier rounds' and ranked by this one's."""
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: ahead)
+    target, head = pair
+    head.generation_config.num_assistant_tokens_schedule = "load"
+    try:
+        for prompt, tokens in zip(PROMPTS, draw(target, head, list(PROMPTS)), strict=True):
+            assert p_value(tokens, exact_distribution(target, prompt, [])) > 1e-4
+        ids = torch.tensor([PROMPTS[0]]).repeat(200, 1)
+        output = target.generate(
+            input_ids=ids, do_sample=True, top_k=0, max_new_tokens=8, assistant_model=head, return_dict_in_generate=True
+        )
+        assert len({length for row in output.dspark.verified_lengths for length in row}) > 2
+    finally:
+        whole_blocks(head)
 
 
 def test_drafts_are_accepted_and_rejected(pair):

@@ -77,6 +77,11 @@ def generate(
     return DSparkGenerateOutput(sequences=sequences, past_key_values=cache, dspark=rounds.stats, **recorded)
 
 
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host queues work for the device; it then does not wait to see a round's confidence."""
+    return device.type == "cuda"
+
+
 @dataclass(frozen=True)
 class Lengths:
     """What a round verifies. of_rows: [R] drafts of each row. most: drafts that a row can have at most. total: tokens
@@ -139,8 +144,7 @@ class Rounds:
         self.cache = self.target.new_cache(size)
         self.anchors: torch.Tensor
         self.passed: TargetPass
-        # Where the host queues work for the device, it does not wait to see a round's confidence.
-        self.runs_ahead = self.target.device.type == "cuda"
+        self.runs_ahead = runs_ahead(self.target.device)
         self.scheduler = scheduler_for(self.target, self.drafter, size, not config.do_sample, self.runs_ahead)
         self.step: Step | None = None
         # Of every round the indices of its rows, and of each row drafts made, drafts verified, tokens expected, and the

@@ -1,10 +1,11 @@
-"""Packing: rows that verify different numbers of drafts share a pass without padding.
+"""How the queries of a pass are laid out for the target's attention.
 
-A rectangle of R rows and W columns costs R * W tokens however few of them matter. A packed pass shows the model the
+Packing: rows that verify different numbers of drafts share a pass without padding. A rectangle of R rows and W columns costs R * W tokens however few of them matter. A packed pass shows the model the
 tokens that matter as one sequence, so that everything but attention costs what they are worth. Attention needs rows:
 its queries are spread over the rectangle again, and each row looks at its own slot of the cache.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -41,21 +42,38 @@ class Packing:
         return spread.unflatten(0, (self.rows, self.width))
 
 
-_packing: ContextVar[Packing | None] = ContextVar("dspark_packing", default=None)
+class Pass:
+    """A pass of the target by our rounds; `packing` when it is packed."""
+
+    def __init__(self, packing: Packing | None):
+        self.packing = packing
+        self.masks: dict[tuple[int, int], torch.Tensor] = {}
+
+    def mask_of_groups(self, mask: torch.Tensor, groups: int) -> torch.Tensor:
+        """The mask [R, 1, n, view] once for every head of a group, [R, 1, groups * n, view]; made once a pass."""
+        key = id(mask), groups
+        if key not in self.masks:
+            self.masks[key] = mask.repeat(1, 1, groups, 1)
+        return self.masks[key]
+
+
+_pass: ContextVar[Pass | None] = ContextVar("dspark_pass", default=None)
+# Above so many queries attention is busy enough without the heads of a group side by side.
+MOST_GROUPED = 16
 
 
 @contextmanager
-def packed(packing: Packing):
-    """Within this context the sdpa attention of models takes its queries packed and its keys by rows."""
-    token = _packing.set(packing)
+def our_pass(packing: Packing | None = None) -> Iterator[None]:
+    """Within this context the sdpa attention of models takes its queries as our rounds lay them out."""
+    token = _pass.set(Pass(packing))
     try:
         yield
     finally:
-        _packing.reset(token)
+        _pass.reset(token)
 
 
 def install() -> None:
-    """Teach transformers' sdpa attention about packed queries; without a packing it is what it was."""
+    """Teach transformers' sdpa attention about our passes; in all others it is what it was."""
     AttentionInterface.register("sdpa", sdpa_attention)
 
 
@@ -70,10 +88,29 @@ def sdpa_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' sdpa attention; in a packed pass for queries [1, heads, B, head_dim] and keys and values
     [rows, kv_heads, view, head_dim], with a mask [rows, 1, width, view]. Returns [1, B, heads, head_dim] then."""
-    # Packed passes are not compiled; a compiler need not look into the context.
-    packing = None if torch.compiler.is_compiling() else _packing.get()
-    if packing is None:
+    # Compiled passes are padded, and a compiler need not look into the context.
+    ours = None if torch.compiler.is_compiling() else _pass.get()
+    if ours is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
-    spread = packing.unpack(query.transpose(1, 2)).transpose(1, 2)
-    mixed, _ = sdpa_attention_forward(module, spread, key, value, attention_mask, *args, **kwargs)
-    return packing.pack(mixed), None
+    if ours.packing is None:
+        return _attend(ours, module, query, key, value, attention_mask, *args, **kwargs), None
+    query = ours.packing.unpack(query.transpose(1, 2)).transpose(1, 2)
+    return ours.packing.pack(_attend(ours, module, query, key, value, attention_mask, *args, **kwargs)), None
+
+
+class _OneGroup:
+    """Stands in for an attention module whose heads have keys of their own."""
+
+    is_causal = False
+
+
+def _attend(ours, module, query, key, value, mask, *args, **kwargs) -> torch.Tensor:
+    """[R, n, heads, head_dim]. Heads that share keys are laid side by side as more queries of one head: otherwise
+    transformers copies the keys and values of the whole context for each of them."""
+    groups, count = query.shape[1] // key.shape[1], query.shape[2]
+    if groups == 1 or not 1 < count <= MOST_GROUPED or mask.shape[1] != 1:
+        return sdpa_attention_forward(module, query, key, value, mask, *args, **kwargs)[0]
+    grouped = query.reshape(len(query), -1, groups * count, query.shape[3])
+    mask = ours.mask_of_groups(mask, groups)
+    mixed = sdpa_attention_forward(_OneGroup, grouped, key, value, mask, *args, **kwargs)[0].transpose(1, 2)
+    return mixed.unflatten(2, (groups, count)).flatten(1, 2).transpose(1, 2)

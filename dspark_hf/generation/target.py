@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..modeling_dspark import device_of
 from .cache import Placement, SlotCache, causal_mask
 from .hidden_states import indices_of, request_for
-from .packing import Packing, packed
+from .packing import Packing, our_pass
 
 Mask = torch.Tensor | BlockMask
 
@@ -75,7 +75,8 @@ class Target:
         """
         placement = cache.place(tokens.shape[1])
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
-        outputs = self._call(tokens, placement.slots, placement, cache, **kwargs)
+        with our_pass():
+            outputs = self._call(tokens, placement.slots, placement, cache, **kwargs)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
         chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
         return TargetPass(
@@ -95,7 +96,7 @@ class Target:
         """
         placement = cache.place(tokens.shape[1], packing)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
-        with packed(packing):
+        with our_pass(packing):
             outputs = self._call(packing.pack(tokens), packing.pack(placement.slots), placement, cache, **kwargs)
         chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
         logits = outputs.logits.to(tokens.device, torch.float32)

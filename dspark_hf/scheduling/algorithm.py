@@ -14,21 +14,19 @@ def survival(confidence: np.ndarray) -> np.ndarray:
 
 
 def admit(survival: np.ndarray, certain: float, seconds: np.ndarray, look_past_drops: bool) -> np.ndarray:
-    """Lengths [U] to verify, by walking all (unit, position) in the order of falling survival.
+    """Lengths [R] to verify, by walking all (row, position) in the order of falling survival.
 
-    Position j + 1 of a unit never comes before j, as survival falls along a unit (ties keep that order).
+    Position j + 1 of a row never comes before j, as survival falls along a row (ties keep that order).
 
     Args:
-        survival: [U, G], expected tokens that each position adds. A unit is a row; or the whole batch, with survival
-            summed over its rows, where one more position costs every row a column.
-        certain: expected tokens when nothing is admitted.
-        seconds: [U*G + 1], time of the round when n positions are admitted, n = 0 first.
+        survival: [R, G], expected tokens that each draft adds. certain: expected tokens when nothing is admitted.
+        seconds: [R*G + 1], time of the round when n positions are admitted, n = 0 first.
         look_past_drops: take the best number of positions whatever lies before it. Lossless with greedy decoding only:
             survival behind a position depends on the token drafted there, so whether that token is verified would
             depend on what it is (paper, appendix A). Without, the walk ends at the first position that does not raise
             Theta; pass [`smoothed`] seconds, so that this is not the edge of a mere step.
     """
-    units, positions = survival.shape
+    rows, positions = survival.shape
     flat = survival.ravel()
     order = np.argsort(-flat, kind="stable")
     theta = (certain + np.concatenate(([0.0], np.cumsum(flat[order])))) / seconds
@@ -37,7 +35,7 @@ def admit(survival: np.ndarray, certain: float, seconds: np.ndarray, look_past_d
     else:
         drops = np.flatnonzero(theta[1:] <= theta[:-1])
         count = int(drops[0]) if len(drops) else len(flat)
-    return np.bincount(order[:count] // positions, minlength=units)
+    return np.bincount(order[:count] // positions, minlength=rows)
 
 
 def best_length(

@@ -27,29 +27,31 @@ class Experience:
     """What is known of a head with one target, shared by all rows and calls.
 
     tested[k], accepted[k]: drafts at position k that were verified after all before them were accepted, and those of
-    them that were accepted. expected: the sum of their confidences. curve[k]: mean survival of position k, from
-    `evidence` drafts. patience: rounds to wait before drafting is tried again where it does not pay. ends, tokens: rows
+    them that were accepted. expected: the sum of their confidences. patience: rounds to wait before drafting is tried again where it does not pay. last_rate: accepted of the tested drafts of the last round that had any. ends, tokens: rows
     that ended before their length limit, and tokens committed by all rows.
     """
 
     tested: np.ndarray
     accepted: np.ndarray
-    curve: np.ndarray
     expected: float = 0.0
-    evidence: float = 0.0
     patience: int = 1
+    last_rate: float = 0.0
     ends: float = 1.0
     tokens: float = 512.0
 
     @classmethod
     def fresh(cls, block_size: int) -> "Experience":
-        nothing = np.zeros(block_size)
-        return cls(nothing, nothing.copy(), survival_of(np.full(block_size, FIRST_GUESS)))
+        return cls(np.zeros(block_size), np.zeros(block_size))
 
     @property
     def confidence(self) -> np.ndarray:
         """[G] running acceptance by position, the estimate of a head without a confidence head."""
         return (self.accepted + PRIOR * FIRST_GUESS) / (self.tested + PRIOR)
+
+    @property
+    def curve(self) -> np.ndarray:
+        """[G] survival of a draft of which nothing else is known."""
+        return survival_of(self.confidence)
 
     @property
     def correction(self) -> float:
@@ -67,17 +69,16 @@ class Experience:
         self.ends = fade * self.ends + (not at_limit)
         self.tokens = fade * self.tokens + tokens
 
-    def learn(self, tested: np.ndarray, accepted: np.ndarray, expected: float, curves: np.ndarray) -> None:
-        """Add a round: counts of the drafted positions, the sum of tested confidences, and survival curves [n, G]."""
+    def learn(self, tested: np.ndarray, accepted: np.ndarray, expected: float) -> None:
+        """Add a round: counts of the drafted positions, and the sum of tested confidences."""
         drafted, count = len(tested), int(tested.sum())
+        self.last_rate = accepted.sum() / max(1, count)
         fade = 0.5 ** (count / POOL_HALF_LIFE)
         self.tested *= fade
         self.tested[:drafted] += tested
         self.accepted *= fade
         self.accepted[:drafted] += accepted
         self.expected = fade * self.expected + float(expected)
-        self.evidence = fade * self.evidence + count
-        self.curve += count / (self.evidence + PRIOR) * (curves.mean(axis=0) - self.curve)
 
 
 class RowEstimates:
@@ -126,7 +127,7 @@ class RowEstimates:
         self.mean[rows] += (1 - ROW_FADE) * (curves - self.mean[rows])
         counts = tested.sum(axis=0)
         passed = (accepted[:, None] > np.arange(confidence.shape[1])).sum(axis=0)
-        self.shared.learn(counts, passed, expected.sum(), curves)
+        self.shared.learn(counts, passed, expected.sum())
         pool = self.shared.correction
         self.corrections = pool * (self.accepted + PRIOR) / (pool * self.expected + PRIOR)
 
@@ -137,9 +138,9 @@ class RowEstimates:
         self.corrections = self.corrections[rows]
 
     def _whole(self, curves: np.ndarray) -> np.ndarray:
-        """Curves [n, G] of the drafted positions, continued to the whole block as the pool's curve goes on."""
-        drafted, shared = curves.shape[1], self.shared.curve
-        if drafted == len(shared):
+        """Curves [n, G] of the drafted positions, continued to the whole block by running acceptance."""
+        drafted = curves.shape[1]
+        if drafted == self.recent.shape[2]:
             return curves
-        rest = shared[drafted:] / shared[drafted - 1]
+        rest = survival_of(self.shared.confidence[drafted:])
         return np.concatenate([curves, curves[:, -1:] * rest], axis=1)

@@ -6,7 +6,7 @@ import numpy as np
 # Points at which the course of the rest of a call is looked at.
 POINTS = 24
 # Texts have easy and hard stretches: how much further rows drift apart than if rounds were independent of each other.
-ROWS_DIFFER = 1.5
+ROWS_DIFFER = 2.0
 
 
 def seconds_to_end(

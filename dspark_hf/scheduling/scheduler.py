@@ -21,8 +21,14 @@ SCHEDULES = ("load", "constant")
 # Rounds without a draft before a call, or a row among others that draft, is tried again, at most.
 MOST_PATIENCE, ROW_PATIENCE = 128, 16
 # What deciding in the middle of a draft, and packing, have to bring to be worth their own cost.
-STOPPING_PAYS, PACKING_PAYS = 1.03, 1.02
+STOPPING_PAYS, PACKING_PAYS = 1.08, 1.05
+# How much sooner than without drafts a batch must be expected to end for drafting to begin, and to go on. Without drafts
+# one knows what one gets; with them rows have drifted further apart than expected wherever this was measured. A length
+# is changed for the third share.
+BEGIN_AT, GO_ON_AT, CHANGE_AT = 1.12, 1.05, 1.03
 POWERS = [1 << i for i in range(16)]
+# Confidence that is worth less than this share of what it says.
+DISTRUSTED = 0.7
 # Rounds that a plan is used for. One plan in so many looks beside the best one: what a step costs is only known of
 # steps that are taken.
 PLAN_LASTS, LOOK_EVERY, LOOKS_LIKE = 4, 6, 1.15
@@ -217,6 +223,9 @@ class LoadSchedule(ConstantSchedule):
         shared = self.estimates.shared
         plan = self._best(rooms, context, load)
         waited = not self.last.rows and self.age > shared.patience
+        if self.last.probe and shared.last_rate > 0.5 and shared.correction < DISTRUSTED:
+            # Drafts that had failed succeed: worth another look soon.
+            shared.patience = max(1, shared.patience // 4)
         if plan.rows:
             shared.patience = 1
         elif waited:
@@ -246,18 +255,13 @@ class LoadSchedule(ConstantSchedule):
         most = super().choose(plan, survival, rooms)
         if plan.probe:
             return np.minimum(rooms, survival.any(axis=1))
-        if len(survival) == 1:
-            # Every position was admitted before it was drafted; to drop one now would depend on what it is.
+        if not plan.packed:
+            # A single row: every position was admitted before it was drafted, and to drop one now would depend on what
+            # it is. Several: a column was paid for by all rows, whatever becomes of some.
             return most
         rows, drafted = survival.shape
         admissible = survival if most.min() == drafted else survival * (np.arange(drafted) < most[:, None])
-        sizes = plan.costs.packed if plan.packed else plan.costs.verify
-        if not self.greedy:
-            sizes = smoothed(sizes)
-        if not plan.packed:
-            seconds = plan.costs.draft[drafted - 1] + sizes[: drafted + 1]
-            columns = admit(admissible.sum(axis=0)[None], rows, seconds, self.greedy)
-            return np.minimum(columns, most)
+        sizes = plan.costs.packed if self.greedy else smoothed(plan.costs.packed)
         seconds = plan.costs.draft[drafted - 1] + at_size(sizes, 1 + np.arange(rows * drafted + 1) / rows)
         return admit(admissible, rows, seconds, self.greedy)
 
@@ -316,12 +320,16 @@ class LoadSchedule(ConstantSchedule):
         seconds = np.stack(verify, axis=1)
         seconds[1:] += np.stack(draft, axis=1)
         ends = seconds_to_end(rooms + 1, survival, self.estimates.shared.hazard, np.array(counts), seconds)
-        self.plans += 1
-        if self.plans % LOOK_EVERY:
-            return int(ends.argmin())
-        # The best of the others, if it is not far off.
         best, other = ends.argsort()[:2]
-        return int(other if ends[other] < LOOKS_LIKE * ends[best] else best)
+        # Going to and fro costs more than either.
+        drafts = bool(self.last.rows) and not self.last.probe
+        if ends[0] < (GO_ON_AT if drafts else BEGIN_AT) * ends[best]:
+            return 0
+        if drafts and ends[self.last.length] < CHANGE_AT * ends[best]:
+            best = min(self.last.length, int(rooms.max()))
+        self.plans += 1
+        looks = self.plans % LOOK_EVERY == 0 and ends[other] < LOOKS_LIKE * ends[best]
+        return int(other if looks else best)
 
     def _of_one(self, worth: np.ndarray, costs: Costs) -> Plan:
         """The plan of highest Theta for a single row, whose survival [H, G] is a sample of what is to come; no draft

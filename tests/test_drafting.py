@@ -1,0 +1,157 @@
+"""What the head drafts does not depend on how the schedule got there."""
+
+import pytest
+import torch
+from conftest import tiny_head, tiny_target
+from transformers import LogitsProcessorList
+
+from dspark_hf.generation import drafting
+from dspark_hf.generation.drafting import Drafter
+from dspark_hf.generation.packing import Packing
+from dspark_hf.generation.processors import BlockProcessors
+from dspark_hf.generation.target import Target
+
+ROWS = 4
+
+
+@pytest.fixture
+def pair():
+    target = tiny_target(sharpness=3)
+    return target, tiny_head(target)
+
+
+def committed(rounds, seed=0):
+    """States [R, C, m*d] and counts of several rounds."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(ROWS, 5, 32, generator=generator), torch.randint(1, 6, (ROWS,), generator=generator).tolist())
+        for _ in range(rounds)
+    ]
+
+
+def block(drafter, rows=None, anchors=(3, 5, 7, 9), **kwargs):
+    chosen = range(ROWS) if rows is None else rows
+    select = BlockProcessors(LogitsProcessorList(), True).drafting(None, list(chosen))
+    torch.manual_seed(1)
+    return drafter.draft(torch.tensor(anchors), 3, select, rows, **kwargs)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_draft_catches_up_on_rounds_without_one(pair):
+    often, once = Drafter(pair[1], pair[0], ROWS), Drafter(pair[1], pair[0], ROWS)
+    for features, counts in committed(6):
+        often.remember(features, counts)
+        once.remember(features, counts)
+        expected = block(often)
+    found = block(once)
+    close(found.logits[:, 0], expected.logits[:, 0])
+    close(found.confidence_logits[:, 0], expected.confidence_logits[:, 0])
+    assert once.cache.lengths == often.cache.lengths
+
+
+@torch.no_grad()
+def test_some_rows_draft_and_the_others_catch_up_later(pair):
+    everybody, some = Drafter(pair[1], pair[0], ROWS), Drafter(pair[1], pair[0], ROWS)
+    plans = [[0, 2], [1], [0, 1, 3], [2], None]
+    for rows, (features, counts) in zip(plans, committed(5), strict=True):
+        everybody.remember(features, counts)
+        some.remember(features, counts)
+        expected, found = block(everybody), block(some, rows)
+        close(found.logits[:, 0], expected.logits[range(ROWS) if rows is None else rows, 0])
+    assert some.cache.lengths == everybody.cache.lengths
+
+
+@torch.no_grad()
+def test_rows_that_leave_take_what_waits_along(pair):
+    whole, fewer = Drafter(pair[1], pair[0], ROWS), Drafter(pair[1], pair[0], ROWS)
+    for features, counts in committed(3):
+        whole.remember(features, counts)
+        fewer.remember(features, counts)
+    fewer.keep([1, 3])
+    expected = block(whole)
+    select = BlockProcessors(LogitsProcessorList(), True).drafting(None, [0, 1])
+    found = fewer.draft(torch.tensor([5, 9]), 3, select)
+    close(found.logits[:, 0], expected.logits[[1, 3], 0])
+
+
+@torch.no_grad()
+def test_what_waits_is_taken_in_before_it_becomes_much(pair, monkeypatch):
+    monkeypatch.setattr(drafting, "LONGEST_WAIT", 12)
+    often, once = Drafter(pair[1], pair[0], ROWS), Drafter(pair[1], pair[0], ROWS)
+    for features, counts in committed(9):
+        often.remember(features, counts)
+        once.remember(features, counts)
+        expected = block(often)
+        once.catch_up(torch.tensor([3, 5, 7, 9]))
+        assert sum(features.shape[1] for features, _ in once.waiting) <= 12 + 5 + 5
+    close(block(once).logits[:, 0], expected.logits[:, 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_stopping_early_saves_the_positions_behind(pair, stop, monkeypatch):
+    """LM head, sequential head and choice run for drafted positions only, and the logits of confidence arrive in order."""
+    target, head = pair
+    drafter, whole = Drafter(head, target, ROWS), Drafter(head, target, ROWS)
+    (features, counts), seen, projected, steps = committed(1)[0], [], [], []
+    drafter.remember(features, counts)
+    whole.remember(features, counts)
+    expected = block(whole)
+    base, step = head.base_logits, head.markov_head.step
+    monkeypatch.setattr(head, "base_logits", lambda hidden, tables: projected.append(hidden.shape[1]) or base(hidden, tables))
+    monkeypatch.setattr(head.markov_head, "step", lambda *args: steps.append(1) or step(*args))
+
+    def goes_on(logits):
+        seen.append(logits)
+        return len(seen) <= stop
+
+    select = BlockProcessors(LogitsProcessorList(), True).drafting(None, list(range(ROWS)))
+    torch.manual_seed(1)
+    found = drafter.draft(torch.tensor((3, 5, 7, 9)), 1, select, None, goes_on, 3)
+    assert found.tokens.tolist() == expected.tokens[:, :stop].tolist()
+    close(torch.stack(seen[:stop], dim=1), expected.confidence_logits[:, :stop])
+    assert len(steps) == stop
+    assert projected == ([1] if stop == 1 else [1, 2]), "the expected length first, the rest when it is reached"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_packed_pass_equals_a_padded_one(window):
+    kwargs = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
+    target = tiny_target(**kwargs)
+    runner = Target(target, [0, 1])
+    assert runner.packs
+    lengths = torch.tensor([3, 0, 2, 1])
+    packing = Packing.of(lengths, 4, 4 + 6)
+    tokens = torch.randint(1, 16, (ROWS, 4))
+    results, caches = [], []
+    for packed in (False, True):
+        cache = runner.new_cache(ROWS)
+        prompt = torch.arange(ROWS * 9).view(ROWS, 9) % 16
+        runner.forward(prompt, cache)
+        cache.commit([9, 4, 7, 8])
+        results.append(runner.forward_packed(tokens, cache, packing) if packed else runner.forward(tokens, cache))
+        caches.append(cache)
+    filled = torch.arange(4) <= lengths[:, None]
+    for name in ("logits", "features"):
+        padded, packed = (getattr(result, name) for result in results)
+        close(packed[filled], padded[filled])
+        assert not packed[~filled].any()
+    for r, (start, count) in enumerate(zip([9, 4, 7, 8], (1 + lengths).tolist(), strict=True)):
+        for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
+            close(a.keys[r, :, : start + count], b.keys[r, :, : start + count])
+
+
+def test_packing_ends_with_the_pass():
+    """An error inside leaves transformers' attention as it was."""
+    target = tiny_target()
+    runner = Target(target, [0])
+    packing = Packing.of(torch.tensor([1, 0]), 2, 3)
+    with pytest.raises(IndexError):
+        runner.forward_packed(torch.full((2, 2), 10**6), runner.new_cache(2), packing)
+    ids = torch.tensor([[1, 2, 3]])
+    assert target.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (1, 6)

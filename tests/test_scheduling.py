@@ -1,0 +1,376 @@
+"""Algorithm 1, what it is fed with, and the plans that come of it."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import table_of, tiny_head, tiny_target
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dspark_hf.generation.acceptance import accept_sampled
+from dspark_hf.scheduling.algorithm import admit, best_length, cut, smoothed, survival
+from dspark_hf.scheduling.estimates import Experience, RowEstimates
+from dspark_hf.scheduling.horizon import seconds_to_end
+from dspark_hf.scheduling.load import Load
+from dspark_hf.scheduling.scheduler import Costs, LoadSchedule, Plan, Settings, _walk
+
+CONFIDENCE = hnp.arrays(float, st.tuples(st.integers(1, 4), st.integers(1, 4)), elements=st.floats(0.01, 0.99))
+
+# -- The counterexample of the paper's appendix A ----------------------------------------------------------------------
+
+DRAWS = 50_000
+TARGET, DRAFT = torch.tensor([0.7, 0.3]), torch.tensor([0.5, 0.5])
+SECONDS = 1 / np.array([1.0, 0.5, 0.45])
+
+
+def first_tokens(lengths_of) -> torch.Tensor:
+    """[2] frequencies of the first committed token, when `lengths_of(confidence [2])` are verified of a drafted pair of
+    tokens whose second confidence tells what the first token was."""
+    drafts = torch.multinomial(DRAFT.expand(DRAWS, -1), 2, replacement=True)
+    known = {token: lengths_of(np.array([0.8, 0.9 if token == 0 else 0.0])) for token in (0, 1)}
+    lengths = torch.tensor([known[token] for token in drafts[:, 0].tolist()])
+    logits = TARGET.log().expand(DRAWS, 3, -1)
+    verdict = accept_sampled(logits, drafts, DRAFT.log().expand(DRAWS, 2, -1), lengths)
+    first = torch.where(verdict.accepted > 0, drafts[:, 0], verdict.next_tokens)
+    return torch.bincount(first, minlength=2) / DRAWS
+
+
+def algorithm_1(look_past_drops: bool, seconds=SECONDS):
+    return lambda confidence: int(admit(survival(confidence)[None], 1.0, seconds, look_past_drops)[0])
+
+
+# Five standard deviations of a frequency over so many draws.
+WITHIN = 5 * (0.7 * 0.3 / DRAWS) ** 0.5
+
+
+def test_the_early_stop_is_lossless():
+    assert first_tokens(algorithm_1(False)).tolist() == pytest.approx([0.70, 0.30], abs=WITHIN)
+
+
+def test_the_early_stop_over_smoothed_seconds_is_lossless():
+    lengths_of = algorithm_1(False, smoothed(SECONDS))
+    assert lengths_of(np.array([0.8, 0.9])) == 2, "smoothing should let it past the local drop"
+    assert first_tokens(lengths_of).tolist() == pytest.approx([0.70, 0.30], abs=WITHIN)
+
+
+def test_stopping_in_the_middle_of_a_draft_is_lossless():
+    """The walk of a single row, as the rounds use it: asked before each position."""
+    schedule = load_schedule(1, greedy=False, block_size=2)
+    costs = Costs(SECONDS, SECONDS, np.full(2, 1e-9))
+    plan = Plan([0], 2, 2, costs=costs, walk=_walk(costs).tolist())
+
+    def lengths_of(confidence):
+        goes_on = schedule.walk(plan)
+        wanted = [goes_on(c) for c in confidence]
+        drafted = 1 + wanted[1]
+        return int(schedule.choose(plan, survival(confidence[:drafted])[None], np.array([9]))[0])
+
+    assert lengths_of(np.array([0.8, 0.9])) == 2 and lengths_of(np.array([0.8, 0.0])) == 1
+    assert first_tokens(lengths_of).tolist() == pytest.approx([0.70, 0.30], abs=WITHIN)
+
+
+def test_without_the_stop_the_output_is_biased():
+    """As the paper says, which shows that the tests above can fail."""
+    assert first_tokens(algorithm_1(True)).tolist() == pytest.approx([0.85, 0.15], abs=WITHIN)
+
+
+# -- Algorithm 1 -----------------------------------------------------------------------------------------------------
+
+
+def seconds_of(data, count):
+    steps = data.draw(st.lists(st.floats(0.01, 1), min_size=count, max_size=count))
+    return np.concatenate(([1.0], 1 + np.cumsum(steps)))
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_looking_past_drops_finds_the_best_of_all_schedules(data):
+    alive = survival(data.draw(CONFIDENCE))
+    rows, positions = alive.shape
+    seconds = seconds_of(data, alive.size)
+    lengths = admit(alive, rows, seconds, look_past_drops=True)
+
+    def theta(chosen):
+        return (rows + sum(alive[r, :n].sum() for r, n in enumerate(chosen))) / seconds[sum(chosen)]
+
+    best = max(theta(chosen) for chosen in itertools.product(range(positions + 1), repeat=rows))
+    assert theta(lengths.tolist()) == pytest.approx(best)
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_the_walk_stops_at_the_first_drop(data):
+    """From the definition, a token at a time."""
+    alive = survival(data.draw(CONFIDENCE))
+    rows, positions = alive.shape
+    seconds = seconds_of(data, alive.size)
+    lengths, tokens, count = [0] * rows, float(rows), 0
+    while count < alive.size:
+        value, r = max(((alive[r, n], -r) for r, n in enumerate(lengths) if n < positions))
+        if (tokens + value) / seconds[count + 1] <= tokens / seconds[count]:
+            break
+        tokens, count = tokens + value, count + 1
+        lengths[-r] += 1
+    found = admit(alive, rows, seconds, look_past_drops=False)
+    assert found.sum() == count
+    assert sum(alive[r, :n].sum() for r, n in enumerate(found)) == pytest.approx(tokens - rows)
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_over_smoothed_seconds_the_first_drop_is_the_only_one(data):
+    alive = survival(data.draw(CONFIDENCE))
+    seconds = smoothed(np.sort(data.draw(hnp.arrays(float, alive.size + 1, elements=st.floats(1, 3)))))
+    stopped, searched = (admit(alive, len(alive), seconds, anywhere) for anywhere in (False, True))
+    tokens = [len(alive) + sum(alive[r, :n].sum() for r, n in enumerate(lengths)) for lengths in (stopped, searched)]
+    thetas = [t / seconds[lengths.sum()] for t, lengths in zip(tokens, (stopped, searched), strict=True)]
+    assert thetas[0] == pytest.approx(thetas[1])
+
+
+@given(hnp.arrays(float, st.integers(1, 9), elements=st.floats(0.1, 5)))
+@settings(max_examples=200, deadline=None)
+def test_smoothed_is_the_largest_convex_function_below(seconds):
+    found = smoothed(seconds)
+    assert (found <= seconds + 1e-12).all()
+    assert (np.diff(found, 2) >= -1e-9).all()
+    for n in range(len(seconds)):
+        chords = [
+            seconds[a] + (seconds[b] - seconds[a]) * (n - a) / (b - a)
+            for a in range(n + 1)
+            for b in range(n, len(seconds))
+            if a < b
+        ]
+        assert found[n] == pytest.approx(min([seconds[n], *chords]))
+
+
+@given(CONFIDENCE, st.integers(0, 16))
+@settings(max_examples=100, deadline=None)
+def test_a_budget_goes_to_the_likeliest_drafts(confidence, budget):
+    alive = survival(confidence)
+    lengths = cut(torch.from_numpy(alive), budget)
+    assert lengths.sum() == min(budget, alive.size)
+    kept = sum(alive[r, :n].sum() for r, n in enumerate(lengths.tolist()))
+    assert kept == pytest.approx(np.sort(alive.ravel())[::-1][:budget].sum())
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_length_chosen_before_a_draft_is_the_best_over_past_rounds(data):
+    """With one past round: the best of all lengths, each with the schedule that looking past drops finds."""
+    alive = survival(data.draw(CONFIDENCE))
+    rows, positions = alive.shape
+    draft = np.cumsum(data.draw(hnp.arrays(float, positions, elements=st.floats(0.01, 1))))
+    sizes = 1 + np.cumsum(data.draw(hnp.arrays(float, positions + 1, elements=st.floats(0.01, 1))))
+    theta, length, count = best_length(alive[None], rows, draft, sizes, 1 / rows)
+
+    def rate(g, n):
+        best = np.sort(alive[:, :g].ravel())[::-1][:n].sum()
+        return (rows + best) / (draft[g - 1] + np.interp(1 + n / rows, np.arange(1, positions + 2), sizes))
+
+    options = {(g, n): rate(g, n) for g in range(1, positions + 1) for n in range(1, rows * g + 1)}
+    assert theta == pytest.approx(max(options.values())) == pytest.approx(rate(int(length), int(count)))
+
+
+# -- What the rounds have shown --------------------------------------------------------------------------------------
+
+
+def rounds(estimates, count, confidence, accepted):
+    rows = list(range(len(estimates.expected)))
+    for _ in range(count):
+        c = np.tile(confidence, (len(rows), 1))
+        alive = estimates.survival(c, rows)
+        estimates.learn(rows, c, alive, np.full(len(rows), c.shape[1]), np.asarray(accepted))
+
+
+def test_confidence_that_promises_too_much_is_corrected():
+    shared = Experience.fresh(3)
+    rounds(RowEstimates(shared, 4), 50, [0.9, 0.9, 0.9], [0, 0, 0, 0])
+    assert shared.correction < 0.1
+    assert RowEstimates(shared, 1).survival(np.full((1, 3), 0.9), [0])[0, 0] < 0.1
+
+
+def test_confidence_that_is_right_is_left_alone():
+    shared, chance = Experience.fresh(1), np.random.default_rng(0)
+    estimates = RowEstimates(shared, 8)
+    for _ in range(100):
+        rounds(estimates, 1, [0.6], chance.random(8) < 0.6)
+    assert shared.correction == pytest.approx(1, abs=0.06)
+
+
+def test_a_row_whose_drafts_fail_is_told_from_the_others():
+    estimates = RowEstimates(Experience.fresh(4), 3)
+    rounds(estimates, 30, [0.8] * 4, [3, 0, 3])
+    assert estimates.corrections[1] < 0.35 * min(estimates.corrections[[0, 2]])
+
+
+def test_without_a_confidence_head_acceptance_by_position_is_the_estimate():
+    shared = Experience.fresh(3)
+    rounds(RowEstimates(shared, 10), 40, [0.5] * 3, [3] * 5 + [1] * 5)
+    assert shared.confidence == pytest.approx([1.0, 0.5, 1.0], abs=0.05)
+
+
+# -- Plans -----------------------------------------------------------------------------------------------------------
+
+
+def load_schedule(rows, greedy=True, block_size=4, ahead=False, threshold=None, table=None, shared=None):
+    return LoadSchedule(
+        Settings(block_size, "load", threshold),
+        shared or Experience.fresh(block_size),
+        rows,
+        table or table_of(block_size),
+        greedy,
+        packs=True,
+        runs_ahead=ahead,
+    )
+
+
+def simulate(schedule, accepts, count, confidence=0.8, load=None):
+    """Rounds of a schedule whose drafts are accepted up to accepts[r]; what each round planned and verified."""
+    rows, history = len(accepts), []
+    rooms = np.full(rows, 100)
+    for _ in range(count):
+        plan = schedule.plan(rooms, 128, load or Load(rows, 0))
+        lengths = np.zeros(rows, dtype=int)
+        if plan.rows:
+            c = np.full((len(plan.rows), plan.length), confidence)
+            alive = np.zeros((rows, plan.length))
+            alive[plan.rows] = schedule.estimates.survival(c, plan.rows)
+            lengths = schedule.choose(plan, alive, rooms)
+            kept = np.minimum(np.array(accepts), lengths)[plan.rows]
+            schedule.estimates.learn(plan.rows, c, alive[plan.rows], lengths[plan.rows], kept)
+        history.append((plan, lengths))
+    return history
+
+
+def test_good_drafts_are_verified_and_more_of_them_when_the_device_is_idle():
+    means = {}
+    for others in (0, 4000):
+        table = table_of(4)
+        # A device with room up to some tokens, beyond which time grows with every one.
+        tokens = np.array(table.rows)[:, None] * np.arange(1, 6)
+        table.verify[:] = table.packed[:] = 1 + np.maximum(tokens - 64, 0) / 64
+        history = simulate(load_schedule(8, table=table), [4] * 8, 40, load=Load(8, others))
+        means[others] = np.mean([lengths.mean() for _, lengths in history])
+    assert means[0] > 3 > 1 > means[4000]
+
+
+def test_drafts_that_all_fail_cost_an_occasional_probe():
+    for rows in (1, 16):
+        shared = Experience.fresh(4)
+        history = simulate(load_schedule(rows, shared=shared), [0] * rows, 400)
+        assert not any(plan.rows for plan, _ in history[-1:]) or history[-1][0].probe
+        late = [plan for plan, _ in history[100:] if plan.rows]
+        assert all(plan.probe for plan in late) and 1 <= len(late) <= 6, (rows, len(late))
+        # A later call with the same pair starts from what is known.
+        again = simulate(load_schedule(rows, shared=shared), [0] * rows, 50)
+        assert sum(bool(plan.rows) for plan, _ in again) <= 1
+
+
+def test_drafting_comes_back_when_drafts_succeed_again():
+    shared = Experience.fresh(4)
+    schedule = load_schedule(4, shared=shared)
+    simulate(schedule, [0] * 4, 100)
+    history = simulate(schedule, [4] * 4, 1200)
+    assert np.mean([len(plan.rows) for plan, _ in history[-50:]]) > 3
+
+
+def test_one_failing_row_rests_while_the_others_draft():
+    table = table_of(4)
+    table.draft *= np.array(table.rows)[:, None] ** 0.5
+    history = simulate(load_schedule(8, table=table), [4] * 7 + [0], 200)[50:]
+    drafts = [7 in plan.rows for plan, _ in history]
+    assert 1 <= sum(drafts) < 0.3 * len(drafts), "it should be tried now and then"
+    assert all(set(range(7)) <= set(plan.rows) for plan, _ in history if plan.rows)
+
+
+def test_a_threshold_prunes():
+    for schedule in (load_schedule(2, threshold=0.7), load_schedule(2, threshold=0.7, ahead=True)):
+        alive = np.array([[0.9, 0.8, 0.6, 0.5], [0.6, 0.5, 0.4, 0.3]])
+        plan = Plan([0, 1], 4, 4, packed=True, budget=8, costs=Costs(*[np.linspace(1, 1.01, 5)] * 3))
+        assert schedule.choose(plan, alive, np.array([9, 9])).tolist() == [2, 0]
+        confidence = torch.from_numpy(alive / np.concatenate([[[1], [1]], alive[:, :-1]], axis=1))
+        assert schedule.choose_ahead(plan, confidence, torch.tensor([9, 9])).tolist() == [2, 0]
+
+
+def test_running_ahead_ranks_by_this_round_within_the_budget():
+    schedule = load_schedule(2, ahead=True)
+    plan = Plan([0, 1], 3, 3, packed=True, budget=3)
+    confidence = torch.tensor([[0.95, 0.9, 0.9], [0.5, 0.9, 0.9]], dtype=torch.float64)
+    assert schedule.choose_ahead(plan, confidence, torch.tensor([9, 9])).tolist() == [3, 0]
+    assert schedule.choose_ahead(plan, confidence, torch.tensor([1, 9])).tolist()[0] == 1
+
+
+def test_the_end_of_a_batch():
+    """Drafts that rush most rows ahead and leave one behind do not end a batch sooner."""
+    counts, seconds = np.array([1, 4]), np.array([[1.0, 1.0], [1.6, 1.6], [1.7, 1.7]])
+    even, uneven = np.full((4, 2), 0.8), np.full((4, 2), 0.95)
+    uneven[0] = 0.05
+    remaining = np.full(4, 100)
+    ends = seconds_to_end(remaining, even, 0.0, counts, seconds)
+    assert ends.argmin() == 2 and ends[0] == pytest.approx(100, rel=0.1)
+    assert seconds_to_end(remaining, uneven, 0.0, counts, seconds).argmin() == 0
+    # Rows that end early anyway leave less to wait for.
+    assert (seconds_to_end(remaining, even, 0.02, counts, seconds) < ends).all()
+
+
+# -- The switch ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair():
+    target = tiny_target(sharpness=3)
+    return target, tiny_head(target)
+
+
+def lengths_of(pair, rows=3, **kwargs):
+    target, head = pair
+    ids = torch.arange(1, 1 + 4 * rows).view(rows, 4)
+    kwargs = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True} | kwargs
+    return target.generate(input_ids=ids, assistant_model=head, **kwargs).dspark
+
+
+def test_num_assistant_tokens_caps_the_length(pair):
+    for most in (1, 2, 99):
+        pair[1].generation_config.num_assistant_tokens = most
+        longest = max(length for row in lengths_of(pair).verified_lengths for length in row)
+        assert longest == min(most, 4)
+
+
+def test_threshold_of_the_head(pair):
+    pair[1].generation_config.assistant_confidence_threshold = 1.0
+    stats = lengths_of(pair)
+    assert sum(stats.verified) == 0 and sum(stats.drafted) > 0
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"num_assistant_tokens": 0},
+        {"num_assistant_tokens_schedule": "heuristic"},
+        {"assistant_confidence_threshold": 1.5},
+    ],
+)
+def test_settings_without_a_meaning_are_refused(pair, setting):
+    pair[1].generation_config.update(**setting)
+    (name, value), *_ = setting.items()
+    with pytest.raises(ValueError, match=f"{name}.*{value}"):
+        lengths_of(pair)
+
+
+def test_statistics_of_a_schedule(pair, drafting_pays):
+    """Lengths, expectations and load of every round, and expectations that are near what came."""
+    head = pair[1]
+    head.generation_config.num_assistant_tokens_schedule = "load"
+    stats = lengths_of(pair, max_new_tokens=120)
+    assert len(stats.load) == stats.rounds and set(stats.load) <= {1, 2, 3}
+    for row in range(3):
+        lists = (stats.accepted_lengths, stats.verified_lengths, stats.expected_lengths, stats.confidence)
+        assert len({len(values[row]) for values in lists}) == 1
+        assert [len(c) for c in stats.confidence[row]] == stats.drafted_lengths[row]
+    rounds_of_rows = sum(map(len, stats.accepted_lengths))
+    expected = sum(map(sum, stats.expected_lengths)) / rounds_of_rows
+    assert expected == pytest.approx(stats.tau, rel=0.25)
+    assert stats.schedule_seconds > 0

@@ -1,0 +1,153 @@
+"""Step times: measured once, stored, moved along by what generation sees, and never trusted when damaged."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import table_of, tiny_head, tiny_target
+from transformers.utils import logging
+
+from dspark_hf.generation import step_times
+from dspark_hf.generation.target import Target
+from dspark_hf.scheduling import cost
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(step_times, "_tables", {})
+    return tmp_path
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    seen = []
+    for name in ("warning", "warning_once"):
+        monkeypatch.setattr(cost.logger, name, lambda message, *args: seen.append(message))
+    return seen
+
+
+def pair():
+    target = tiny_target()
+    head = tiny_head(target)
+    return Target(target, head.config.target_layer_ids), head
+
+
+def test_measured_once_and_stored(folder, monkeypatch):
+    target, head = pair()
+    table = step_times.step_times(target, head, 3)
+    assert table.rows == [1, 2, 4] and table.contexts == [128, 251]
+    for kind, sizes in cost.sizes_of(4).items():
+        times = getattr(table, kind)
+        assert times.shape == (2, 3, sizes) and (times > 0).all() and (times < 1).all()
+    monkeypatch.setattr(step_times, "measure", None)
+    assert step_times.step_times(target, head, 2) is table
+    monkeypatch.setattr(step_times, "_tables", {})
+    stored = step_times.step_times(target, head, 4)
+    assert stored is not table and np.allclose(stored.verify, table.verify)
+
+
+def test_larger_batches_are_added(folder):
+    target, head = pair()
+    first = step_times.step_times(target, head, 1)
+    before = first.verify.copy()
+    assert first.rows == [1, 2]
+    assert step_times.step_times(target, head, 7).rows == [1, 2, 4, 8]
+    assert np.array_equal(first.verify[:, :2], before)
+
+
+def test_measuring_leaves_the_seed_alone(folder):
+    target, head = pair()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    step_times.step_times(target, head, 2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: "{",
+        lambda content: "[]",
+        lambda content: json.dumps(content | {"format": 0}),
+        lambda content: json.dumps(content | {"identity": content["identity"] | {"device": "another"}}),
+        lambda content: json.dumps(content | {"verify": [[[1.0, -1.0]]]}),
+        lambda content: json.dumps(content | {"rows": [2, 1]}),
+        lambda content: json.dumps(content | {"draft": np.zeros_like(content["draft"]).tolist()}),
+        lambda content: json.dumps({key: value for key, value in content.items() if key != "packed"}),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_rebuilt(folder, warnings, monkeypatch, damage):
+    target, head = pair()
+    table = step_times.step_times(target, head, 1)
+    table.path.write_text(damage(json.loads(table.path.read_text())))
+    monkeypatch.setattr(step_times, "_tables", {})
+    rebuilt = step_times.step_times(target, head, 1)
+    assert len(warnings) == 1 and str(table.path) in warnings[0] and "measured again" in warnings[0]
+    assert json.loads(table.path.read_text())["verify"] == rebuilt.verify.tolist()
+    assert cost.load(rebuilt.identity, 4) is not None and len(warnings) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_only_warned_about(folder, warnings):
+    (folder / "dspark_hf").write_text("a file where a folder should be")
+    target, head = pair()
+    assert step_times.step_times(target, head, 1).rows == [1, 2]
+    assert "could not be stored" in warnings[-1]
+
+
+def test_pairs_have_their_own_files():
+    target, head = pair()
+    other = tiny_target(vocab_size=24)
+    identities = [
+        cost.identity_of(target.model, head, torch.device("cpu")),
+        cost.identity_of(other, tiny_head(other), torch.device("cpu")),
+        cost.identity_of(target.model.to(torch.bfloat16), head, torch.device("cpu")),
+        cost.identity_of(target.model, tiny_head(target.model, block_size=3), torch.device("cpu")),
+    ]
+    assert len({cost.path_of(identity) for identity in identities}) == len(identities)
+
+
+def test_interpolation():
+    table = table_of(3)
+    one, two, four = (table.seconds("verify", rows, 128) for rows in (1, 2, 4))
+    assert table.seconds("verify", 3, 128) == pytest.approx((two + four) / 2)
+    assert (one < two).all() and (two < four).all()
+    beyond, last = (table.seconds("draft", rows, 128) for rows in (128, 64))
+    assert (beyond > last).all()
+
+
+def test_observed_steps_move_the_table():
+    """A device that is three times slower than when it was measured: what is used soon says so, the rest follows."""
+    table, before = table_of(3), table_of(3)
+    for _ in range(60):
+        table.observe("verify", 4, 128, 2, 3 * before.seconds("verify", 4, 128)[1])
+    assert table.seconds("verify", 4, 128)[1] == pytest.approx(3 * before.seconds("verify", 4, 128)[1], rel=0.02)
+    assert (table.seconds("draft", 16, 128) > 1.02 * before.seconds("draft", 16, 128)).all()
+
+
+def test_one_interrupted_step_changes_little():
+    table, before = table_of(3), table_of(3)
+    for _ in range(20):
+        table.observe("verify", 4, 128, 2, before.seconds("verify", 4, 128)[1])
+    table.observe("verify", 4, 128, 2, 100 * before.seconds("verify", 4, 128)[1])
+    assert table.seconds("verify", 4, 128)[1] < 1.15 * before.seconds("verify", 4, 128)[1]
+
+
+def test_generation_moves_the_table(folder):
+    target, head = pair()
+    head.generation_config.num_assistant_tokens_schedule = "load"
+    table = step_times.step_times(target, head, 2)
+    before = table.verify.copy()
+    target.model.generate(
+        input_ids=torch.ones(2, 4, dtype=torch.long), max_new_tokens=20, do_sample=False, assistant_model=head
+    )
+    assert not np.array_equal(table.verify, before)
+
+
+def test_an_information_says_that_it_is_measured(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(step_times.logger, "info", seen.append)
+    step_times.step_times(*pair(), 1)
+    assert len(seen) == 1 and "Measuring the step times" in seen[0] and logging.get_logger(step_times.__name__)
