@@ -1,11 +1,14 @@
 """The commands as a user types them, on the embedded pair."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import GSM8K_SAMPLE
 from typer.testing import CliRunner
 
 import dspark_hf
@@ -134,3 +137,59 @@ def test_train_writes_a_head_that_generates(tmp_path):
 )
 def test_errors_name_the_value(args, named):
     assert named in fails(*args)
+
+
+def test_profile_shows_what_is_stored(tmp_path):
+    plot, file = tmp_path / "profile.png", tmp_path / "profile.json"
+    output = run("profile", "--rows", "2", "--plot", str(plot), "--json", str(file))
+    times = json.loads(file.read_text())
+    assert times["rows"][:2] == [1, 2] and Path(times["path"]).is_file()
+    assert f"{1000 * times['verify'][0][0][0]:.2f}" in output and plot.read_bytes()[:4] == b"\x89PNG"
+    again = tmp_path / "again.json"
+    run("profile", "--rows", "2", "--json", str(again))
+    assert json.loads(again.read_text()) == times
+    run("profile", "--rows", "2", "--again", "--json", str(again))
+    assert json.loads(again.read_text())["verify"] != times["verify"]
+
+
+def test_calibrate_writes_into_the_config_of_the_head(tmp_path):
+    head, plot, file = tmp_path / "head", tmp_path / "reliability.png", tmp_path / "report.json"
+    shutil.copytree(FOLDER / "head", head)
+    config = json.loads((head / "config.json").read_text())
+    for name in ("confidence_temperatures", "confidence_shifts"):
+        del config[name]
+    (head / "config.json").write_text(json.dumps(config))
+    args = ["--model", str(FOLDER / "target"), "--head", str(head), "--prompts", str(GSM8K_SAMPLE)]
+    run("calibrate", *args, "--max-new-tokens", "64", "--plot", str(plot), "--json", str(file))
+    report = json.loads(file.read_text())
+    written = json.loads((head / "config.json").read_text())
+    assert written["confidence_temperatures"] == report["temperatures"]
+    assert written["confidence_shifts"] == report["shifts"]
+    assert written.keys() - config.keys() == {"confidence_temperatures", "confidence_shifts"}
+    assert [p["position"] for p in report["positions"]] == list(range(1, 8))
+    assert all(0 <= p["ece_after"] <= 1 and p["auc_before"] > 0.5 for p in report["positions"][:3])
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_sweep_compares_load_with_every_fixed_length(tmp_path):
+    plot, file = tmp_path / "sweep.png", tmp_path / "sweep.json"
+    args = ["--prompts", str(GSM8K_SAMPLE), "--limit", "2", "--max-new-tokens", "6", "--plot", str(plot)]
+    output = run("bench", "--sweep-batch", "1,2", *args, "--json", str(file))
+    records = json.loads(file.read_text())
+    methods = ["plain", *(f"fixed-{k}" for k in range(1, 8)), "load"]
+    assert [(r["batch_size"], r["method"]) for r in records] == [(n, m) for n in (1, 2) for m in methods]
+    assert all(r["identical"] in (True, False) and r["domain"] == "gsm8k_test_24" for r in records)
+    assert records[3]["verify_length"] <= 3 and "of best" in output and plot.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["bench", "--plot", "x.png"], "--sweep-batch"),
+        (["bench", "--methods", "fixed-9"], "fixed-9"),
+        (["calibrate", "--model", "m", "--head", "some/hub-id"], "--output"),
+        (["calibrate", "--limit", "2", "--max-new-tokens", "4"], "at least 100"),
+    ],
+)
+def test_errors_of_the_scheduler_commands(args, message):
+    assert message in fails(*args)

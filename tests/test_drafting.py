@@ -102,7 +102,9 @@ def test_stopping_early_saves_the_positions_behind(pair, stop, monkeypatch):
     whole.remember(features, counts)
     expected = block(whole)
     base, step = head.base_logits, head.markov_head.step
-    monkeypatch.setattr(head, "base_logits", lambda hidden, tables: projected.append(hidden.shape[1]) or base(hidden, tables))
+    monkeypatch.setattr(
+        head, "base_logits", lambda hidden, tables: projected.append(hidden.shape[1]) or base(hidden, tables)
+    )
     monkeypatch.setattr(head.markov_head, "step", lambda *args: steps.append(1) or step(*args))
 
     def goes_on(logits):

@@ -25,8 +25,8 @@ from .packing import Packing
 from .past import Continuation
 from .processors import BlockProcessors
 from .stats import DSparkGenerateOutput, DSparkStats, Stopwatch
-from .stopping import Stopping
 from .step_times import scheduler_for
+from .stopping import Stopping
 from .target import Target, TargetPass
 
 

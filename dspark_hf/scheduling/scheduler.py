@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 
 from .algorithm import admit, at_size, best_length, cut, smoothed
 from .cost import KINDS, CostTable
-from .horizon import seconds_to_end
 from .estimates import LEAST_CERTAIN, MOST_CERTAIN, Experience, RowEstimates
+from .horizon import seconds_to_end
 from .load import Load
 
 SCHEDULES = ("load", "constant")
