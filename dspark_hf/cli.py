@@ -183,7 +183,7 @@ def profile(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the times to this file.")] = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Show what a step costs on this machine, which is what the load schedule goes by; measured where it is not stored."""
+    """Show what a step costs on this machine, which is what the load schedule goes by; measured if it is not stored."""
     from .evaluation import profile as shown
     from .evaluation.plots import import_pyplot
     from .generation.step_times import forget, step_times

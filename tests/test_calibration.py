@@ -43,9 +43,8 @@ def test_scores_from_their_definitions():
     predicted, happened = CHANCE.random(300).round(2), CHANCE.random(300) < 0.4
     pairs = [(p > n) + 0.5 * (p == n) for p in predicted[happened] for n in predicted[~happened]]
     assert auc(predicted, happened) == pytest.approx(np.mean(pairs))
-    assert brier_score(predicted, happened) == pytest.approx(
-        np.mean([(p - h) ** 2 for p, h in zip(predicted, happened)])
-    )
+    squares = [(p - h) ** 2 for p, h in zip(predicted, happened, strict=True)]
+    assert brier_score(predicted, happened) == pytest.approx(np.mean(squares))
     error = 0.0
     for b in range(10):
         inside = (predicted >= b / 10) & (predicted < (b + 1) / 10 if b < 9 else predicted <= 1)

@@ -94,7 +94,7 @@ def test_what_waits_is_taken_in_before_it_becomes_much(pair, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_stopping_early_saves_the_positions_behind(pair, stop, monkeypatch):
-    """LM head, sequential head and choice run for drafted positions only, and the logits of confidence arrive in order."""
+    """LM head, sequential head and choice run for drafted positions only; logits of confidence arrive in order."""
     target, head = pair
     drafter, whole = Drafter(head, target, ROWS), Drafter(head, target, ROWS)
     (features, counts), seen, projected, steps = committed(1)[0], [], [], []

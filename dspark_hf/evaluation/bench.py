@@ -24,10 +24,11 @@ FEWEST_RUNS = 3
 class Record:
     """One method at one batch size.
 
-    domain: the set of prompts, where there are several. tokens_per_second: median over the runs, all rows together. speedup: of that over plain's. tau: tokens a round of
-    a row. verify_length: drafts verified a round of a row. draft_ms, schedule_ms, verify_ms: mean a round. ceiling: tau * T(1) / (T_verify + T_draft), the speed-up if everything
-    but the two model passes were free, with T(1) plain's time a step. identical: whether all outputs equalled plain's.
-    Fields that do not apply to a method are `None`.
+    domain: the set of prompts, where there are several. tokens_per_second: median over the runs, all rows together.
+    speedup: of that over plain's. tau: tokens a round of a row. verify_length: drafts verified a round of a row.
+    draft_ms, schedule_ms, verify_ms: mean a round. ceiling: tau * T(1) / (T_verify + T_draft), the speed-up if
+    everything but the two model passes were free, with T(1) plain's time a step. identical: whether all outputs
+    equalled plain's. Fields that do not apply to a method are `None`.
     """
 
     method: str

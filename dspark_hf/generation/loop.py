@@ -29,6 +29,9 @@ from .step_times import scheduler_for
 from .stopping import Stopping
 from .target import Target, TargetPass
 
+# From so many rows on, every second round says enough about the head.
+MANY_ROWS = 8
+
 
 @torch.no_grad()
 def generate(
@@ -230,11 +233,17 @@ class Rounds:
         if block is None:
             return Lengths(torch.zeros(rows, dtype=torch.long, device=device), 0, rows, False, 0, None)
         drafted = block.tokens.shape[1]
+        drafting, threshold = self._drafting(plan), self.scheduler.settings.threshold
+        if not plan.packed and threshold is None and not self.runs_ahead:
+            # Columns were paid for when they were drafted; no row's confidence changes that.
+            lengths = np.zeros(rows, dtype=int)
+            lengths[drafting] = np.minimum(rooms, drafted)[drafting]
+            most, total = int(lengths.max()), rows + int(lengths.sum())
+            return Lengths(torch.from_numpy(lengths).to(device), most, total, False, drafted, None)
         confidence = self._confidence(block.confidence_logits, drafted)
         if self.runs_ahead:
             lengths = self.scheduler.choose_ahead(plan, confidence.to(device), on_device(rooms.tolist(), device))
             return Lengths(lengths, drafted, rows + plan.budget, plan.packed, drafted, None)
-        drafting = self._drafting(plan)
         survival = self.scheduler.estimates.survival(confidence.numpy()[drafting], drafting)
         if len(survival) < rows:
             everybody = np.zeros((rows, drafted))
@@ -285,7 +294,8 @@ class Rounds:
                 survival = estimates.survival(confidence, drafting)
             drafted[drafting] = lengths.drafted
             expected[drafting] += (survival * (np.arange(lengths.drafted) < verified[:, None])).sum(axis=1)
-            estimates.learn(drafting, confidence, survival, verified, outcome.accepted[drafting])
+            if len(self.rows) < MANY_ROWS or self.stats.rounds % 2:
+                estimates.learn(drafting, confidence, survival, verified, outcome.accepted[drafting])
         confidence = [line[:count] for line, count in zip(outcome.confidence, drafted, strict=True)]
         self.planned.append((self._row_indices(), drafted, outcome.lengths, expected, confidence))
 

@@ -1,8 +1,9 @@
 """How the queries of a pass are laid out for the target's attention.
 
-Packing: rows that verify different numbers of drafts share a pass without padding. A rectangle of R rows and W columns costs R * W tokens however few of them matter. A packed pass shows the model the
-tokens that matter as one sequence, so that everything but attention costs what they are worth. Attention needs rows:
-its queries are spread over the rectangle again, and each row looks at its own slot of the cache.
+Packing: rows that verify different numbers of drafts share a pass without padding. A rectangle of R rows and W columns
+costs R * W tokens however few of them matter. A packed pass shows the model the tokens that matter as one sequence, so
+that everything but attention costs what they are worth. Attention needs rows: its queries are spread over the
+rectangle again, and each row looks at its own slot of the cache.
 """
 
 from collections.abc import Iterator

@@ -100,10 +100,9 @@ class Target:
             outputs = self._call(packing.pack(tokens), packing.pack(placement.slots), placement, cache, **kwargs)
         chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
         logits = outputs.logits.to(tokens.device, torch.float32)
-        if keep is None:
-            logits = packing.unpack(logits)
-        else:
-            logits = (logits if kwargs else logits[:, keep]).transpose(0, 1)
+        if keep is not None and not kwargs:
+            logits = logits[:, keep]
+        logits = packing.unpack(logits) if keep is None else logits.transpose(0, 1)
         return TargetPass(logits, packing.unpack(torch.cat(chosen, dim=-1)), None, None)
 
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, placement: Placement, cache: SlotCache, **kwargs):

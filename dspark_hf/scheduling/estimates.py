@@ -1,6 +1,6 @@
 """How likely drafts survive: the head's confidence, corrected by what verification has shown so far.
 
-Everything here learns from rounds that are over, so that a schedule built on it leaks nothing about this round's drafts.
+Everything here learns from rounds that are over, so a schedule built on it leaks nothing about this round's drafts.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,9 @@ class Experience:
     """What is known of a head with one target, shared by all rows and calls.
 
     tested[k], accepted[k]: drafts at position k that were verified after all before them were accepted, and those of
-    them that were accepted. expected: the sum of their confidences. patience: rounds to wait before drafting is tried again where it does not pay. last_rate: accepted of the tested drafts of the last round that had any. ends, tokens: rows
-    that ended before their length limit, and tokens committed by all rows.
+    them that were accepted. expected: the sum of their confidences. last_rate: accepted of the tested drafts of the
+    last round that had any. patience: rounds to wait before drafting is tried again where it does not pay. ends,
+    tokens: rows that ended before their length limit, and tokens committed by all rows.
     """
 
     tested: np.ndarray
@@ -85,8 +86,8 @@ class RowEstimates:
     """What is known of the rows of a call; see [`Experience`] for what they share.
 
     recent: [H, R, G], survival of the drafts of the last rounds that drafted, so many that they are a sample of what a
-    round may bring. mean: [R, G], the same averaged over the last rounds of a row. expected, accepted: [R], as in `Experience`, of each row. corrections: [R], factors on the
-    confidence of its drafts.
+    round may bring. mean: [R, G], the same averaged over the last rounds of a row. expected, accepted: [R], as in
+    `Experience`, of each row. corrections: [R], factors on the confidence of its drafts.
     """
 
     def __init__(self, shared: Experience, rows: int):

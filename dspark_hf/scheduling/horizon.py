@@ -1,5 +1,5 @@
-"""When a batch ends. Theta is the rate of tokens now, but a batch of `generate` ends with its last row: drafts that rush
-most rows ahead and slow the others down raise Theta and still end later than no drafts."""
+"""When a batch ends. Theta is the rate of tokens now, but a batch of `generate` ends with its last row: drafts that
+rush most rows ahead and slow the others down raise Theta and still end later than no drafts."""
 
 import numpy as np
 

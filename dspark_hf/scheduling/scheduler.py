@@ -22,9 +22,9 @@ SCHEDULES = ("load", "constant")
 MOST_PATIENCE, ROW_PATIENCE = 128, 16
 # What deciding in the middle of a draft, and packing, have to bring to be worth their own cost.
 STOPPING_PAYS, PACKING_PAYS = 1.08, 1.05
-# How much sooner than without drafts a batch must be expected to end for drafting to begin, and to go on. Without drafts
-# one knows what one gets; with them rows have drifted further apart than expected wherever this was measured. A length
-# is changed for the third share.
+# How much sooner than without drafts a batch must be expected to end for drafting to begin, and to go on. Without
+# drafts one knows what one gets; with them rows have drifted further apart than expected wherever this was measured. A
+# length is changed for the third share.
 BEGIN_AT, GO_ON_AT, CHANGE_AT = 1.12, 1.05, 1.03
 POWERS = [1 << i for i in range(16)]
 # Confidence that is worth less than this share of what it says.
@@ -132,7 +132,8 @@ class ConstantSchedule:
         """What to draft.
 
         Args:
-            rooms: [R], drafts that each row could still commit. context: tokens of the longest row. load: of the device.
+            rooms: [R], drafts that each row could still commit. context: tokens of the longest row. load: of the
+                device.
         """
         length = min(self.settings.most, int(rooms.max()))
         return Plan(list(range(len(rooms))), length, length) if length > 0 else NO_DRAFT
