@@ -146,6 +146,19 @@ def test_generation_moves_the_table(folder):
     assert not np.array_equal(table.verify, before)
 
 
+def test_moved_times_are_written_now_and_then(folder, monkeypatch):
+    target, head = pair()
+    head.generation_config.num_assistant_tokens_schedule = "load"
+    kwargs = {"input_ids": torch.ones(2, 4, dtype=torch.long), "max_new_tokens": 20, "do_sample": False}
+    table = step_times.step_times(target, head, 2)
+    measured = table.path.read_text()
+    target.model.generate(**kwargs, assistant_model=head)
+    assert table.path.read_text() == measured
+    monkeypatch.setattr(step_times, "SECONDS_BETWEEN_WRITES", 0)
+    target.model.generate(**kwargs, assistant_model=head)
+    assert json.loads(table.path.read_text())["verify"] == table.verify.tolist() and table.path.read_text() != measured
+
+
 def test_an_information_says_that_it_is_measured(folder, monkeypatch):
     seen = []
     monkeypatch.setattr(step_times.logger, "info", seen.append)

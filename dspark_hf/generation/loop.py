@@ -25,7 +25,7 @@ from .packing import Packing
 from .past import Continuation
 from .processors import BlockProcessors
 from .stats import DSparkGenerateOutput, DSparkStats, Stopwatch
-from .step_times import scheduler_for
+from .step_times import scheduler_for, store
 from .stopping import Stopping
 from .target import Target, TargetPass
 
@@ -73,6 +73,7 @@ def generate(
     )
     with in_flight(rounds.target.device, len(input_ids)) as rounds.call:
         sequences = rounds.run()
+    store(rounds.scheduler)
     cache = rounds.past.store(rounds.all_rows, rounds.target.config, assistant_model)
     if not generation_config.return_dict_in_generate:
         return sequences

@@ -98,12 +98,14 @@ def _contexts(target: Target, head: DSparkHead) -> list[int]:
     return sorted({min(context, longest) for context in CONTEXTS})
 
 
-def store(table: CostTable) -> None:
-    """Write a table that generation has moved along, now and then."""
-    key, now = str(table.path), time.monotonic()
+def store(scheduler: ConstantSchedule) -> None:
+    """Write the step times that generation has moved along, now and then."""
+    if not isinstance(scheduler, LoadSchedule):
+        return
+    key, now = str(scheduler.table.path), time.monotonic()
     if now - _written.setdefault(key, now) > SECONDS_BETWEEN_WRITES:
         _written[key] = now
-        table.save()
+        scheduler.table.save()
 
 
 @torch.no_grad()

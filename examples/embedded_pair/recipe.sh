@@ -28,4 +28,9 @@ if [ ! -e "$work/head.done" ]; then
         --optimizer muon --learning-rate 3e-3 --ce-weight 1 --save-every 300 $resume
     touch "$work/head.done"
 fi
+if [ ! -e "$work/calibrated.done" ]; then
+    python "$here/calibration_prompts.py" --gsm8k "${gsm8k/train/test}" --output "$work/calibration.jsonl"
+    dspark-hf calibrate --model "$work/target" --head "$work/head" --prompts "$work/calibration.jsonl" --batch-size 32
+    touch "$work/calibrated.done"
+fi
 python "$here/install.py" --target "$work/target" --head "$work/head"

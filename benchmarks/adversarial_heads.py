@@ -1,0 +1,74 @@
+"""What a useless head costs: plain generate against heads whose drafts fail, with the load schedule.
+
+    python benchmarks/adversarial_heads.py [--batch-sizes 1,16] [--turns 12]
+
+Two heads for the embedded target: one of random weights, and the embedded one made to draft a token that the target
+never writes, so that every draft fails while its confidence stays what it was. Calls alternate; times are medians.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import dspark_hf
+from dspark_hf.evaluation.prompts import domain_prompts, encode
+
+
+class FailingHead(dspark_hf.DSparkHead):
+    """Drafts the mask token, whatever comes."""
+
+    def base_logits(self, hidden, tables):
+        logits = super().base_logits(hidden, tables)
+        logits[..., self.config.mask_token_id] += 1e4
+        return logits
+
+
+def heads(target, dtype):
+    """The two heads, by name."""
+    torch.manual_seed(0)
+    config = dspark_hf.DSparkConfig.from_target(target.config, num_hidden_layers=3, markov_rank=64, mask_token_id=4)
+    folder = dspark_hf.embedded.FOLDER / "head"
+    return {
+        "random weights": dspark_hf.DSparkHead(config).to(dtype).eval(),
+        "every draft fails": FailingHead.from_pretrained(folder, dtype=dtype).eval(),
+    }
+
+
+def seconds_of(target, inputs, tokens, **kwargs) -> float:
+    started = time.perf_counter()
+    target.generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=None, **kwargs)
+    return time.perf_counter() - started
+
+
+def main(args: argparse.Namespace) -> None:
+    target, _, tokenizer = dspark_hf.embedded_pair(dtype=args.dtype)
+    prompts = domain_prompts("gsm8k")
+    table = Table(title=f"{args.dtype}, {args.tokens} tokens a row, {torch.get_num_threads()} CPU threads")
+    for column in ("head", "batch", "plain s", "with head s", "speed of plain's"):
+        table.add_column(column, justify="right")
+    for size in map(int, args.batch_sizes.split(",")):
+        inputs = encode(prompts[:size], tokenizer, target.device)
+        for name, head in heads(target, getattr(torch, args.dtype)).items():
+            # The first calls measure step times, and learn what the head is worth.
+            for _ in range(3):
+                seconds_of(target, inputs, args.tokens, assistant_model=head)
+            plain, ours = [], []
+            for _ in range(args.turns):
+                plain.append(seconds_of(target, inputs, args.tokens))
+                ours.append(seconds_of(target, inputs, args.tokens, assistant_model=head))
+            p, o = statistics.median(plain), statistics.median(ours)
+            table.add_row(name, str(size), f"{p:.3f}", f"{o:.3f}", f"{p / o:.3f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-sizes", default="1,16")
+    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16")
+    main(parser.parse_args())
