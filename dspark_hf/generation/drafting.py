@@ -31,6 +31,11 @@ class Drafter:
         """Target states of the tokens that were committed last: features [R, C, m*d], of row r the first counts[r]."""
         self.waiting.append((features, counts))
 
+    @property
+    def lag(self) -> int:
+        """Tokens of a row, at most, that wait."""
+        return sum(features.shape[1] for features, _ in self.waiting)
+
     def draft(
         self,
         anchors: torch.Tensor,

@@ -1,7 +1,7 @@
 """The decoding rounds of DSpark: draft, schedule, verify, accept, commit.
 
 Every row of the batch decodes at its own pace. Between rounds a row is its committed tokens; the last of them, the
-anchor, is not yet in the target's cache. The host waits for the device once a round, in `commit`.
+anchor, is not yet in the target's cache. The host waits for the device once a round, in `accept`.
 """
 
 import itertools
@@ -207,15 +207,17 @@ class Rounds:
         """Which rows draft, and how many positions."""
         times = self.stopwatch.collect()
         load = self.call.load(self.drafter.head.load_sensor)
-        if self.step is not None and load.others == 0:
-            deciding = times.get("draft", 0.0) + times["schedule"]
-            self.scheduler.observe(self.step, deciding, times["verify"] + times["other"])
+        if self.step is not None and load.others == 0 and not self.lagged:
+            deciding = times.get("draft", 0.0) + times.get("schedule", 0.0)
+            self.scheduler.observe(self.step, deciding, times["verify"] + times.get("other", 0.0))
         self.stats.load.append(load.total)
         self.rooms = self._rooms()
         return self.scheduler.plan(self.rooms, self._context(), load)
 
     def draft(self, plan: Plan) -> DraftBlock | None:
         """A block with a line for every row, zeros for those that do not draft; `None` when none does."""
+        # A draft that catches up on a prompt takes longer than the next one will.
+        self.lagged = bool(plan.rows) and self.drafter.lag > 2 * (self.stats.block_size + 1)
         if not plan.rows:
             self.drafter.catch_up(self.anchors)
             return None
