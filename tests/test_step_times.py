@@ -123,7 +123,7 @@ def test_observed_steps_move_the_table():
     table, before = table_of(3), table_of(3)
     for _ in range(60):
         table.observe("verify", 4, 128, 2, 3 * before.seconds("verify", 4, 128)[1])
-    assert table.seconds("verify", 4, 128)[1] == pytest.approx(3 * before.seconds("verify", 4, 128)[1], rel=0.02)
+    assert table.seconds("verify", 4, 128)[1] == pytest.approx(3 * before.seconds("verify", 4, 128)[1], rel=0.1)
     assert (table.seconds("draft", 16, 128) > 1.02 * before.seconds("draft", 16, 128)).all()
 
 

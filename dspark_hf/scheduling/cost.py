@@ -25,9 +25,12 @@ logger = logging.get_logger(__name__)
 
 FORMAT = 1
 # An observation moves the cell it belongs to by a share of its (log) surprise: one over the number of observations, the
-# profile being the first, but no less than this. Every cell moves by the other share: a device that slows down is
+# profile being the first two, but no less than this. Every cell moves by the other share: a device that slows down is
 # slower everywhere.
-OWN_SHARE, COMMON_SHARE = 0.15, 0.01
+OWN_SHARE, COMMON_SHARE = 0.1, 0.01
+# What a cell has been moved by alone is forgotten by this share with every observation: a step that was slow while
+# something else was going on must not be avoided for good.
+FORGOTTEN = 0.01
 # A step that was interrupted says nothing about the next; this bounds what one observation can claim (log scale).
 LARGEST_SURPRISE = 0.5
 
@@ -45,7 +48,8 @@ class CostTable:
 
     identity: what was measured, see [`identity_of`]. rows, contexts: where, increasing. verify: the target over 1 to
     block + 1 tokens in every row. packed: the same number of tokens, unevenly spread over the rows. draft: the head,
-    1 to block positions drafted in every row. seen: how often each cell was observed.
+    1 to block positions drafted in every row. seen: how often each cell was
+    observed. measured: the same times as they were measured, moved only as all are.
     """
 
     identity: dict[str, Any]
@@ -55,6 +59,10 @@ class CostTable:
     packed: np.ndarray
     draft: np.ndarray
     seen: dict[tuple[str, int, int, int], float] = field(default_factory=dict)
+    measured: dict[str, np.ndarray] = field(init=False)
+
+    def __post_init__(self):
+        self.measured = {kind: getattr(self, kind).copy() for kind in KINDS}
 
     @classmethod
     def empty(cls, identity: dict[str, Any], contexts: list[int], block_size: int) -> "CostTable":
@@ -70,6 +78,7 @@ class CostTable:
         """Add what was measured, [contexts, sizes] a kind, for a number of rows larger than those before."""
         for kind, new in measured.items():
             setattr(self, kind, np.concatenate([getattr(self, kind), new[:, None]], axis=1))
+            self.measured[kind] = np.concatenate([self.measured[kind], new[:, None]], axis=1)
         self.rows = [*self.rows, rows]
 
     def observe(self, kind: str, rows: float, context: float, size: float, seconds: float) -> None:
@@ -79,11 +88,13 @@ class CostTable:
         expected = np.interp(size, sizes, self.seconds(kind, rows, context))
         surprise = min(max(math.log(seconds / expected), -LARGEST_SURPRISE), LARGEST_SURPRISE)
         for every in KINDS:
-            getattr(self, every)[:] *= math.exp(COMMON_SHARE * surprise)
+            times, measured = getattr(self, every), self.measured[every]
+            measured *= math.exp(COMMON_SHARE * surprise)
+            times *= math.exp(COMMON_SHARE * surprise) * (measured / times) ** FORGOTTEN
         corners = itertools.product(_corners(self.contexts, context), _corners(self.rows, rows), _corners(sizes, size))
         for (i, i_weight), (r, r_weight), (s, s_weight) in corners:
             weight = i_weight * r_weight * s_weight
-            seen = self.seen.get((kind, i, r, s), 1.0) + weight
+            seen = self.seen.get((kind, i, r, s), 2.0) + weight
             self.seen[kind, i, r, s] = seen
             table[i, r, s] *= math.exp(max(1 / seen, OWN_SHARE) * weight * surprise)
 
