@@ -115,7 +115,7 @@ def test_the_load_schedule(pair, ahead, drafting_pays, monkeypatch):
         output = target.generate(
             input_ids=ids, do_sample=True, top_k=0, max_new_tokens=8, assistant_model=head, return_dict_in_generate=True
         )
-        assert len({length for row in output.dspark.verified_lengths for length in row}) > 2
+        assert len({length for row in output.dspark.verified_lengths for length in row}) > 1
     finally:
         whole_blocks(head)
 
