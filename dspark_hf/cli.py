@@ -131,7 +131,7 @@ def bench(
     if plot is not None:
         sweep.plot(records, plot)
     if json_file is not None:
-        json_file.write_text(json.dumps(speed.as_json(records), indent=2) + "\n")
+        _write_json(json_file, speed.as_json(records))
 
 
 @app.command()
@@ -166,7 +166,7 @@ def verify(
         findings = _verify_greedy(target, draft_head, tokenizer, texts, batch_size, max_new_tokens)
     if json_file is not None:
         findings |= {"batch_size": batch_size, "dtype": str(target.dtype)}
-        json_file.write_text(json.dumps(findings, indent=2) + "\n")
+        _write_json(json_file, findings)
     broken = findings["verdict"] == BROKEN
     console.print(f"verdict: [{'red' if broken else 'green'}]{findings['verdict']}[/]", highlight=False)
     if broken:
@@ -203,7 +203,7 @@ def profile(
     if plot is not None:
         shown.plot(table, plot)
     if json_file is not None:
-        json_file.write_text(json.dumps(shown.as_json(table), indent=2) + "\n")
+        _write_json(json_file, shown.as_json(table))
 
 
 @app.command()
@@ -255,7 +255,7 @@ def calibrate(
     if plot is not None:
         calibration.plot(found, plot)
     if json_file is not None:
-        json_file.write_text(json.dumps(calibration.as_json(found), indent=2) + "\n")
+        _write_json(json_file, calibration.as_json(found))
 
 
 @app.command()
@@ -378,6 +378,10 @@ def _mask_token(tokenizer, vocab_size: int) -> int | None:
     if tokenizer.mask_token_id is not None:
         return tokenizer.mask_token_id
     return len(tokenizer) if len(tokenizer) < vocab_size else None
+
+
+def _write_json(path: Path, content: dict | list) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _numbers(text: str) -> list[int]:

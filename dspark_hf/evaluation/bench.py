@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
-import torch
 from rich import box
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation.hook import stock_loop
-from ..generation.stats import DSparkStats
+from ..generation.stats import DSparkStats, synchronize
 from ..modeling_dspark import DSparkHead
 from .prompts import encode
 
@@ -114,14 +113,14 @@ def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens, mos
 
 def _run(runs: Runs, index: int, method: str, model, head, inputs, max_new_tokens: int) -> None:
     kwargs = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
-    _synchronize(model.device)
+    synchronize(model.device)
     started = time.perf_counter()
     if method == "plain":
         output = model.generate(**inputs, **kwargs)
     else:
         with stock_loop() if method == "stock" else schedule_of(head, method):
             output = model.generate(**inputs, assistant_model=head, **kwargs)
-    _synchronize(model.device)
+    synchronize(model.device)
     runs.seconds.append(time.perf_counter() - started)
     new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     rows = [_until_eos(row, model.generation_config.eos_token_id) for row in new]
@@ -179,11 +178,6 @@ def _until_eos(row: list[int], eos_token_id: int | list[int] | None) -> list[int
     ids = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
     end = next((i + 1 for i, token in enumerate(row) if token in ids), len(row))
     return row[:end]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def as_table(records: list[Record]) -> Table:

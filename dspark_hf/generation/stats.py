@@ -97,6 +97,12 @@ class DSparkGenerateOutput(GenerateDecoderOnlyOutput):
     dspark: DSparkStats | None = None
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device has queued, before the clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Stopwatch:
     """Wall time of parts of a round, without making the host wait: on CUDA a part is bracketed by events, which are
     read once they have passed."""

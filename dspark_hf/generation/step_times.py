@@ -18,6 +18,7 @@ from .cache import on_device
 from .drafting import Drafter
 from .packing import Packing
 from .processors import BlockProcessors
+from .stats import synchronize
 from .target import Target
 
 logger = logging.get_logger(__name__)
@@ -119,11 +120,11 @@ def measure(target: Target, head: DSparkHead, rows: int, contexts: list[int]) ->
         steps = _Steps(target, head, rows, context)
         for kind, sizes in cost.sizes_of(head.config.block_size).items():
             measured = list(range(1, sizes + 1)) if i == 0 else sorted({1, sizes})
-            seconds = [_fastest(getattr(steps, kind), measured, target.device)]
+            seconds = _fastest(getattr(steps, kind), measured, target.device)
             if i == 0:
-                tables[kind].append(seconds[0])
+                tables[kind].append(seconds)
                 continue
-            ends = seconds[0] - tables[kind][0][[size - 1 for size in measured]]
+            ends = seconds - tables[kind][0][[size - 1 for size in measured]]
             tables[kind].append(tables[kind][0] + np.interp(range(1, sizes + 1), measured, ends).clip(min=0))
     return {kind: np.stack(measured) for kind, measured in tables.items()}
 
@@ -135,10 +136,10 @@ def _fastest(step: Callable[[int], None], sizes: list[int], device: torch.device
         step(size)
     for turn in seconds:
         for i, size in enumerate(sizes):
-            _synchronize(device)
+            synchronize(device)
             started = time.perf_counter()
             step(size)
-            _synchronize(device)
+            synchronize(device)
             turn[i] = time.perf_counter() - started
     return seconds.min(axis=0)
 
@@ -147,7 +148,7 @@ class _Steps:
     """One pass of each kind over rows that hold `context` tokens; which tokens does not matter."""
 
     def __init__(self, target: Target, head: DSparkHead, rows: int, context: int):
-        self.target, self.head, self.rows, self.context = target, head, rows, context
+        self.target, self.rows = target, rows
         device = target.device
         self.cache = target.new_cache(rows)
         # Rows of one length are the exception in generation.
@@ -165,23 +166,17 @@ class _Steps:
 
     def packed(self, size: int) -> None:
         """`rows * size` tokens, of which the first rows have as many as they can."""
+        if not self.target.packs:
+            return self.verify(size)
         lengths, left = [], self.rows * (size - 1)
         for _ in range(self.rows):
             lengths.append(min(left, self.tokens.shape[1] - 1))
             left -= lengths[-1]
-        if not self.target.packs:
-            return self.verify(size)
-        of_rows = on_device(lengths, self.target.device)
         width = 1 + max(lengths)
-        packing = Packing.of(of_rows, width, self.rows * size)
+        packing = Packing.of(on_device(lengths, self.target.device), width, self.rows * size)
         self.target.forward_packed(self.tokens[:, :width], self.cache, packing)
 
     def draft(self, size: int) -> None:
         self.drafter.waiting = [(self.features, [2] * self.rows)]
         self.drafter.cache.lengths = [length - 2 for length in self.cache.lengths]
         self.drafter.draft(self.tokens[:, 0], size, self.select)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

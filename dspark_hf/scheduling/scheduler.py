@@ -352,7 +352,7 @@ class LoadSchedule(ConstantSchedule):
         """The rows of the plan whose drafts bring more than drafting them costs, and those that have rested for long.
 
         Args:
-            worth: [H, R, G], as in `_of_rows`, of all rows.
+            worth: [H, R, G], survival of all rows in earlier rounds.
         """
         rows = np.array(plan.rows)
         if len(rows) == 1:
