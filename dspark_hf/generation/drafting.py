@@ -26,15 +26,13 @@ class Drafter:
         self.first = [0] * rows
         # What waits: pieces [R, C, m*d], of which row r has the first counts[r] of each.
         self.waiting: list[tuple[torch.Tensor, list[int]]] = []
+        # Tokens of a row, at most, that wait.
+        self.lag = 0
 
     def remember(self, features: torch.Tensor, counts: list[int]) -> None:
         """Target states of the tokens that were committed last: features [R, C, m*d], of row r the first counts[r]."""
         self.waiting.append((features, counts))
-
-    @property
-    def lag(self) -> int:
-        """Tokens of a row, at most, that wait."""
-        return sum(features.shape[1] for features, _ in self.waiting)
+        self.lag += features.shape[1]
 
     def draft(
         self,
@@ -60,7 +58,7 @@ class Drafter:
 
     def catch_up(self, anchors: torch.Tensor) -> None:
         """Take what waits into the cache without drafting, when it has become much."""
-        if sum(features.shape[1] for features, _ in self.waiting[1:]) > LONGEST_WAIT:
+        if self.waiting and self.lag - self.waiting[0][0].shape[1] > LONGEST_WAIT:
             self._hidden(anchors.to(self.device), None)
 
     def unseen(self, row: int, count: int) -> torch.Tensor:
@@ -85,13 +83,13 @@ class Drafter:
         """What waits for the given rows, [n, C, m*d] with the counts, which then no longer waits."""
         counts = [sum(row) for row in zip(*(counts for _, counts in self.waiting), strict=True)]
         features = self._joined(counts)
-        self.waiting = []
+        self.waiting, self.lag = [], 0
         if rows is None:
             return features, counts
         taken = set(rows)
         left = [0 if r in taken else count for r, count in enumerate(counts)]
         if any(left):
-            self.waiting = [(features[:, : max(left)], left)]
+            self.remember(features[:, : max(left)], left)
         own = [counts[row] for row in rows]
         return features[on_device(rows, features.device), : max(own)], own
 

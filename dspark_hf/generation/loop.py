@@ -88,11 +88,12 @@ def runs_ahead(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Lengths:
-    """What a round verifies. of_rows: [R] drafts of each row. most: drafts that a row can have at most. total: tokens
-    that count, anchors included. packed: whether the pass holds only those. drafted: positions drafted. survival:
-    [R, drafted], 0 for rows that did not draft; `None` where the host does not wait for it."""
+    """What a round verifies. of_rows: [R] drafts of each row, `None` when nothing was drafted. most: drafts that a row
+    can have at most. total: tokens that count, anchors included. packed: whether the pass holds only those. drafted:
+    positions drafted. survival: [R, drafted], 0 for rows that did not draft; `None` where the host does not wait for
+    it."""
 
-    of_rows: torch.Tensor
+    of_rows: torch.Tensor | None
     most: int
     total: int
     packed: bool
@@ -104,16 +105,21 @@ class Lengths:
 class Outcome:
     """What a round came to, on the host but for `next_tokens` [R], the anchors of the next round.
 
-    accepted, tokens, lengths: of each row, drafts accepted, the target's own token, drafts verified. drafts: [R, G].
-    confidence: [R, G].
+    accepted: of each row, drafts accepted. tokens: [R, 1 + G], the target's own token, and the drafts. lengths, drafts
+    verified. confidence: [R, G].
     """
 
     next_tokens: torch.Tensor
     accepted: np.ndarray
-    tokens: list[int]
+    tokens: list[list[int]]
     lengths: np.ndarray
-    drafts: list[list[int]]
     confidence: np.ndarray
+
+    @classmethod
+    def undrafted(cls, next_tokens: torch.Tensor) -> "Outcome":
+        """Of a round without drafts."""
+        nothing = np.zeros(len(next_tokens), dtype=int)
+        return cls(next_tokens, nothing, next_tokens[:, None].tolist(), nothing, nothing[:, None][:, :0])
 
 
 class Rounds:
@@ -151,9 +157,9 @@ class Rounds:
         self.runs_ahead = runs_ahead(self.target.device)
         self.scheduler = scheduler_for(self.target, self.drafter, size, not config.do_sample, self.runs_ahead)
         self.step: Step | None = None
-        # Of every round the indices of its rows, and of each row drafts made, drafts verified, tokens expected, and the
-        # confidence of its drafts.
-        self.planned: list[tuple[list[int], np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]] = []
+        # Of every round the indices of its rows, and where there were drafts, of each row drafts made, drafts verified,
+        # tokens expected, and the confidence of its drafts.
+        self.planned: list[tuple[list[int], tuple[np.ndarray, ...] | None]] = []
 
     def run(self) -> torch.Tensor:
         with self.stopwatch.part("prefill"):
@@ -200,8 +206,7 @@ class Rounds:
         self.cache.commit(counts)
         self.drafter.remember(self.passed.features, counts)
         logits = self._processed(self.passed.logits, None)
-        nothing = torch.zeros(len(counts), dtype=torch.long, device=device)
-        return self._to_host(None, nothing, Verdict(nothing, self.processors.choose(logits[:, 0]))), logits
+        return Outcome.undrafted(self.processors.choose(logits[:, 0])), logits
 
     def plan(self) -> Plan:
         """Which rows draft, and how many positions."""
@@ -234,7 +239,7 @@ class Rounds:
         """How many drafts of each row to verify."""
         rows, rooms, device = len(self.rows), self.rooms, self.target.device
         if block is None:
-            return Lengths(torch.zeros(rows, dtype=torch.long, device=device), 0, rows, False, 0, None)
+            return Lengths(None, 0, rows, False, 0, None)
         drafted = block.tokens.shape[1]
         drafting, threshold = self._drafting(plan), self.scheduler.settings.threshold
         if not plan.packed and threshold is None and not self.runs_ahead:
@@ -271,6 +276,8 @@ class Rounds:
 
     def accept(self, block: DraftBlock | None, lengths: Lengths, logits: torch.Tensor) -> Outcome:
         """What the target makes of the drafts. Here the host waits for the device, once a round."""
+        if block is None:
+            return Outcome.undrafted(self.processors.choose(logits[:, 0]))
         limits = lengths.of_rows
         if lengths.most == 0:
             verdict = Verdict(torch.zeros_like(limits), self.processors.choose(logits[:, 0]))
@@ -286,21 +293,22 @@ class Rounds:
         """Tell the scheduler what became of the round."""
         tokens = lengths.total if lengths.packed else len(self.rows) * (1 + lengths.most)
         self.step = Step(len(plan.rows), lengths.drafted, len(self.rows), tokens, lengths.packed, self._context())
+        if not plan.rows:
+            self.planned.append((self._row_indices(), None))
+            return
         expected = np.ones(len(self.rows))
         drafted = np.zeros(len(self.rows), dtype=int)
-        if plan.rows:
-            drafting, estimates = self._drafting(plan), self.scheduler.estimates
-            confidence, verified = outcome.confidence[drafting], outcome.lengths[drafting]
-            if lengths.survival is not None:
-                survival = lengths.survival[drafting]
-            else:
-                survival = estimates.survival(confidence, drafting)
-            drafted[drafting] = lengths.drafted
-            expected[drafting] += (survival * (np.arange(lengths.drafted) < verified[:, None])).sum(axis=1)
-            if len(self.rows) < MANY_ROWS or self.stats.rounds % 2:
-                estimates.learn(drafting, confidence, survival, verified, outcome.accepted[drafting])
-        confidence = [line[:count] for line, count in zip(outcome.confidence, drafted, strict=True)]
-        self.planned.append((self._row_indices(), drafted, outcome.lengths, expected, confidence))
+        drafting, estimates = self._drafting(plan), self.scheduler.estimates
+        confidence, verified = outcome.confidence[drafting], outcome.lengths[drafting]
+        if lengths.survival is not None:
+            survival = lengths.survival[drafting]
+        else:
+            survival = estimates.survival(confidence, drafting)
+        drafted[drafting] = lengths.drafted
+        expected[drafting] += (survival * (np.arange(lengths.drafted) < verified[:, None])).sum(axis=1)
+        if len(self.rows) < MANY_ROWS or self.stats.rounds % 2:
+            estimates.learn(drafting, confidence, survival, verified, outcome.accepted[drafting])
+        self.planned.append((self._row_indices(), (drafted, outcome.lengths, expected, outcome.confidence)))
 
     def commit(self, outcome: Outcome, logits: torch.Tensor, lengths: Lengths | None = None) -> None:
         """Append accepted drafts and the target's own token; lengthen the cache; stream; drop rows that ended.
@@ -313,7 +321,7 @@ class Rounds:
             self.cache.commit(counts)
             self.drafter.remember(self.passed.features, counts)
         self.anchors = outcome.next_tokens
-        news = [outcome.drafts[r][: accepted[r]] + [outcome.tokens[r]] for r in range(len(self.rows))]
+        news = [[*drafts[:count], token] for count, (token, *drafts) in zip(accepted, outcome.tokens, strict=True)]
         stops = [self.stopping.kept(row, new, self.input_ids.device) for row, new in zip(self.rows, news, strict=True)]
         if self.lockstep:
             stops = self._together(stops)
@@ -399,21 +407,16 @@ class Rounds:
 
         return goes_on
 
-    def _to_host(self, block: DraftBlock | None, lengths: torch.Tensor, verdict: Verdict) -> Outcome:
+    def _to_host(self, block: DraftBlock, lengths: torch.Tensor, verdict: Verdict) -> Outcome:
         """The one transfer of a round: all that the host needs, in a single tensor."""
-        device = lengths.device
-        columns = [x[:, None] for x in (verdict.accepted, verdict.next_tokens, lengths)]
-        drafted = 0
-        if block is not None:
-            drafted = block.tokens.shape[1]
-            confidence = self._confidence(block.confidence_logits, drafted)
-            # In double precision token ids stay what they are.
-            columns += [block.tokens.to(device), confidence.to(device)]
+        device, drafted = lengths.device, block.tokens.shape[1]
+        columns = [x[:, None] for x in (verdict.accepted, lengths, verdict.next_tokens)]
+        confidence = self._confidence(block.confidence_logits, drafted)
+        # In double precision token ids stay what they are.
+        columns += [block.tokens.to(device), confidence.to(device)]
         table = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
         whole, confidence = table[:, : 3 + drafted].astype(int), table[:, 3 + drafted :]
-        return Outcome(
-            verdict.next_tokens, whole[:, 0], whole[:, 1].tolist(), whole[:, 2], whole[:, 3:].tolist(), confidence
-        )
+        return Outcome(verdict.next_tokens, whole[:, 0], whole[:, 2:].tolist(), whole[:, 1], confidence)
 
     def _keep(self, active: list[int]) -> None:
         """Go on with the given rows only; their neighbours' slots are freed."""
@@ -437,11 +440,14 @@ class Rounds:
 
     def _finish_stats(self) -> None:
         stats = self.stats
-        for indices, *columns in self.planned:
-            named = (stats.drafted_lengths, stats.verified_lengths, stats.expected_lengths, stats.confidence)
-            for lists, values in zip(named, columns, strict=True):
-                for index, value in zip(indices, values, strict=True):
-                    lists[index].append(value.tolist())
+        for indices, columns in self.planned:
+            drafted, verified, expected, confidence = (x.tolist() for x in columns) if columns else [None] * 4
+            for i, index in enumerate(indices):
+                count = drafted[i] if columns else 0
+                stats.drafted_lengths[index].append(count)
+                stats.verified_lengths[index].append(verified[i] if columns else 0)
+                stats.expected_lengths[index].append(expected[i] if columns else 1.0)
+                stats.confidence[index].append(confidence[i][:count] if columns else [])
         self.stopwatch.collect(wait=True)
         for name, seconds in self.stopwatch.seconds.items():
             setattr(self.stats, f"{name}_seconds", seconds)

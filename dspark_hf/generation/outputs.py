@@ -16,7 +16,8 @@ class Recorder:
     """Collects what the generation config asks for. Entries of a row after its end are zeros.
 
     scores, logits: per row a list of [V]. hidden_states, attentions: per row a list of tuples over the layers, of
-    [q, d] and [heads, q, keys]; q is the prompt's width for the first token and 1 for the others.
+    [q, d] and [heads, q, keys]; q is the prompt's width for the first token and 1 for the others. active: whether
+    anything is asked for.
     """
 
     config: GenerationConfig
@@ -25,17 +26,16 @@ class Recorder:
     logits: list[list[torch.Tensor]] = field(init=False)
     hidden_states: list[list[Layers]] = field(init=False)
     attentions: list[list[Layers]] = field(init=False)
+    active: bool = field(init=False)
 
     def __post_init__(self):
-        for name in ("scores", "logits", "hidden_states", "attentions"):
+        names = ("scores", "logits", "hidden_states", "attentions")
+        for name in names:
             setattr(self, name, [[] for _ in range(self.rows)])
+        self.active = any(map(self.wants, names))
 
     def wants(self, name: str) -> bool:
         return bool(self.config.return_dict_in_generate and getattr(self.config, f"output_{name}"))
-
-    @property
-    def active(self) -> bool:
-        return any(map(self.wants, ("scores", "logits", "hidden_states", "attentions")))
 
     def record(
         self, row: int, r: int, count: int, passed: TargetPass, processed: torch.Tensor, columns: Sequence[int]

@@ -109,7 +109,7 @@ def _attend(ours, module, query, key, value, mask, *args, **kwargs) -> torch.Ten
     """[R, n, heads, head_dim]. Heads that share keys are laid side by side as more queries of one head: otherwise
     transformers copies the keys and values of the whole context for each of them."""
     groups, count = query.shape[1] // key.shape[1], query.shape[2]
-    if groups == 1 or not 1 < count <= MOST_GROUPED or mask.shape[1] != 1:
+    if groups == 1 or count > MOST_GROUPED or mask.shape[1] != 1:
         return sdpa_attention_forward(module, query, key, value, mask, *args, **kwargs)[0]
     grouped = query.reshape(len(query), -1, groups * count, query.shape[3])
     mask = ours.mask_of_groups(mask, groups)

@@ -177,6 +177,6 @@ class _Steps:
         self.target.forward_packed(self.tokens[:, :width], self.cache, packing)
 
     def draft(self, size: int) -> None:
-        self.drafter.waiting = [(self.features, [2] * self.rows)]
+        self.drafter.remember(self.features, [2] * self.rows)
         self.drafter.cache.lengths = [length - 2 for length in self.cache.lengths]
         self.drafter.draft(self.tokens[:, 0], size, self.select)

@@ -133,8 +133,12 @@ class Target:
         is added to the scores. sdpa would make that of booleans itself, in every layer again."""
         if self.implementation == "flex_attention":
             return block_mask(placement, window)
-        mask = causal_mask(placement, window)
+        rows, count = placement.slots.shape
         dtype = self.model.dtype
+        if placement.start is not None and count == 1 and window is None:
+            # Rows of one length, and one token each: it sees all there is.
+            return torch.zeros(rows, 1, 1, placement.view, dtype=dtype, device=placement.slots.device)
+        mask = causal_mask(placement, window)
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 

@@ -31,6 +31,8 @@ OWN_SHARE, COMMON_SHARE = 0.1, 0.01
 # What a cell has been moved by alone is forgotten by this share with every observation: a step that was slow while
 # something else was going on must not be avoided for good.
 FORGOTTEN = 0.01
+# The two latter are applied for so many observations at a time.
+TOGETHER = 8
 # A step that was interrupted says nothing about the next; this bounds what one observation can claim (log scale).
 LARGEST_SURPRISE = 0.5
 
@@ -49,7 +51,8 @@ class CostTable:
     identity: what was measured, see [`identity_of`]. rows, contexts: where, increasing. verify: the target over 1 to
     block + 1 tokens in every row. packed: the same number of tokens, unevenly spread over the rows. draft: the head,
     1 to block positions drafted in every row. seen: how often each cell was
-    observed. measured: the same times as they were measured, moved only as all are.
+    observed. measured: the same times as they were measured, moved only as all are. observations: how many there were.
+    common: what the last of them mean for every cell (log), not yet applied.
     """
 
     identity: dict[str, Any]
@@ -60,6 +63,8 @@ class CostTable:
     draft: np.ndarray
     seen: dict[tuple[str, int, int, int], float] = field(default_factory=dict)
     measured: dict[str, np.ndarray] = field(init=False)
+    observations: int = 0
+    common: float = 0.0
 
     def __post_init__(self):
         self.measured = {kind: getattr(self, kind).copy() for kind in KINDS}
@@ -87,16 +92,24 @@ class CostTable:
         sizes = range(1, table.shape[2] + 1)
         expected = np.interp(size, sizes, self.seconds(kind, rows, context))
         surprise = min(max(math.log(seconds / expected), -LARGEST_SURPRISE), LARGEST_SURPRISE)
-        for every in KINDS:
-            times, measured = getattr(self, every), self.measured[every]
-            measured *= math.exp(COMMON_SHARE * surprise)
-            times *= math.exp(COMMON_SHARE * surprise) * (measured / times) ** FORGOTTEN
+        self.common += COMMON_SHARE * surprise
+        self.observations += 1
+        if self.observations % TOGETHER == 0:
+            self._move_all()
         corners = itertools.product(_corners(self.contexts, context), _corners(self.rows, rows), _corners(sizes, size))
         for (i, i_weight), (r, r_weight), (s, s_weight) in corners:
             weight = i_weight * r_weight * s_weight
             seen = self.seen.get((kind, i, r, s), 2.0) + weight
             self.seen[kind, i, r, s] = seen
             table[i, r, s] *= math.exp(max(1 / seen, OWN_SHARE) * weight * surprise)
+
+    def _move_all(self) -> None:
+        """What the last observations mean for every cell."""
+        for every in KINDS:
+            times, measured = getattr(self, every), self.measured[every]
+            measured *= math.exp(self.common)
+            times *= math.exp(self.common) * (measured / times) ** (TOGETHER * FORGOTTEN)
+        self.common = 0.0
 
     # -- Files --------------------------------------------------------------------------------------------------
 
