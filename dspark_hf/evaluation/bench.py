@@ -24,6 +24,8 @@ class Record:
     """One method at one batch size.
 
     domain: the set of prompts, where there are several. tokens_per_second: median over the runs, all rows together.
+        Each run is taken relative to those of the other methods over the same prompts, so that what slows all of them
+        down, a busy machine or a hard batch, favours none.
     speedup: of that over plain's. tau: tokens a round of a row. verify_length: drafts verified a round of a row.
     draft_ms, schedule_ms, verify_ms: mean a round. ceiling: tau * T(1) / (T_verify + T_draft), the speed-up if
     everything but the two model passes were free, with T(1) plain's time a step. identical: whether all outputs
@@ -55,8 +57,9 @@ class Runs:
     outputs: dict[int, list[list[int]]] = field(default_factory=dict)
 
     @property
-    def tokens_per_second(self) -> float:
-        return statistics.median(tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True))
+    def speeds(self) -> list[float]:
+        """Tokens a second of every run."""
+        return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
 
 
 def bench(
@@ -149,17 +152,28 @@ def schedule_of(head: DSparkHead, method: str) -> Iterator[None]:
 
 def _records(measured: dict[str, Runs], size: int, domain: str | None) -> Iterator[Record]:
     plain = measured.get("plain")
+    speeds = _speeds(measured)
     for method, runs in measured.items():
-        speed = runs.tokens_per_second
+        speed = speeds[method]
         fields = {}
         if plain is not None:
-            fields = {"speedup": speed / plain.tokens_per_second, "identical": runs.outputs == plain.outputs}
+            fields = {"speedup": speed / speeds["plain"], "identical": runs.outputs == plain.outputs}
         if runs.stats:
             fields |= _round_times(runs.stats)
             if plain is not None:
                 step_ms = 1000 * statistics.median(s / n for s, n in zip(plain.seconds, plain.steps, strict=True))
                 fields["ceiling"] = fields["tau"] * step_ms / (fields["draft_ms"] + fields["verify_ms"])
         yield Record(method, size, speed, domain, **fields)
+
+
+def _speeds(measured: dict[str, Runs]) -> dict[str, float]:
+    """Tokens a second of every method; see [`Record`]."""
+    turns = [statistics.mean(speeds) for speeds in zip(*(runs.speeds for runs in measured.values()), strict=True)]
+    typical = statistics.median(turns)
+    return {
+        method: typical * statistics.median(speed / turn for speed, turn in zip(runs.speeds, turns, strict=True))
+        for method, runs in measured.items()
+    }
 
 
 def _round_times(stats: list[DSparkStats]) -> dict[str, float]:

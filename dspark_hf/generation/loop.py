@@ -29,7 +29,7 @@ from .step_times import scheduler_for, store
 from .stopping import Stopping
 from .target import Target, TargetPass
 
-# From so many rows on, every second round says enough about the head.
+# From so many rows on, every second round says enough.
 MANY_ROWS = 8
 
 
@@ -212,7 +212,7 @@ class Rounds:
         """Which rows draft, and how many positions."""
         times = self.stopwatch.collect()
         load = self.call.load(self.drafter.head.load_sensor)
-        if self.step is not None and load.others == 0 and not self.lagged:
+        if self.step is not None and load.others == 0 and not self.lagged and self._learns():
             deciding = times.get("draft", 0.0) + times.get("schedule", 0.0)
             self.scheduler.observe(self.step, deciding, times["verify"] + times.get("other", 0.0))
         self.stats.load.append(load.total)
@@ -306,7 +306,7 @@ class Rounds:
             survival = estimates.survival(confidence, drafting)
         drafted[drafting] = lengths.drafted
         expected[drafting] += (survival * (np.arange(lengths.drafted) < verified[:, None])).sum(axis=1)
-        if len(self.rows) < MANY_ROWS or self.stats.rounds % 2:
+        if self._learns():
             estimates.learn(drafting, confidence, survival, verified, outcome.accepted[drafting])
         self.planned.append((self._row_indices(), (drafted, outcome.lengths, expected, outcome.confidence)))
 
@@ -374,6 +374,10 @@ class Rounds:
 
     def _row_indices(self) -> list[int]:
         return [row.index for row in self.rows]
+
+    def _learns(self) -> bool:
+        """Whether the scheduler hears of this round."""
+        return len(self.rows) < MANY_ROWS or self.stats.rounds % 2 == 1
 
     def _rooms(self) -> np.ndarray:
         return np.array([self._room(row) for row in self.rows])

@@ -28,14 +28,15 @@ class Experience:
 
     tested[k], accepted[k]: drafts at position k that were verified after all before them were accepted, and those of
     them that were accepted. expected: the sum of their confidences. last_rate: accepted of the tested drafts of the
-    last round that had any. patience: rounds to wait before drafting is tried again where it does not pay. ends,
-    tokens: rows that ended before their length limit, and tokens committed by all rows.
+    last round that had any. patience: rounds to wait before drafting is tried again where it does not pay; rested: how
+    many have gone by. ends, tokens: rows that ended before their length limit, and tokens committed by all rows.
     """
 
     tested: np.ndarray
     accepted: np.ndarray
     expected: float = 0.0
     patience: int = 1
+    rested: int = 0
     last_rate: float = 0.0
     ends: float = 1.0
     tokens: float = 512.0

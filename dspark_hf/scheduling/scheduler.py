@@ -200,7 +200,7 @@ class LoadSchedule(ConstantSchedule):
         super().__init__(settings, shared, rows)
         self.table, self.greedy, self.packs, self.runs_ahead = table, greedy, packs, runs_ahead
         self.idle = np.zeros(rows, dtype=int)
-        # The last plan, the load it was made for, and in how many rounds it has been used.
+        # The last plan, the load it was made for, and in how many rounds it has been used, if it drafts.
         self.last, self.situation, self.age = NO_DRAFT, None, 0
         self.plans = 0
 
@@ -209,6 +209,7 @@ class LoadSchedule(ConstantSchedule):
         if limit <= 0:
             return NO_DRAFT
         self.age += 1
+        self.estimates.shared.rested += not self.last.rows
         self.idle += 1
         if self._is_out_of_date(limit, load):
             self._renew(rooms, context, load)
@@ -218,12 +219,12 @@ class LoadSchedule(ConstantSchedule):
     def _is_out_of_date(self, limit: int, load: Load) -> bool:
         if self.last.rows:
             return self.age > PLAN_LASTS or self.last.probe or limit < self.last.most
-        return self.age > self.estimates.shared.patience or load != self.situation
+        return self.estimates.shared.rested > self.estimates.shared.patience or load != self.situation
 
     def _renew(self, rooms: np.ndarray, context: int, load: Load) -> None:
         shared = self.estimates.shared
         plan = self._best(rooms, context, load)
-        waited = not self.last.rows and self.age > shared.patience
+        waited = not self.last.rows and shared.rested > shared.patience
         if self.last.probe and shared.last_rate > 0.5 and shared.correction < DISTRUSTED:
             # Drafts that had failed succeed: worth another look soon.
             shared.patience = max(1, shared.patience // 4)
@@ -232,8 +233,8 @@ class LoadSchedule(ConstantSchedule):
         elif waited:
             shared.patience = min(2 * shared.patience, MOST_PATIENCE)
             plan = Plan(list(range(len(rooms))), 1, 1, probe=True)
-        if plan.rows or self.last.rows:
-            self.age = 0
+        if plan.rows:
+            self.age = shared.rested = 0
         self.last, self.situation = plan, load
 
     def walk(self, plan):
