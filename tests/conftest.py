@@ -144,7 +144,7 @@ def table_of(block_size: int, verify: float = 0.05, draft: float = 0.02, identit
     counts = [1, 2, 4, 8, 16, 32, 64]
     tables = {}
     for kind, sizes in sizes_of(block_size).items():
-        price, first = (draft, 0.2) if kind == "draft" else (verify, 1.0)
+        price, first = (draft, 0.2) if kind in ("draft", "start") else (verify, 1.0)
         line = first + price * np.arange(sizes)
         tables[kind] = np.sqrt(np.array(counts))[:, None] * line * (1.02 if kind == "packed" else 1)
     return CostTable(identity or {"target": "none"}, [128], counts, **{k: t[None] for k, t in tables.items()})

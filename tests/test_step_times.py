@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import table_of, tiny_head, tiny_target
 
-from dspark_hf.generation import step_times
+from dspark_hf.generation import step_times, trial
 from dspark_hf.generation.target import Target
 from dspark_hf.scheduling import cost
 
@@ -40,7 +40,7 @@ def test_measured_once_and_stored(folder, monkeypatch):
     for kind, sizes in cost.sizes_of(4).items():
         times = getattr(table, kind)
         assert times.shape == (2, 3, sizes) and (times > 0).all() and (times < 1).all()
-    monkeypatch.setattr(step_times, "measure", None)
+    monkeypatch.setattr(trial, "measure", None)
     assert step_times.step_times(target, head, 2) is table
     monkeypatch.setattr(step_times, "_tables", {})
     stored = step_times.step_times(target, head, 4)

@@ -12,6 +12,7 @@ TITLES = {
     "verify": "verify: tokens a row",
     "packed": "verify, packed: mean tokens a row",
     "draft": "draft: positions",
+    "start": "first draft, of a position",
 }
 
 
@@ -38,8 +39,9 @@ def as_json(table: CostTable) -> dict:
 def plot(table: CostTable, path: Path) -> None:
     """Step time against tokens in the step, a line for each number of rows, at the shortest context."""
     pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(1, len(KINDS), figsize=(4.5 * len(KINDS), 3.5), sharey=True)
-    for axis, kind in zip(axes, KINDS, strict=True):
+    kinds = [kind for kind in KINDS if kind != "start"]
+    figure, axes = pyplot.subplots(1, len(kinds), figsize=(4.5 * len(kinds), 3.5), sharey=True)
+    for axis, kind in zip(axes, kinds, strict=True):
         for rows, line in zip(table.rows, getattr(table, kind)[0], strict=True):
             tokens = [rows * size for size in range(1, len(line) + 1)]
             axis.plot(tokens, [1000 * seconds for seconds in line], marker=".", label=f"{rows} rows")

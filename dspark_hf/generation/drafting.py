@@ -26,13 +26,13 @@ class Drafter:
         self.first = [0] * rows
         # What waits: pieces [R, C, m*d], of which row r has the first counts[r] of each.
         self.waiting: list[tuple[torch.Tensor, list[int]]] = []
-        # Tokens of a row, at most, that wait.
-        self.lag = 0
+        # Tokens of every row that wait.
+        self.unread = [0] * rows
 
     def remember(self, features: torch.Tensor, counts: list[int]) -> None:
         """Target states of the tokens that were committed last: features [R, C, m*d], of row r the first counts[r]."""
         self.waiting.append((features, counts))
-        self.lag += features.shape[1]
+        self.unread = [waiting + count for waiting, count in zip(self.unread, counts, strict=True)]
 
     def draft(
         self,
@@ -58,7 +58,7 @@ class Drafter:
 
     def catch_up(self, anchors: torch.Tensor) -> None:
         """Take what waits into the cache without drafting, when it has become much."""
-        if self.waiting and self.lag - self.waiting[0][0].shape[1] > LONGEST_WAIT:
+        if self.waiting and max(self.unread) - max(self.waiting[0][1]) > LONGEST_WAIT:
             self._hidden(anchors.to(self.device), None)
 
     def unseen(self, row: int, count: int) -> torch.Tensor:
@@ -74,6 +74,7 @@ class Drafter:
         """Drop all other rows."""
         self.first = [self.first[row] for row in rows]
         self.cache.keep(rows)
+        self.unread = [self.unread[row] for row in rows]
         index = None
         for i, (features, counts) in enumerate(self.waiting):
             index = on_device(rows, features.device) if index is None else index
@@ -81,33 +82,20 @@ class Drafter:
 
     def _take(self, rows: list[int] | None) -> tuple[torch.Tensor, list[int]]:
         """What waits for the given rows, [n, C, m*d] with the counts, which then no longer waits."""
-        counts = [sum(row) for row in zip(*(counts for _, counts in self.waiting), strict=True)]
-        features = self._joined(counts)
-        self.waiting, self.lag = [], 0
+        pieces, self.waiting = self.waiting, []
         if rows is None:
-            return features, counts
+            counts, self.unread = self.unread, [0] * len(self.unread)
+            return _joined(pieces, counts), counts
+        counts, index = [self.unread[row] for row in rows], on_device(rows, pieces[0][0].device)
+        for row in rows:
+            self.unread[row] = 0
         taken = set(rows)
-        left = [0 if r in taken else count for r, count in enumerate(counts)]
-        if any(left):
-            self.remember(features[:, : max(left)], left)
-        own = [counts[row] for row in rows]
-        return features[on_device(rows, features.device), : max(own)], own
-
-    def _joined(self, counts: list[int]) -> torch.Tensor:
-        """The waiting pieces as one, [R, C, m*d], with the states of every row moved to the front."""
-        joined = torch.cat([features for features, _ in self.waiting], dim=1)
-        if len(self.waiting) == 1 or set(counts) == {joined.shape[1]}:
-            return joined
-        device = joined.device
-        real = torch.cat(
-            [
-                torch.arange(features.shape[1], device=device) < on_device(own, device)[:, None]
-                for features, own in self.waiting
-            ],
-            dim=1,
-        )
-        front = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(counts)]
-        return joined.gather(1, front[..., None].expand(-1, -1, joined.shape[2]))
+        for features, own in pieces:
+            left = [0 if row in taken else count for row, count in enumerate(own)]
+            if any(left):
+                self.waiting.append((features, left))
+        pieces = [(features[index], [own[row] for row in rows]) for features, own in pieces]
+        return _joined(pieces, counts), counts
 
     def _hidden(self, anchors: torch.Tensor, rows: list[int] | None) -> torch.Tensor:
         """Backbone output [n, B, d]. Context goes to the slots behind each row's length, the block behind it; only
@@ -146,3 +134,18 @@ class Drafter:
         committed = dict(zip(lines, counts, strict=True))
         self.cache.commit([committed.get(row, 0) for row in range(len(self.first))])
         return hidden
+
+
+def _joined(pieces: list[tuple[torch.Tensor, list[int]]], counts: list[int]) -> torch.Tensor:
+    """Pieces [R, C, m*d], of which row r has the first own[r] of each and counts[r] in all, as one, [R, max(counts),
+    m*d], with the states of every row at the front."""
+    joined = torch.cat([features for features, _ in pieces], dim=1)
+    if len(pieces) == 1 or set(counts) == {joined.shape[1]}:
+        return joined[:, : max(counts)]
+    device = joined.device
+    real = torch.cat(
+        [torch.arange(features.shape[1], device=device) < on_device(own, device)[:, None] for features, own in pieces],
+        dim=1,
+    )
+    front = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(counts)]
+    return joined.gather(1, front[..., None].expand(-1, -1, joined.shape[2]))

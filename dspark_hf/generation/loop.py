@@ -5,6 +5,7 @@ anchor, is not yet in the target's cache. The host waits for the device once a r
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,7 +127,18 @@ class Rounds:
     """The state of one call and the steps of a round. Tensors hold the active rows only, in the order of `rows`."""
 
     def __init__(
-        self, model, head, input_ids, attention_mask, positions, given, processors, criteria, config, streamer
+        self,
+        model,
+        head,
+        input_ids,
+        attention_mask,
+        positions,
+        given,
+        processors,
+        criteria,
+        config,
+        streamer,
+        scheduler=None,
     ):
         size = len(input_ids)
         self.recorder = Recorder(config, size)
@@ -155,8 +167,13 @@ class Rounds:
         self.anchors: torch.Tensor
         self.passed: TargetPass
         self.runs_ahead = runs_ahead(self.target.device)
-        self.scheduler = scheduler_for(self.target, self.drafter, size, not config.do_sample, self.runs_ahead)
+        self.scheduler = scheduler or scheduler_for(
+            self.target, self.drafter, size, not config.do_sample, self.runs_ahead
+        )
         self.step: Step | None = None
+        self.rooms: np.ndarray
+        # Tokens of a row that this round's draft had to read first, see `_waiting`.
+        self.waiting = 0
         # Of every round the indices of its rows, and where there were drafts, of each row drafts made, drafts verified,
         # tokens expected, and the confidence of its drafts.
         self.planned: list[tuple[list[int], tuple[np.ndarray, ...] | None]] = []
@@ -212,17 +229,16 @@ class Rounds:
         """Which rows draft, and how many positions."""
         times = self.stopwatch.collect()
         load = self.call.load(self.drafter.head.load_sensor)
-        if self.step is not None and load.others == 0 and not self.lagged and self._learns():
+        if self.step is not None and load.others == 0 and self._learns():
             deciding = times.get("draft", 0.0) + times.get("schedule", 0.0)
             self.scheduler.observe(self.step, deciding, times["verify"] + times.get("other", 0.0))
         self.stats.load.append(load.total)
         self.rooms = self._rooms()
-        return self.scheduler.plan(self.rooms, self._context(), load)
+        return self.scheduler.plan(self.rooms, self._context(), load, self._waiting(range(len(self.rows))))
 
     def draft(self, plan: Plan) -> DraftBlock | None:
         """A block with a line for every row, zeros for those that do not draft; `None` when none does."""
-        # A draft that catches up on a prompt takes longer than the next one will.
-        self.lagged = bool(plan.rows) and self.drafter.lag > 2 * (self.stats.block_size + 1)
+        self.waiting = self._waiting(plan.rows)
         if not plan.rows:
             self.drafter.catch_up(self.anchors)
             return None
@@ -292,7 +308,8 @@ class Rounds:
     def learn(self, plan: Plan, lengths: Lengths, outcome: Outcome) -> None:
         """Tell the scheduler what became of the round."""
         tokens = lengths.total if lengths.packed else len(self.rows) * (1 + lengths.most)
-        self.step = Step(len(plan.rows), lengths.drafted, len(self.rows), tokens, lengths.packed, self._context())
+        rows, context = len(self.rows), self._context()
+        self.step = Step(len(plan.rows), lengths.drafted, self.waiting, rows, tokens, lengths.packed, context)
         if not plan.rows:
             self.planned.append((self._row_indices(), None))
             return
@@ -351,6 +368,11 @@ class Rounds:
         return [(kept, all_told) for kept, _ in stops]
 
     # -- Helpers ------------------------------------------------------------------------------------------------
+
+    def _waiting(self, rows: Iterable[int]) -> int:
+        """Tokens of a row, at most, that the head has yet to read; 0 for what a round or two leave."""
+        longest = max((self.drafter.unread[row] for row in rows), default=0)
+        return longest if longest > 2 * (self.stats.block_size + 1) else 0
 
     def _room(self, row: Row) -> int:
         """Drafts that row could commit before its length limit, with one place left for the target's own token."""

@@ -1,12 +1,10 @@
-"""Measures the step times of a pair on its device, and makes the scheduler that uses them."""
+"""The step times of a pair on its device, and the scheduler that uses them."""
 
 import time
-from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
@@ -14,11 +12,7 @@ from ..scheduling import cost
 from ..scheduling.cost import CostTable
 from ..scheduling.estimates import Experience
 from ..scheduling.scheduler import ConstantSchedule, LoadSchedule, Settings
-from .cache import on_device
 from .drafting import Drafter
-from .packing import Packing
-from .processors import BlockProcessors
-from .stats import synchronize
 from .target import Target
 
 logger = logging.get_logger(__name__)
@@ -27,8 +21,8 @@ logger = logging.get_logger(__name__)
 CONTEXTS = (128, 512)
 # Rows are measured at powers of two up to this; beyond, times go on as between the last two.
 MOST_ROWS = 64
-# Everything is gone through in several turns, and the fastest pass counts: a disturbance lasts a while.
-TURNS, REPEATS = 2, 2
+# Everything is gone through in several turns, and the median counts: a disturbance lasts a while.
+TURNS = 5
 # Between two writes of a table that generation has moved along.
 SECONDS_BETWEEN_WRITES = 60
 
@@ -73,9 +67,12 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
     missing = [n for n in _row_counts(rows) if not table.rows or n > table.rows[-1]]
     if missing:
         logger.info(f"Measuring the step times of {type(target.model).__name__} for batches of {missing} rows.")
-        turns = [[measure(target, head, n, table.contexts) for n in missing] for _ in range(TURNS)]
+        # Rounds are timed by running them, and to run them takes a scheduler.
+        from .trial import measure
+
+        turns = [[measure(target.model, head, n, table.contexts) for n in missing] for _ in range(TURNS)]
         for n, measured in zip(missing, zip(*turns, strict=True), strict=True):
-            table.extend(n, {kind: np.min([turn[kind] for turn in measured], axis=0) for kind in cost.KINDS})
+            table.extend(n, {kind: np.median([turn[kind] for turn in measured], axis=0) for kind in cost.KINDS})
         table.save()
     return table
 
@@ -107,76 +104,3 @@ def store(scheduler: ConstantSchedule) -> None:
     if now - _written.setdefault(key, now) > SECONDS_BETWEEN_WRITES:
         _written[key] = now
         scheduler.table.save()
-
-
-@torch.no_grad()
-def measure(target: Target, head: DSparkHead, rows: int, contexts: list[int]) -> dict[str, np.ndarray]:
-    """Seconds of every kind of step, [contexts, sizes] each, for a number of rows.
-
-    In the longer contexts the smallest and the largest size stand for those between.
-    """
-    tables: dict[str, list[np.ndarray]] = {kind: [] for kind in cost.KINDS}
-    for i, context in enumerate(contexts):
-        steps = _Steps(target, head, rows, context)
-        for kind, sizes in cost.sizes_of(head.config.block_size).items():
-            measured = list(range(1, sizes + 1)) if i == 0 else sorted({1, sizes})
-            seconds = _fastest(getattr(steps, kind), measured, target.device)
-            if i == 0:
-                tables[kind].append(seconds)
-                continue
-            ends = seconds - tables[kind][0][[size - 1 for size in measured]]
-            tables[kind].append(tables[kind][0] + np.interp(range(1, sizes + 1), measured, ends).clip(min=0))
-    return {kind: np.stack(measured) for kind, measured in tables.items()}
-
-
-def _fastest(step: Callable[[int], None], sizes: list[int], device: torch.device) -> np.ndarray:
-    """[len(sizes)] seconds."""
-    seconds = np.empty((REPEATS, len(sizes)))
-    for size in sizes:
-        step(size)
-    for turn in seconds:
-        for i, size in enumerate(sizes):
-            synchronize(device)
-            started = time.perf_counter()
-            step(size)
-            synchronize(device)
-            turn[i] = time.perf_counter() - started
-    return seconds.min(axis=0)
-
-
-class _Steps:
-    """One pass of each kind over rows that hold `context` tokens; which tokens does not matter."""
-
-    def __init__(self, target: Target, head: DSparkHead, rows: int, context: int):
-        self.target, self.rows = target, rows
-        device = target.device
-        self.cache = target.new_cache(rows)
-        # Rows of one length are the exception in generation.
-        self.cache.lengths = [context - (r % 2) for r in range(rows)]
-        self.drafter = Drafter(head, target.model, rows)
-        width = head.config.block_size + 1
-        spread = torch.arange(rows * width, device=device).view(rows, width)
-        self.tokens = spread * 7919 % head.config.vocab_size
-        states = len(head.config.target_layer_ids) * head.config.hidden_size
-        self.features = torch.zeros(rows, 2, states, device=device, dtype=target.model.dtype)
-        self.select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None, [])
-
-    def verify(self, size: int) -> None:
-        self.target.forward(self.tokens[:, :size], self.cache)
-
-    def packed(self, size: int) -> None:
-        """`rows * size` tokens, of which the first rows have as many as they can."""
-        if not self.target.packs:
-            return self.verify(size)
-        lengths, left = [], self.rows * (size - 1)
-        for _ in range(self.rows):
-            lengths.append(min(left, self.tokens.shape[1] - 1))
-            left -= lengths[-1]
-        width = 1 + max(lengths)
-        packing = Packing.of(on_device(lengths, self.target.device), width, self.rows * size)
-        self.target.forward_packed(self.tokens[:, :width], self.cache, packing)
-
-    def draft(self, size: int) -> None:
-        self.drafter.remember(self.features, [2] * self.rows)
-        self.drafter.cache.lengths = [length - 2 for length in self.cache.lengths]
-        self.drafter.draft(self.tokens[:, 0], size, self.select)

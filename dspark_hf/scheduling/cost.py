@@ -12,7 +12,7 @@ import os
 import tempfile
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,19 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 1
-# An observation moves the cell it belongs to by a share of its (log) surprise: one over the number of observations, the
-# profile being the first two, but no less than this. Every cell moves by the other share: a device that slows down is
-# slower everywhere.
-OWN_SHARE, COMMON_SHARE = 0.1, 0.01
-# What a cell has been moved by alone is forgotten by this share with every observation: a step that was slow while
-# something else was going on must not be avoided for good.
-FORGOTTEN = 0.01
-# The two latter are applied for so many observations at a time.
-TOGETHER = 8
+FORMAT = 2
+# An observation moves all cells by a share of its (log) surprise, as a device that slows down is slower everywhere,
+# and beyond that its own.
+COMMON_SHARE, OWN_SHARE = 0.1, 0.02
 # A step that was interrupted says nothing about the next; this bounds what one observation can claim (log scale).
 LARGEST_SURPRISE = 0.5
 
-KINDS = ("verify", "packed", "draft")
+KINDS = ("verify", "packed", "draft", "start")
 
 
 def sizes_of(block_size: int) -> dict[str, int]:
     """How many sizes of each kind of step a table has."""
-    return {"verify": block_size + 1, "packed": block_size + 1, "draft": block_size}
+    return {"verify": block_size + 1, "packed": block_size + 1, "draft": block_size, "start": 1}
 
 
 @dataclass
@@ -50,9 +44,8 @@ class CostTable:
 
     identity: what was measured, see [`identity_of`]. rows, contexts: where, increasing. verify: the target over 1 to
     block + 1 tokens in every row. packed: the same number of tokens, unevenly spread over the rows. draft: the head,
-    1 to block positions drafted in every row. seen: how often each cell was
-    observed. measured: the same times as they were measured, moved only as all are. observations: how many there were.
-    common: what the last of them mean for every cell (log), not yet applied.
+    1 to block positions drafted in every row. start: the head's first draft, of one position, when it has all the
+    context yet to read.
     """
 
     identity: dict[str, Any]
@@ -61,13 +54,7 @@ class CostTable:
     verify: np.ndarray
     packed: np.ndarray
     draft: np.ndarray
-    seen: dict[tuple[str, int, int, int], float] = field(default_factory=dict)
-    measured: dict[str, np.ndarray] = field(init=False)
-    observations: int = 0
-    common: float = 0.0
-
-    def __post_init__(self):
-        self.measured = {kind: getattr(self, kind).copy() for kind in KINDS}
+    start: np.ndarray
 
     @classmethod
     def empty(cls, identity: dict[str, Any], contexts: list[int], block_size: int) -> "CostTable":
@@ -79,11 +66,15 @@ class CostTable:
         at_context = _interpolated(getattr(self, kind), self.contexts, context)
         return _interpolated(at_context, self.rows, rows)
 
+    def catching_up(self, rows: float, waiting: int) -> float:
+        """Seconds that a draft takes longer when so many tokens of every row wait to be read by the head."""
+        longer = self.seconds("start", rows, waiting) - self.seconds("draft", rows, waiting)[:1]
+        return max(0.0, longer.item()) * min(1.0, waiting / self.contexts[0])
+
     def extend(self, rows: int, measured: dict[str, np.ndarray]) -> None:
         """Add what was measured, [contexts, sizes] a kind, for a number of rows larger than those before."""
         for kind, new in measured.items():
             setattr(self, kind, np.concatenate([getattr(self, kind), new[:, None]], axis=1))
-            self.measured[kind] = np.concatenate([self.measured[kind], new[:, None]], axis=1)
         self.rows = [*self.rows, rows]
 
     def observe(self, kind: str, rows: float, context: float, size: float, seconds: float) -> None:
@@ -92,24 +83,12 @@ class CostTable:
         sizes = range(1, table.shape[2] + 1)
         expected = np.interp(size, sizes, self.seconds(kind, rows, context))
         surprise = min(max(math.log(seconds / expected), -LARGEST_SURPRISE), LARGEST_SURPRISE)
-        self.common += COMMON_SHARE * surprise
-        self.observations += 1
-        if self.observations % TOGETHER == 0:
-            self._move_all()
+        for every in KINDS:
+            times = getattr(self, every)
+            times *= math.exp(COMMON_SHARE * surprise)
         corners = itertools.product(_corners(self.contexts, context), _corners(self.rows, rows), _corners(sizes, size))
         for (i, i_weight), (r, r_weight), (s, s_weight) in corners:
-            weight = i_weight * r_weight * s_weight
-            seen = self.seen.get((kind, i, r, s), 2.0) + weight
-            self.seen[kind, i, r, s] = seen
-            table[i, r, s] *= math.exp(max(1 / seen, OWN_SHARE) * weight * surprise)
-
-    def _move_all(self) -> None:
-        """What the last observations mean for every cell."""
-        for every in KINDS:
-            times, measured = getattr(self, every), self.measured[every]
-            measured *= math.exp(self.common)
-            times *= math.exp(self.common) * (measured / times) ** (TOGETHER * FORGOTTEN)
-        self.common = 0.0
+            table[i, r, s] *= math.exp(OWN_SHARE * i_weight * r_weight * s_weight * surprise)
 
     # -- Files --------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,9 @@ import numpy as np
 
 # Points at which the course of the rest of a call is looked at.
 POINTS = 24
-# Texts have easy and hard stretches: how much further rows drift apart than if rounds were independent of each other.
-ROWS_DIFFER = 2.0
+# Some texts are easier than others: standard deviation of a row's (log) acceptance of a draft around what is known of
+# it. With it the rounds of 30 batches of 2 to 32 rows were predicted within 5 % (root mean square) at any length.
+ROWS_DIFFER = 0.06
 
 
 def seconds_to_end(
@@ -18,8 +19,9 @@ def seconds_to_end(
 ) -> np.ndarray:
     """[G + 1] expected seconds until every row has ended, when every round verifies 0, 1, .. G drafts of each row.
 
-    A row that commits N tokens a round has committed k E[N] after k rounds, give or take sqrt(k Var[N]). Rows end at
-    their length limit, or before it at a token that ends them, and rounds get cheaper as they do.
+    A row that commits N tokens a round has committed k E[N] after k rounds, give or take sqrt(k Var[N]) by luck and
+    k times a constant by how easy it is. Rows end at their length limit, or before it at a token that ends them, and
+    rounds get cheaper as they do.
 
     Args:
         remaining: [R], tokens that each row has to its limit. survival: [R, G], mean of each row's drafts.
@@ -30,10 +32,13 @@ def seconds_to_end(
     alive = np.concatenate([ends, survival], axis=1).T
     # N counts the alive, the target's own token for one: E[N] = sum_m P(N > m), E[N^2] = sum_m (2m + 1) P(N > m).
     tokens = alive.cumsum(axis=0)
-    spread = ROWS_DIFFER * np.sqrt((alive * (2 * drafts + 1)[:, None]).cumsum(axis=0) - tokens**2)
-    longest = (1.3 * remaining / tokens + 4 * spread / tokens**2).max(axis=1)
+    variance = (alive * (2 * drafts + 1)[:, None]).cumsum(axis=0) - tokens**2
+    # d E[N] / d log c, as survival of m drafts is c^m.
+    uncertain = ROWS_DIFFER * (alive * drafts[:, None]).cumsum(axis=0)
+    longest = (remaining / tokens * (1.3 + 3 * uncertain / tokens) + 4 * np.sqrt(variance) / tokens**2).max(axis=1)
     rounds = longest[:, None, None] * np.linspace(0, 1, POINTS)[:, None]
-    away = (remaining - rounds * tokens[:, None]) / (spread[:, None] * np.sqrt(rounds) + 0.5)
+    spread = np.sqrt(rounds * variance[:, None] + (rounds * uncertain[:, None]) ** 2)
+    away = (remaining - rounds * tokens[:, None]) / (spread + 0.5)
     # The logistic function stands for the normal distribution's.
     unfinished = np.exp(-hazard * rounds * tokens[:, None]) / (1 + np.exp(np.clip(-1.702 * away, -50, 50)))
     active = unfinished.sum(axis=2)

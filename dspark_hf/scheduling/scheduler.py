@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from .algorithm import admit, at_size, best_length, cut, smoothed
-from .cost import KINDS, CostTable
+from .cost import CostTable
 from .estimates import LEAST_CERTAIN, MOST_CERTAIN, Experience, RowEstimates
 from .horizon import seconds_to_end
 from .load import Load
@@ -22,10 +22,11 @@ SCHEDULES = ("load", "constant")
 MOST_PATIENCE, ROW_PATIENCE = 128, 16
 # What deciding in the middle of a draft, and packing, have to bring to be worth their own cost.
 STOPPING_PAYS, PACKING_PAYS = 1.08, 1.05
-# How much sooner than without drafts a batch must be expected to end for drafting to begin, and to go on. Without
-# drafts one knows what one gets; with them rows have drifted further apart than expected wherever this was measured. A
-# length is changed for the third share.
-BEGIN_AT, GO_ON_AT, CHANGE_AT = 1.12, 1.05, 1.03
+# How much sooner than without drafts a batch must be expected to end for drafting to begin, and how much sooner than
+# with the present length for it to be changed: to go to and fro costs more than either.
+BEGIN_AT, CHANGE_AT = 1.04, 1.03
+# Rows that try whether drafts have come to be worth their cost.
+PROBING = 4
 POWERS = [1 << i for i in range(16)]
 # Confidence that is worth less than this share of what it says.
 DISTRUSTED = 0.7
@@ -106,11 +107,13 @@ NO_DRAFT = Plan([], 0, 0)
 
 @dataclass(frozen=True)
 class Step:
-    """The shape of a round: `drafting` rows drafted `drafted` positions, and a pass verified `tokens` tokens of `rows`
-    rows, the longest of which holds `context` tokens; `packed` as in [`Plan`]."""
+    """The shape of a round: `drafting` rows drafted `drafted` positions, after the head had read `waiting` tokens of
+    each (0 for those of a round or two); a pass verified `tokens` tokens of `rows` rows, the longest of which holds
+    `context` tokens; `packed` as in [`Plan`]."""
 
     drafting: int
     drafted: int
+    waiting: int
     rows: int
     tokens: int
     packed: bool
@@ -128,12 +131,12 @@ class ConstantSchedule:
         self.settings = settings
         self.estimates = RowEstimates(shared, rows)
 
-    def plan(self, rooms: np.ndarray, context: int, load: Load) -> Plan:
+    def plan(self, rooms: np.ndarray, context: int, load: Load, waiting: int = 0) -> Plan:
         """What to draft.
 
         Args:
             rooms: [R], drafts that each row could still commit. context: tokens of the longest row. load: of the
-                device.
+                device. waiting: tokens of a row that a draft has to read first, beyond those of a round or two.
         """
         length = min(self.settings.most, int(rooms.max()))
         return Plan(list(range(len(rooms))), length, length) if length > 0 else NO_DRAFT
@@ -204,7 +207,7 @@ class LoadSchedule(ConstantSchedule):
         self.last, self.situation, self.age = NO_DRAFT, None, 0
         self.plans = 0
 
-    def plan(self, rooms: np.ndarray, context: int, load: Load) -> Plan:
+    def plan(self, rooms, context, load, waiting=0):
         limit = min(int(rooms.max()), self.settings.most)
         if limit <= 0:
             return NO_DRAFT
@@ -212,7 +215,7 @@ class LoadSchedule(ConstantSchedule):
         self.estimates.shared.rested += not self.last.rows
         self.idle += 1
         if self._is_out_of_date(limit, load):
-            self._renew(rooms, context, load)
+            self._renew(rooms, context, load, waiting)
         self.idle[self.last.rows] = 0
         return self.last
 
@@ -221,9 +224,9 @@ class LoadSchedule(ConstantSchedule):
             return self.age > PLAN_LASTS or self.last.probe or limit < self.last.most
         return self.estimates.shared.rested > self.estimates.shared.patience or load != self.situation
 
-    def _renew(self, rooms: np.ndarray, context: int, load: Load) -> None:
+    def _renew(self, rooms: np.ndarray, context: int, load: Load, waiting: int) -> None:
         shared = self.estimates.shared
-        plan = self._best(rooms, context, load)
+        plan = self._best(rooms, context, load, waiting)
         waited = not self.last.rows and shared.rested > shared.patience
         if self.last.probe and shared.last_rate > 0.5 and shared.correction < DISTRUSTED:
             # Drafts that had failed succeed: worth another look soon.
@@ -232,7 +235,8 @@ class LoadSchedule(ConstantSchedule):
             shared.patience = 1
         elif waited:
             shared.patience = min(2 * shared.patience, MOST_PATIENCE)
-            plan = Plan(list(range(len(rooms))), 1, 1, probe=True)
+            rested = np.argsort(-self.idle, kind="stable")[:PROBING]
+            plan = Plan(sorted(rested.tolist()), 1, 1, self.packs, len(rested), probe=True)
         if plan.rows:
             self.age = shared.rested = 0
         self.last, self.situation = plan, load
@@ -268,13 +272,13 @@ class LoadSchedule(ConstantSchedule):
         return admit(admissible, rows, seconds, self.greedy)
 
     def choose_ahead(self, plan, confidence, rooms):
-        most = super().choose_ahead(plan, confidence, rooms)
+        drafted = torch.zeros_like(rooms).index_fill_(0, torch.tensor(plan.rows).to(rooms.device), 1)
+        most = super().choose_ahead(plan, confidence, rooms) * drafted
         if plan.probe:
             return most
         if not plan.packed:
             return most.clamp(max=max(1, plan.budget // len(plan.rows)))
-        drafted = torch.zeros_like(rooms).index_fill_(0, torch.tensor(plan.rows).to(rooms.device), 1)[:, None]
-        alive = self._survival_ahead(confidence) * drafted
+        alive = self._survival_ahead(confidence) * drafted[:, None]
         positions = torch.arange(confidence.shape[1], device=rooms.device)
         return torch.minimum(cut(alive * (positions < most[:, None]), plan.budget), most)
 
@@ -285,24 +289,26 @@ class LoadSchedule(ConstantSchedule):
         self.last = replace(self.last, rows=[i for i, row in enumerate(rows) if row in drafting])
 
     def observe(self, step, draft_seconds, step_seconds):
-        if step.drafted:
+        if step.waiting:
+            self.table.observe("start", step.drafting, step.waiting, 1, draft_seconds)
+        elif step.drafted:
             self.table.observe("draft", step.drafting, step.context, step.drafted, draft_seconds)
         kind = "packed" if step.packed else "verify"
         self.table.observe(kind, step.rows, step.context, step.tokens / step.rows, step_seconds)
 
     # -- Searching ----------------------------------------------------------------------------------------------
 
-    def _best(self, rooms: np.ndarray, context: int, load: Load) -> Plan:
+    def _best(self, rooms: np.ndarray, context: int, load: Load, waiting: int) -> Plan:
         """The plan that earlier rounds suggest."""
         rows, busy = len(rooms), load.total / len(rooms)
-        costs = Costs(*(self.table.seconds(kind, load.total, context) for kind in KINDS))
+        costs = Costs(*(self.table.seconds(kind, load.total, context) for kind in ("verify", "packed", "draft")))
         allowed = np.arange(self.estimates.recent.shape[2]) < np.minimum(rooms, self.settings.most)[:, None]
         worth = self.estimates.recent * allowed
         if self.settings.threshold is not None:
             worth = worth * (worth >= self.settings.threshold)
         if rows == 1:
             return self._of_one(worth[:, 0], costs)
-        length = self._first_to_end(rooms, self.estimates.mean * allowed, context, busy)
+        length = self._first_to_end(rooms, self.estimates.mean * allowed, context, busy, waiting)
         if length == 0:
             return NO_DRAFT
         everybody, packed = list(range(rows)), False
@@ -315,17 +321,18 @@ class LoadSchedule(ConstantSchedule):
         plan = Plan(everybody, length, length, packed, budget, theta, costs=costs)
         return replace(plan, rows=self._without_losers(plan, worth, context, busy))
 
-    def _first_to_end(self, rooms: np.ndarray, survival: np.ndarray, context: int, busy: float) -> int:
+    def _first_to_end(self, rooms: np.ndarray, survival: np.ndarray, context: int, busy: float, waiting: int) -> int:
         """Drafts to verify of each row, for the batch to end soonest; see `horizon`."""
         counts = [n for n in POWERS if n < len(rooms)] + [len(rooms)]
         verify, draft = ([self.table.seconds(kind, n * busy, context) for n in counts] for kind in ("verify", "draft"))
         seconds = np.stack(verify, axis=1)
         seconds[1:] += np.stack(draft, axis=1)
         ends = seconds_to_end(rooms + 1, survival, self.estimates.shared.hazard, np.array(counts), seconds)
+        if waiting:
+            ends[1:] += self.table.catching_up(len(rooms) * busy, waiting)
         best, other = ends.argsort()[:2]
-        # Going to and fro costs more than either.
         drafts = bool(self.last.rows) and not self.last.probe
-        if ends[0] < (GO_ON_AT if drafts else BEGIN_AT) * ends[best]:
+        if ends[0] < (1.0 if drafts else BEGIN_AT) * ends[best]:
             return 0
         if drafts and ends[self.last.length] < CHANGE_AT * ends[best]:
             best = min(self.last.length, int(rooms.max()))

@@ -1,0 +1,123 @@
+"""Times of a round, measured by running rounds.
+
+A pass that is timed alone finds its weights in the processor's cache, and nothing is accepted or committed behind it;
+on two CPU cores such times were 13 to 50 % too low for rounds that draft, and right for those that do not.
+"""
+
+import time
+from collections import defaultdict
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from ..modeling_dspark import DSparkHead
+from ..scheduling.cost import KINDS, sizes_of
+from ..scheduling.estimates import Experience
+from ..scheduling.scheduler import NO_DRAFT, ConstantSchedule, Plan, Settings
+from .loop import Rounds
+from .stats import synchronize
+
+
+@torch.no_grad()
+def measure(target: PreTrainedModel, head: DSparkHead, rows: int, contexts: list[int]) -> dict[str, np.ndarray]:
+    """Seconds of every kind of step (see [`CostTable`]), [contexts, sizes] each, for a number of rows. Each round is
+    run once: it takes several calls to tell what disturbed the machine for a moment.
+
+    In the longer contexts the smallest and the largest sizes stand for those between.
+    """
+    block = head.config.block_size
+    tables: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+    for i, context in enumerate(contexts):
+        tokens = range(1, block + 2) if i == 0 else sorted({1, 2, block + 1})
+        seconds = Trial(target, head, rows, context).seconds(tokens)
+        for kind, most in sizes_of(block).items():
+            sizes = sorted(seconds[kind])
+            measured = np.array([seconds[kind][size] for size in sizes])
+            if i == 0:
+                tables[kind].append(measured)
+                continue
+            longer = measured - tables[kind][0][[size - 1 for size in sizes]]
+            tables[kind].append(tables[kind][0] + np.interp(range(1, most + 1), sizes, longer).clip(min=0))
+    return {kind: np.stack(measured) for kind, measured in tables.items()}
+
+
+class Told(ConstantSchedule):
+    """Plans and verifies what it is told to."""
+
+    next: Plan
+    lengths: np.ndarray
+
+    def choose(self, plan: Plan, survival: np.ndarray, rooms: np.ndarray) -> np.ndarray:
+        return self.lengths
+
+    def choose_ahead(self, plan: Plan, confidence: torch.Tensor, rooms: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.lengths).to(rooms.device)
+
+
+class Trial:
+    """Greedy rounds of rows that hold `context` tokens; which tokens does not matter."""
+
+    def __init__(self, target: PreTrainedModel, head: DSparkHead, rows: int, context: int):
+        config = GenerationConfig()
+        config._pad_token_tensor = None
+        self.block, self.everybody = head.config.block_size, list(range(rows))
+        self.schedule = Told(Settings(self.block, "constant", None), Experience.fresh(self.block), rows)
+        prompts = torch.arange(2 * rows, device=target.device).view(rows, 2) * 7919 % head.config.vocab_size
+        nothing = LogitsProcessorList(), StoppingCriteriaList()
+        self.rounds = Rounds(target, head, prompts, None, None, None, *nothing, config, None, self.schedule)
+        outcome, logits = self.rounds.prefill()
+        self.rounds.commit(outcome, logits)
+        self.rounds.rooms = np.full(rows, self.block)
+        # Rows of one length are the exception in generation.
+        self.lengths = [context - r % 2 for r in range(rows)]
+
+    def seconds(self, tokens: range | list[int]) -> dict[str, dict[int, float]]:
+        """Of each kind of step by size, for rounds that verify so many tokens a row."""
+        found: dict[str, dict[int, float]] = defaultdict(dict)
+        # Rounds without a draft come many in a row.
+        self._round([0] * len(self.lengths), False)
+        for count in tokens:
+            draft, found["verify"][count] = self._round([count - 1] * len(self.lengths), False)
+            if count > 1:
+                found["draft"][count - 1] = draft
+            found["packed"][count] = found["verify"][count]
+            if self.rounds.target.packs and 1 < count <= self.block and len(self.lengths) > 1:
+                found["packed"][count] = self._round(self._uneven(count), True)[1]
+        features = self.rounds.passed.features
+        unread = max(1, min(self.lengths) - self.block - 1)
+        self.rounds.drafter.remember(
+            features.new_zeros(len(features), unread, features.shape[2]), [unread] * len(features)
+        )
+        found["start"][1], _ = self._round([1] * len(features), False)
+        return found
+
+    def _uneven(self, count: int) -> list[int]:
+        """As many drafts as `count` tokens a row leave room for: the first rows have as many as they can."""
+        lengths, left = [], len(self.lengths) * (count - 1)
+        for _ in self.lengths:
+            lengths.append(min(left, self.block))
+            left -= lengths[-1]
+        return lengths
+
+    def _round(self, lengths: list[int], packed: bool) -> tuple[float, float]:
+        """Seconds until the drafts are there, and of everything behind them."""
+        rounds, most = self.rounds, max(lengths)
+        rounds.cache.lengths = list(self.lengths)
+        waiting = zip(self.lengths, rounds.drafter.unread, strict=True)
+        rounds.drafter.cache.lengths = [length - unread for length, unread in waiting]
+        self.schedule.lengths = np.array(lengths)
+        plan = Plan(self.everybody, most, most, packed, sum(lengths)) if most else NO_DRAFT
+        started = self._now()
+        block = rounds.draft(plan)
+        chosen = rounds.schedule(plan, block)
+        drafted = self._now()
+        logits = rounds.verify(block, chosen)
+        outcome = rounds.accept(block, chosen, logits)
+        rounds.learn(plan, chosen, outcome)
+        rounds.commit(outcome, logits, chosen)
+        return drafted - started, self._now() - drafted
+
+    def _now(self) -> float:
+        synchronize(self.rounds.target.device)
+        return time.perf_counter()
