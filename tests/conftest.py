@@ -120,7 +120,7 @@ class ShuffledSchedule(ConstantSchedule):
         super().__init__(settings, shared, rows)
         self.packs, self.random = packs, np.random.default_rng(seed)
 
-    def plan(self, rooms, context, load):
+    def plan(self, rooms, context, load, waiting=0):
         rows = [r for r in range(len(rooms)) if self.random.random() < 0.7]
         length = min(int(self.random.integers(0, self.settings.most + 1)), int(rooms.max()))
         if not rows or length < 1:

@@ -70,7 +70,7 @@ def test_rows_that_leave_take_what_waits_along(pair):
     whole, fewer = Drafter(pair[1], pair[0], ROWS), Drafter(pair[1], pair[0], ROWS)
     for features, counts in committed(3):
         whole.remember(features, counts)
-        fewer.remember(features, counts)
+        fewer.remember(features.clone(), counts)
     fewer.keep([1, 3])
     expected = block(whole)
     select = BlockProcessors(LogitsProcessorList(), True).drafting(None, [0, 1])

@@ -1,6 +1,7 @@
 """Step times: measured once, stored, moved along by what generation sees, and never trusted when damaged."""
 
 import json
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -12,10 +13,16 @@ from dspark_hf.generation.target import Target
 from dspark_hf.scheduling import cost
 
 
+def forget_tables(monkeypatch):
+    """As in a new process."""
+    monkeypatch.setattr(step_times, "_tables", {})
+    monkeypatch.setattr(step_times, "_known", WeakKeyDictionary())
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(step_times, "_tables", {})
+    forget_tables(monkeypatch)
     return tmp_path
 
 
@@ -42,7 +49,7 @@ def test_measured_once_and_stored(folder, monkeypatch):
         assert times.shape == (2, 3, sizes) and (times > 0).all() and (times < 1).all()
     monkeypatch.setattr(trial, "measure", None)
     assert step_times.step_times(target, head, 2) is table
-    monkeypatch.setattr(step_times, "_tables", {})
+    forget_tables(monkeypatch)
     stored = step_times.step_times(target, head, 4)
     assert stored is not table and np.allclose(stored.verify, table.verify)
 
@@ -82,7 +89,7 @@ def test_a_damaged_or_foreign_file_is_rebuilt(folder, warnings, monkeypatch, dam
     target, head = pair()
     table = step_times.step_times(target, head, 1)
     table.path.write_text(damage(json.loads(table.path.read_text())))
-    monkeypatch.setattr(step_times, "_tables", {})
+    forget_tables(monkeypatch)
     rebuilt = step_times.step_times(target, head, 1)
     assert len(warnings) == 1 and str(table.path) in warnings[0] and "measured again" in warnings[0]
     assert json.loads(table.path.read_text())["verify"] == rebuilt.verify.tolist()

@@ -24,6 +24,19 @@ def on_device(values: list, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def moved(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """x [R, ...] with only the given rows, in place: row `rows[i]` becomes row i.
+
+    Args:
+        rows: where `rows[i]` is not i, it is none of the places that stay: what ends is replaced from the end of the
+            batch, so that a row that ends costs one row's copy.
+    """
+    for place, row in enumerate(rows):
+        if place != row:
+            x[place] = x[row]
+    return x[: len(rows)]
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where the next forward pass writes its n new tokens a row, and how far it looks.
@@ -96,10 +109,10 @@ class SlotLayer(CacheLayerMixin):
         self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, room)) for x in (keys, values))
         self.is_initialized = True
 
-    def keep(self, rows: torch.Tensor) -> None:
+    def keep(self, rows: list[int]) -> None:
         self.rows = len(rows)
         if self.is_initialized:
-            self.keys, self.values = (x.index_select(0, rows.to(x.device)) for x in (self.keys, self.values))
+            self.keys, self.values = (moved(x, rows) for x in (self.keys, self.values))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.placement.view, 0
@@ -157,10 +170,9 @@ class SlotCache(Cache):
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all other rows."""
-        index = on_device(rows, self.device)
+        """Drop all other rows, and move those kept; see `moved`."""
         for layer in self.layers:
-            layer.keep(index)
+            layer.keep(rows)
         self.lengths = [self.lengths[row] for row in rows]
 
 

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..modeling_dspark import DraftBlock, DSparkHead, GoesOn, Select
-from .cache import SlotCache, on_device
+from .cache import SlotCache, moved, on_device
 
 # Tokens of a row, those of the last prompt or draft aside, whose target states may wait for a draft; more are taken
 # into the cache without one.
@@ -30,7 +30,8 @@ class Drafter:
         self.unread = [0] * rows
 
     def remember(self, features: torch.Tensor, counts: list[int]) -> None:
-        """Target states of the tokens that were committed last: features [R, C, m*d], of row r the first counts[r]."""
+        """Target states of the tokens that were committed last: features [R, C, m*d], of row r the first counts[r].
+        They are the drafter's from then on, which may move rows in them."""
         self.waiting.append((features, counts))
         self.unread = [waiting + count for waiting, count in zip(self.unread, counts, strict=True)]
 
@@ -71,14 +72,11 @@ class Drafter:
         self.cache.lengths = list(lengths)
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all other rows."""
+        """Drop all other rows, and move those kept; see `cache.moved`."""
         self.first = [self.first[row] for row in rows]
         self.cache.keep(rows)
         self.unread = [self.unread[row] for row in rows]
-        index = None
-        for i, (features, counts) in enumerate(self.waiting):
-            index = on_device(rows, features.device) if index is None else index
-            self.waiting[i] = features[index], [counts[row] for row in rows]
+        self.waiting = [(moved(features, rows), [counts[row] for row in rows]) for features, counts in self.waiting]
 
     def _take(self, rows: list[int] | None) -> tuple[torch.Tensor, list[int]]:
         """What waits for the given rows, [n, C, m*d] with the counts, which then no longer waits."""

@@ -30,7 +30,7 @@ from .step_times import scheduler_for, store
 from .stopping import Stopping
 from .target import Target, TargetPass
 
-# From so many rows on, every second round says enough.
+# From so many rows on, every second round says enough; without drafts, every fourth.
 MANY_ROWS = 8
 
 
@@ -399,7 +399,8 @@ class Rounds:
 
     def _learns(self) -> bool:
         """Whether the scheduler hears of this round."""
-        return len(self.rows) < MANY_ROWS or self.stats.rounds % 2 == 1
+        drafted = self.step is not None and self.step.drafted
+        return len(self.rows) < MANY_ROWS or self.stats.rounds % (2 if drafted else 4) == 1
 
     def _rooms(self) -> np.ndarray:
         return np.array([self._room(row) for row in self.rows])
@@ -445,16 +446,19 @@ class Rounds:
         return Outcome(verdict.next_tokens, whole[:, 0], whole[:, 2:].tolist(), whole[:, 1], confidence)
 
     def _keep(self, active: list[int]) -> None:
-        """Go on with the given rows only; their neighbours' slots are freed."""
+        """Go on with the given rows only. The last of them take the places of those that ended."""
         if len(active) == len(self.rows):
             return
-        self.rows = [self.rows[r] for r in active]
-        if not active:
+        staying = {row for row in active if row < len(active)}
+        last = iter(row for row in active if row not in staying)
+        order = [place if place in staying else next(last) for place in range(len(active))]
+        self.rows = [self.rows[r] for r in order]
+        if not order:
             return
-        self.anchors = self.anchors[on_device(active, self.anchors.device)]
+        self.anchors = self.anchors[on_device(order, self.anchors.device)]
         for rows in (self.cache, self.drafter, self.scheduler):
-            rows.keep(active)
-        self.call.set_rows(len(active))
+            rows.keep(order)
+        self.call.set_rows(len(order))
 
     def _record(self, r: int, row: Row, count: int, logits: torch.Tensor) -> None:
         if not row.committed:

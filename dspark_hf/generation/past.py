@@ -180,8 +180,11 @@ class Continuation:
             weakref.ref(head),
             [RowPast([], past.draft, past.features) for past in map(self.ended.get, range(len(rows)))],
         )
-        past = stored if self.given is None else self.given
-        past.layers, past.dspark = stored.layers, memory
+        past = stored
+        if self.given is not None:
+            past = self.given
+            past.layers = stored.layers
+        past.dspark = memory
         return past
 
 

@@ -27,6 +27,8 @@ TURNS = 5
 SECONDS_BETWEEN_WRITES = 60
 
 _tables: dict[str, CostTable] = {}
+# The same by the models themselves and what may change about them, as to read all of an identity takes milliseconds.
+_known: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, dict[tuple, CostTable]]] = WeakKeyDictionary()
 _written: dict[str, float] = {}
 _experiences: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, Experience]] = WeakKeyDictionary()
 
@@ -56,14 +58,11 @@ def experience_of(head: DSparkHead, target: PreTrainedModel) -> Experience:
 
 def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
     """The pair's table, good for calls of `rows` rows: from memory, from the cache folder, or measured now."""
-    identity = cost.identity_of(target.model, head, target.device)
-    key = str(cost.path_of(identity))
-    if key not in _tables:
-        contexts = _contexts(target, head)
-        _tables[key] = cost.load(identity, head.config.block_size) or CostTable.empty(
-            identity, contexts, head.config.block_size
-        )
-    table = _tables[key]
+    changing = tuple(cost.settings_of(target.model, head, target.device).values())
+    known = _known.setdefault(head, WeakKeyDictionary()).setdefault(target.model, {})
+    if changing not in known:
+        known[changing] = _table(target, head)
+    table = known[changing]
     missing = [n for n in _row_counts(rows) if not table.rows or n > table.rows[-1]]
     if missing:
         logger.info(f"Measuring the step times of {type(target.model).__name__} for batches of {missing} rows.")
@@ -77,10 +76,21 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
     return table
 
 
+def _table(target: Target, head: DSparkHead) -> CostTable:
+    """The pair's table as far as it was measured."""
+    identity, block_size = cost.identity_of(target.model, head, target.device), head.config.block_size
+    key = str(cost.path_of(identity))
+    if key not in _tables:
+        stored = cost.load(identity, block_size)
+        _tables[key] = stored or CostTable.empty(identity, _contexts(target, head), block_size)
+    return _tables[key]
+
+
 def forget(target: Target, head: DSparkHead) -> None:
     """Drop the pair's table, stored and in memory, so that it is measured anew."""
     path = cost.path_of(cost.identity_of(target.model, head, target.device))
     _tables.pop(str(path), None)
+    _known.pop(head, None)
     path.unlink(missing_ok=True)
 
 

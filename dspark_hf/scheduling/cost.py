@@ -153,18 +153,24 @@ def path_of(identity: dict[str, Any]) -> Path:
 
 def identity_of(target, head, device: torch.device) -> dict[str, Any]:
     """What step times depend on: the two models, their dtypes, the device and the attention implementation."""
-    cuda = device.type == "cuda"
     return {
         "target": type(target).__name__,
         "target_config": _digest(target.config),
-        "target_dtype": str(target.dtype),
         "target_bytes": target.get_memory_footprint(),
         "head_config": _digest(head.config),
+        "torch": torch.__version__,
+    } | settings_of(target, head, device)
+
+
+def settings_of(target, head, device: torch.device) -> dict[str, Any]:
+    """The part of an identity that may change while a process runs."""
+    cuda = device.type == "cuda"
+    return {
+        "target_dtype": str(target.dtype),
         "head_dtype": str(head.dtype),
         "device": torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads",
         "attention": target.config.get_text_config(decoder=True)._attn_implementation,
         "compiled": target._compiled_call_impl is not None,
-        "torch": torch.__version__,
     }
 
 
