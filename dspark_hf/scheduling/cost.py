@@ -62,9 +62,9 @@ class CostTable:
         return cls(identity, contexts, [], **{kind: np.empty((len(contexts), 0, sizes[kind])) for kind in KINDS})
 
     def seconds(self, kind: str, rows: float, context: float) -> np.ndarray:
-        """[sizes] of a kind of step: verify, packed or draft."""
+        """[sizes] of a kind of step. A larger step takes no less: what says otherwise was disturbed."""
         at_context = _interpolated(getattr(self, kind), self.contexts, context)
-        return _interpolated(at_context, self.rows, rows)
+        return np.minimum.accumulate(_interpolated(at_context, self.rows, rows)[::-1])[::-1]
 
     def catching_up(self, rows: float, waiting: int) -> float:
         """Seconds that a draft takes longer when so many tokens of every row wait to be read by the head."""

@@ -21,10 +21,12 @@ SCHEDULES = ("load", "constant")
 # Rounds without a draft before a call, or a row among others that draft, is tried again, at most.
 MOST_PATIENCE, ROW_PATIENCE = 128, 16
 # What deciding in the middle of a draft, and packing, have to bring to be worth their own cost.
-STOPPING_PAYS, PACKING_PAYS = 1.08, 1.05
-# How much sooner than without drafts a batch must be expected to end for drafting to begin, and how much sooner than
-# with the present length for it to be changed: to go to and fro costs more than either.
-BEGIN_AT, CHANGE_AT = 1.04, 1.03
+STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
+# How much sooner than without drafts a batch must be expected to end for drafting to begin, and to go on; and how much
+# sooner than with the present length for it to be changed. To go to and fro costs more than either.
+BEGIN_AT, GO_ON_AT, CHANGE_AT = 1.03, 0.95, 1.03
+# Accepted drafts a round of a row that does not even draft to end with the others.
+HOPELESS = 0.1
 # Rows that try whether drafts have come to be worth their cost.
 PROBING = 4
 POWERS = [1 << i for i in range(16)]
@@ -319,7 +321,7 @@ class LoadSchedule(ConstantSchedule):
             if best > PACKING_PAYS * theta:
                 theta, length, budget, packed = best, its_length, round(count), True
         plan = Plan(everybody, length, length, packed, budget, theta, costs=costs)
-        return replace(plan, rows=self._without_losers(plan, worth, context, busy))
+        return replace(plan, rows=self._without_losers(plan, worth, rooms, context, busy))
 
     def _first_to_end(self, rooms: np.ndarray, survival: np.ndarray, context: int, busy: float, waiting: int) -> int:
         """Drafts to verify of each row, for the batch to end soonest; see `horizon`."""
@@ -332,8 +334,10 @@ class LoadSchedule(ConstantSchedule):
             ends[1:] += self.table.catching_up(len(rooms) * busy, waiting)
         best, other = ends.argsort()[:2]
         drafts = bool(self.last.rows) and not self.last.probe
-        if ends[0] < (1.0 if drafts else BEGIN_AT) * ends[best]:
-            return 0
+        if best == 0 or ends[0] < BEGIN_AT * ends[best]:
+            best = 1 + ends[1:].argmin()
+            if not drafts or ends[0] < GO_ON_AT * ends[best]:
+                return 0
         if drafts and ends[self.last.length] < CHANGE_AT * ends[best]:
             best = min(self.last.length, int(rooms.max()))
         self.plans += 1
@@ -356,8 +360,9 @@ class LoadSchedule(ConstantSchedule):
                 plan = replace(plan, most=max(most, length), theta=stopping, walk=walk.tolist())
         return plan if plan.theta > 1 / costs.verify[0] else NO_DRAFT
 
-    def _without_losers(self, plan: Plan, worth: np.ndarray, context: int, busy: float) -> list[int]:
-        """The rows of the plan whose drafts bring more than drafting them costs, and those that have rested for long.
+    def _without_losers(self, plan: Plan, worth: np.ndarray, rooms: np.ndarray, context: int, busy: float) -> list[int]:
+        """The rows of the plan whose drafts bring more than drafting them costs, those that would end after all others
+        without drafts that succeed now and then, and those that have rested for long.
 
         Args:
             worth: [H, R, G], survival of all rows in earlier rounds.
@@ -369,7 +374,8 @@ class LoadSchedule(ConstantSchedule):
         seconds = plan.costs.draft - self.table.seconds("draft", fewer * busy, context)
         price = plan.theta * seconds[plan.length - 1] / (len(rows) - fewer)
         value = worth[:, rows, : plan.length].sum(axis=2).mean(axis=0)
-        kept = rows[(value > price) | (self.idle[rows] >= ROW_PATIENCE)]
+        late = (rooms[rows] + 1 > ((rooms[rows] + 1) / (1 + value)).max()) & (value > HOPELESS)
+        kept = rows[(value > price) | late | (self.idle[rows] >= ROW_PATIENCE)]
         return kept.tolist() or plan.rows
 
 
