@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import dspark_kernels
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -12,7 +13,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from .backbones.qwen3 import DraftLayer, RMSNorm, RotaryEmbedding
 from .configuration_dspark import DSparkConfig
 from .scheduling.load import LoadSensor
-from .sequential_heads import build_sequential_head
+from .sequential_heads import VanillaHead, build_sequential_head
 
 # Draft tokens [R] from logits [R, V], and what they were sampled from ([R, V], `None` when they are the argmax).
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
@@ -214,6 +215,8 @@ class DSparkHead(PreTrainedModel):
         """
         most = length if goes_on is None else most
         base_logits = self.base_logits(hidden[:, :length], tables)
+        if goes_on is None and self._fuses(select, base_logits):
+            return self._sample_fused(hidden[:, :length], base_logits, anchors, select)
         previous, state, tokens, sampled_from = anchors, None, [], []
         for k in range(most):
             embedded = None if self.markov_head is None else self.markov_head.embed(previous)
@@ -237,6 +240,24 @@ class DSparkHead(PreTrainedModel):
             None if sampled_from[0] is None else torch.stack(sampled_from, dim=1),
             self.confidence_logits(hidden[:, : tokens.shape[1]], torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)),
         )
+
+    def _fuses(self, select: Select, base_logits: torch.Tensor) -> bool:
+        """Whether kernels draft the block: what is chosen must depend on the logits and a temperature only."""
+        temperature = getattr(select, "temperature", None)
+        vanilla = type(self.markov_head) is VanillaHead
+        return vanilla and temperature is not None and dspark_kernels.uses_kernels(base_logits)
+
+    def _sample_fused(self, hidden, base_logits, anchors, select) -> DraftBlock:
+        """`sample_block` with a launch a position."""
+        seeds = torch.randint(2**63 - 1, anchors.shape, device=anchors.device) if select.sample else None
+        w1, w2 = self.markov_head.markov_w1.weight, self.markov_head.markov_w2.weight
+        tokens, logits, _ = dspark_kernels.sample_block(
+            base_logits, w1, w2, anchors, seeds, select.temperature, return_logits=select.sample
+        )
+        # A draft that is no token is never accepted; its place must hold one all the same.
+        tokens = tokens.clamp(min=0)
+        previous = torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)
+        return DraftBlock(tokens, logits, self.confidence_logits(hidden, previous))
 
     # -- Training -----------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from ..modeling_dspark import DSparkHead
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 RECURRENT_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "dspark")
 # Inputs of `generate` that the rounds make themselves.
 HANDLED_INPUTS = {"inputs_tensor", "position_ids", "cache_position", "logits_to_keep"}
 # Architectures without `position_ids` whose position bias counts the cache's columns, which are each row's positions.

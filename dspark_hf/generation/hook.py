@@ -14,7 +14,7 @@ from transformers import GenerationMixin
 
 from ..modeling_dspark import DSparkHead
 from ..scheduling.load import in_flight
-from . import loop, packing
+from . import attention, loop, packing
 from .candidate_generator import DSparkCandidateGenerator
 from .compatibility import check_mode, check_pair
 
@@ -40,6 +40,7 @@ def install() -> None:
     GenerationMixin._get_candidate_generator = _wrap_generator(GenerationMixin._get_candidate_generator)
     GenerationMixin._sample = _wrap_plain(GenerationMixin._sample)
     packing.install()
+    attention.install()
 
 
 def _wrap_decoding(stock):

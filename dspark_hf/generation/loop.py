@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from dspark_kernels import INVALID
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from ..modeling_dspark import DraftBlock, DSparkHead, GoesOn
+from ..scheduling.estimates import corrected
 from ..scheduling.load import Call, in_flight
 from ..scheduling.scheduler import Plan, Step
 from .acceptance import Verdict, accept_greedy, accept_sampled
@@ -123,6 +125,30 @@ class Outcome:
         return cls(next_tokens, nothing, next_tokens[:, None].tolist(), nothing, nothing[:, None][:, :0])
 
 
+@dataclass(frozen=True)
+class Past:
+    """A round that is over, for the statistics. rows: indices of its rows. drafting: which of them drafted.
+    corrections: [R], of their confidence then."""
+
+    rows: list[int]
+    drafting: list[int] | slice
+    lengths: Lengths
+    outcome: Outcome
+    corrections: np.ndarray
+
+    def drafted_and_expected(self) -> tuple[list[int], list[float]]:
+        """Of each row drafts made, and tokens expected to be committed."""
+        drafted, expected = np.zeros(len(self.rows), dtype=int), np.ones(len(self.rows))
+        if self.lengths.drafted:
+            survival = self.lengths.survival
+            if survival is None:
+                survival = corrected(self.outcome.confidence, self.corrections)
+            verified = np.arange(self.lengths.drafted) < self.outcome.lengths[:, None]
+            expected[self.drafting] += (survival * verified).sum(axis=1)[self.drafting]
+            drafted[self.drafting] = self.lengths.drafted
+        return drafted.tolist(), expected.tolist()
+
+
 class Rounds:
     """The state of one call and the steps of a round. Tensors hold the active rows only, in the order of `rows`."""
 
@@ -174,9 +200,7 @@ class Rounds:
         self.rooms: np.ndarray
         # Tokens of a row that this round's draft had to read first, see `_waiting`.
         self.waiting = 0
-        # Of every round the indices of its rows, and where there were drafts, of each row drafts made, drafts verified,
-        # tokens expected, and the confidence of its drafts.
-        self.planned: list[tuple[list[int], tuple[np.ndarray, ...] | None]] = []
+        self.history: list[Past] = []
 
     def run(self) -> torch.Tensor:
         with self.stopwatch.part("prefill"):
@@ -310,22 +334,15 @@ class Rounds:
         tokens = lengths.total if lengths.packed else len(self.rows) * (1 + lengths.most)
         rows, context = len(self.rows), self._context()
         self.step = Step(len(plan.rows), lengths.drafted, self.waiting, rows, tokens, lengths.packed, context)
-        if not plan.rows:
-            self.planned.append((self._row_indices(), None))
-            return
-        expected = np.ones(len(self.rows))
-        drafted = np.zeros(len(self.rows), dtype=int)
         drafting, estimates = self._drafting(plan), self.scheduler.estimates
-        confidence, verified = outcome.confidence[drafting], outcome.lengths[drafting]
-        if lengths.survival is not None:
-            survival = lengths.survival[drafting]
-        else:
-            survival = estimates.survival(confidence, drafting)
-        drafted[drafting] = lengths.drafted
-        expected[drafting] += (survival * (np.arange(lengths.drafted) < verified[:, None])).sum(axis=1)
-        if self._learns():
+        self.history.append(Past(self._row_indices(), drafting, lengths, outcome, estimates.corrections))
+        if plan.rows and self._learns():
+            confidence, verified = outcome.confidence[drafting], outcome.lengths[drafting]
+            if lengths.survival is not None:
+                survival = lengths.survival[drafting]
+            else:
+                survival = estimates.survival(confidence, drafting)
             estimates.learn(drafting, confidence, survival, verified, outcome.accepted[drafting])
-        self.planned.append((self._row_indices(), (drafted, outcome.lengths, expected, outcome.confidence)))
 
     def commit(self, outcome: Outcome, logits: torch.Tensor, lengths: Lengths | None = None) -> None:
         """Append accepted drafts and the target's own token; lengthen the cache; stream; drop rows that ended.
@@ -443,7 +460,17 @@ class Rounds:
         columns += [block.tokens.to(device), confidence.to(device)]
         table = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
         whole, confidence = table[:, : 3 + drafted].astype(int), table[:, 3 + drafted :]
+        self._check_tokens(whole[:, 2])
         return Outcome(verdict.next_tokens, whole[:, 0], whole[:, 2:].tolist(), whole[:, 1], confidence)
+
+    def _check_tokens(self, tokens: np.ndarray) -> None:
+        """Raise where logits were no distribution, as no token that follows means anything."""
+        if (tokens == INVALID).any():
+            row = self.rows[int((tokens == INVALID).argmax())].index
+            raise ValueError(
+                f"The target's logits for row {row} of the batch hold NaN, or nothing but -inf. Check the model's "
+                "weights and dtype (float16 overflows in many models; use bfloat16), and the logits processors."
+            )
 
     def _keep(self, active: list[int]) -> None:
         """Go on with the given rows only. The last of them take the places of those that ended."""
@@ -470,14 +497,14 @@ class Rounds:
 
     def _finish_stats(self) -> None:
         stats = self.stats
-        for indices, columns in self.planned:
-            drafted, verified, expected, confidence = (x.tolist() for x in columns) if columns else [None] * 4
-            for i, index in enumerate(indices):
-                count = drafted[i] if columns else 0
-                stats.drafted_lengths[index].append(count)
-                stats.verified_lengths[index].append(verified[i] if columns else 0)
-                stats.expected_lengths[index].append(expected[i] if columns else 1.0)
-                stats.confidence[index].append(confidence[i][:count] if columns else [])
+        for past in self.history:
+            drafted, expected = past.drafted_and_expected()
+            verified, confidence = past.outcome.lengths.tolist(), past.outcome.confidence.tolist()
+            for i, index in enumerate(past.rows):
+                stats.drafted_lengths[index].append(drafted[i])
+                stats.verified_lengths[index].append(verified[i])
+                stats.expected_lengths[index].append(expected[i])
+                stats.confidence[index].append(confidence[i][: drafted[i]])
         self.stopwatch.collect(wait=True)
         for name, seconds in self.stopwatch.seconds.items():
             setattr(self.stats, f"{name}_seconds", seconds)

@@ -18,11 +18,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 @dataclass(frozen=True)
 class Packing:
-    """Which places of a [rows, width] rectangle are filled: their flat index [B], increasing."""
+    """Which places of a [rows, width] rectangle are filled: their flat index [B], increasing; of row r the first
+    counts[r]."""
 
     index: torch.Tensor
-    rows: int
+    counts: torch.Tensor
     width: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.counts)
 
     @classmethod
     def of(cls, lengths: torch.Tensor, width: int, total: int) -> "Packing":
@@ -30,7 +35,7 @@ class Packing:
         filled = torch.arange(width, device=lengths.device) <= lengths[:, None]
         # A stable sort puts the filled places first and leaves them in order.
         index = (~filled).flatten().to(torch.uint8).argsort(stable=True)[:total]
-        return cls(index, len(lengths), width)
+        return cls(index, 1 + lengths, width)
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, width, ...] -> [1, B, ...]"""
@@ -44,11 +49,18 @@ class Packing:
 
 
 class Pass:
-    """A pass of the target by our rounds; `packing` when it is packed."""
+    """A pass of the target by our rounds.
 
-    def __init__(self, packing: Packing | None):
-        self.packing = packing
+    starts: [R], slot of each row's first token. packing: when it is packed.
+    """
+
+    def __init__(self, starts: torch.Tensor, packing: Packing | None):
+        self.starts, self.packing = starts, packing
         self.masks: dict[tuple[int, int], torch.Tensor] = {}
+
+    def counts(self, width: int) -> torch.Tensor:
+        """[R], tokens of each row in a pass of `width` columns."""
+        return torch.full_like(self.starts, width) if self.packing is None else self.packing.counts
 
     def mask_of_groups(self, mask: torch.Tensor, groups: int) -> torch.Tensor:
         """The mask [R, 1, n, view] once for every head of a group, [R, 1, groups * n, view]; made once a pass."""
@@ -64,13 +76,18 @@ MOST_GROUPED = 16
 
 
 @contextmanager
-def our_pass(packing: Packing | None = None) -> Iterator[None]:
-    """Within this context the sdpa attention of models takes its queries as our rounds lay them out."""
-    token = _pass.set(Pass(packing))
+def our_pass(starts: torch.Tensor, packing: Packing | None = None) -> Iterator[None]:
+    """Within this context the attention of models takes its queries as our rounds lay them out; see [`Pass`]."""
+    token = _pass.set(Pass(starts, packing))
     try:
         yield
     finally:
         _pass.reset(token)
+
+
+def current_pass() -> Pass | None:
+    """The pass that attention is part of; compiled passes are padded, and a compiler need not look into the context."""
+    return None if torch.compiler.is_compiling() else _pass.get()
 
 
 def install() -> None:
@@ -89,8 +106,7 @@ def sdpa_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' sdpa attention; in a packed pass for queries [1, heads, B, head_dim] and keys and values
     [rows, kv_heads, view, head_dim], with a mask [rows, 1, width, view]. Returns [1, B, heads, head_dim] then."""
-    # Compiled passes are padded, and a compiler need not look into the context.
-    ours = None if torch.compiler.is_compiling() else _pass.get()
+    ours = current_pass()
     if ours is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
     if ours.packing is None:

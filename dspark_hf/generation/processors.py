@@ -4,13 +4,12 @@ Processors that look only at the logits run once over the whole block; those tha
 position by position, each with the prefix it would have seen in plain decoding.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as stock
-
-from ..modeling_dspark import Select
 
 PREFIX_FREE = (
     stock.EpsilonLogitsWarper,
@@ -56,6 +55,10 @@ class BlockProcessors:
         self.batch_size = batch_size
         # An exact type: a subclass may look at the prefix.
         self.needs_prefix = any(type(processor) not in PREFIX_FREE for processor in processors)
+        # What divides the logits when nothing else is done to them, else `None`.
+        self.temperature: float | None = None
+        if all(type(processor) is stock.TemperatureLogitsWarper for processor in processors):
+            self.temperature = math.prod(processor.temperature for processor in processors)
 
     def on_target(
         self, logits: torch.Tensor, prefixes: Sequence[torch.Tensor] | None, rows: Sequence[int]
@@ -95,28 +98,38 @@ class BlockProcessors:
             return logits.argmax(dim=-1)
         return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(-1)
 
-    def drafting(self, prefixes: Sequence[torch.Tensor] | None, rows: Sequence[int]) -> Select:
+    def drafting(self, prefixes: Sequence[torch.Tensor] | None, rows: Sequence[int]) -> "Selection":
         """Chooses the tokens of one draft. The head's logits go through the same processors as the target's: what
         they forbid or favour would otherwise be drafted in vain.
 
         Args:
             prefixes: for every row its tokens [length], anchor included; only needed when `needs_prefix`.
         """
-        seen = prefixes
+        return Selection(self, prefixes, rows)
 
-        def select(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            nonlocal seen
-            if not self.processors:
-                processed = logits.float() if self.do_sample else logits
-            elif not self.needs_prefix:
-                processed = self.processors(None, logits.float())
-            else:
-                processed = self._at_position(seen, logits.float().to(seen[0].device), rows).to(logits.device)
-            tokens = self.choose(processed)
-            if self.needs_prefix:
-                seen = [
-                    torch.cat([prefix, token[None]]) for prefix, token in zip(seen, tokens.to(seen[0]), strict=True)
-                ]
-            return tokens, processed if self.do_sample else None
 
-        return select
+class Selection:
+    """Chooses the tokens of one draft, position by position; see `BlockProcessors.drafting`.
+
+    sample: whether they are sampled. temperature: as in [`BlockProcessors`].
+    """
+
+    def __init__(self, processors: BlockProcessors, prefixes: Sequence[torch.Tensor] | None, rows: Sequence[int]):
+        self.processors, self.seen, self.rows = processors, prefixes, rows
+        self.sample, self.temperature = processors.do_sample, processors.temperature
+
+    def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens [R] from logits [R, V], and what they were sampled from, `None` when they were not."""
+        own = self.processors
+        if not own.processors:
+            processed = logits.float() if self.sample else logits
+        elif not own.needs_prefix:
+            processed = own.processors(None, logits.float())
+        else:
+            at_target = logits.float().to(self.seen[0].device)
+            processed = own._at_position(self.seen, at_target, self.rows).to(logits.device)
+        tokens = own.choose(processed)
+        if own.needs_prefix:
+            ahead = tokens.to(self.seen[0])
+            self.seen = [torch.cat([prefix, token[None]]) for prefix, token in zip(self.seen, ahead, strict=True)]
+        return tokens, processed if self.sample else None

@@ -8,6 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
 from ..modeling_dspark import device_of
+from . import attention
 from .cache import Placement, SlotCache, causal_mask
 from .hidden_states import indices_of, request_for
 from .packing import Packing, our_pass
@@ -64,7 +65,7 @@ class Target:
     def packs(self) -> bool:
         """Whether rows of different lengths can share a pass without padding; see `packing`."""
         wants_all = self.all_hidden_states or self.attentions
-        uses_interface = self.implementation == "sdpa" and self.model._supports_attention_backend
+        uses_interface = self.implementation in ("sdpa", attention.NAME) and self.model._supports_attention_backend
         return uses_interface and not wants_all and self.model._compiled_call_impl is None
 
     def forward(self, tokens: torch.Tensor, cache: SlotCache, keep: torch.Tensor | None = None) -> TargetPass:
@@ -75,7 +76,7 @@ class Target:
         """
         placement = cache.place(tokens.shape[1])
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
-        with our_pass():
+        with our_pass(placement.slots[:, 0]):
             outputs = self._call(tokens, placement.slots, placement, cache, **kwargs)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
         chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
@@ -96,7 +97,7 @@ class Target:
         """
         placement = cache.place(tokens.shape[1], packing)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
-        with our_pass(packing):
+        with our_pass(placement.slots[:, 0], packing):
             outputs = self._call(packing.pack(tokens), packing.pack(placement.slots), placement, cache, **kwargs)
         chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
         logits = outputs.logits.to(tokens.device, torch.float32)

@@ -100,8 +100,7 @@ class RowEstimates:
 
     def survival(self, confidence: np.ndarray, rows: list[int] | slice) -> np.ndarray:
         """[n, G] from the confidence [n, G] of the given rows, times what verification has shown it to be worth."""
-        corrected = confidence * self.corrections[rows][:, None]
-        return survival_of(np.minimum(np.maximum(corrected, LEAST_CERTAIN), MOST_CERTAIN))
+        return corrected(confidence, self.corrections[rows])
 
     def learn(
         self,
@@ -146,3 +145,8 @@ class RowEstimates:
             return curves
         rest = survival_of(self.shared.confidence[drafted:])
         return np.concatenate([curves, curves[:, -1:] * rest], axis=1)
+
+
+def corrected(confidence: np.ndarray, corrections: np.ndarray) -> np.ndarray:
+    """Survival [R, G] from confidence [R, G] and factors [R] on it."""
+    return survival_of(np.minimum(np.maximum(confidence * corrections[:, None], LEAST_CERTAIN), MOST_CERTAIN))

@@ -24,7 +24,7 @@ MOST_PATIENCE, ROW_PATIENCE = 128, 16
 STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
 # How much sooner than without drafts a batch must be expected to end for drafting to begin, and to go on; and how much
 # sooner than with the present length for it to be changed. To go to and fro costs more than either.
-BEGIN_AT, GO_ON_AT, CHANGE_AT = 1.03, 0.95, 1.03
+BEGIN_AT, GO_ON_AT, CHANGE_AT = 1.01, 0.95, 1.03
 # Accepted drafts a round of a row that does not even draft to end with the others.
 HOPELESS = 0.1
 # Rows that try whether drafts have come to be worth their cost.
