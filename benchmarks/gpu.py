@@ -1,0 +1,312 @@
+"""What the kernels and a decoding round cost on a GPU. One command, under 8 minutes on one card:
+
+    python benchmarks/gpu.py [--json gpu.json]
+
+First every kernel is checked against its torch reference in float32 on fresh random inputs. Then each is timed against
+that reference, eager and under torch.compile, with the bytes that its docstring counts as a share of what a plain copy
+moves in the same run. Last a decoding round at the shapes of Qwen3-4B and 8B and their released heads, at batch 1, 8
+and 32: weights are random, so acceptance is forced to a given tau, and labelled so. Without a GPU only the checks run,
+at small shapes in Triton's interpreter.
+"""
+
+import argparse
+import json
+import os
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    # Read when triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from dspark_kernels import attention, sequential, verify  # noqa: E402
+from dspark_kernels.reference import attention as attention_reference  # noqa: E402
+from dspark_kernels.reference import sequential as sequential_reference  # noqa: E402
+from dspark_kernels.reference import verify as verify_reference  # noqa: E402
+from rich import box  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+DEVICE = "cuda" if GPU else "cpu"
+# Qwen3's vocabulary, the released heads' block and rank.
+VOCABULARY, BLOCK, RANK = (151_936, 7, 256) if GPU else (1_000, 3, 16)
+TAU = 4.0
+TARGETS = {
+    "Qwen3-4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32},
+    "Qwen3-8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32},
+}
+
+
+# -- Kernels ----------------------------------------------------------------------------------------------------
+
+
+def verify_inputs(rows: int, dtype: torch.dtype):
+    """Target and draft logits, drafts from them, whole lengths, seeds."""
+    target = torch.randn(rows, BLOCK + 1, VOCABULARY, device=DEVICE, dtype=dtype) * 3
+    draft = target[:, :-1] + torch.randn_like(target[:, :-1])
+    tokens = draft.float().argmax(dim=-1)
+    lengths = torch.full((rows,), BLOCK, device=DEVICE)
+    return target, draft, tokens, lengths, torch.randint(2**62, (rows,), device=DEVICE)
+
+
+def sequential_inputs(rows: int, dtype: torch.dtype):
+    """Base logits, W1, W2, anchors, seeds."""
+    base = torch.randn(rows, BLOCK, VOCABULARY, device=DEVICE, dtype=dtype)
+    w1, w2 = (torch.randn(VOCABULARY, RANK, device=DEVICE, dtype=dtype) for _ in range(2))
+    anchors = torch.randint(VOCABULARY, (rows,), device=DEVICE)
+    return base, w1, w2, anchors, torch.randint(2**62, (rows,), device=DEVICE)
+
+
+def attention_inputs(rows: int, dtype: torch.dtype, context: int):
+    """Query, key and value of 32 heads over 8 heads of keys; contexts from an eighth of the longest to the longest."""
+    queries, view = BLOCK + 1, context + BLOCK + 1
+    query = torch.randn(rows, 32, queries, 128, device=DEVICE, dtype=dtype)
+    key, value = (torch.randn(rows, 8, view, 128, device=DEVICE, dtype=dtype) for _ in range(2))
+    starts = torch.linspace(context // 8, context, rows, device=DEVICE).long()
+    return query, key, value, starts, torch.full((rows,), queries, device=DEVICE), 128**-0.5
+
+
+def sdpa_with_mask(query, key, value, starts, counts, scale):
+    """What a target does without the kernel."""
+    slots = starts[:, None] + torch.arange(query.shape[2], device=query.device)
+    mask = torch.arange(key.shape[2], device=query.device) <= slots[..., None]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return sdpa(query, key, value, attn_mask=mask[:, None], scale=scale, enable_gqa=True)
+
+
+def kernel_cases(rows: int, dtype: torch.dtype):
+    """Of every kernel its name, the call, what it is measured against, arguments, and the bytes it moves."""
+    size = torch.finfo(dtype).bits // 8
+    target, draft, tokens, lengths, seeds = verify_inputs(rows, dtype)
+    row = VOCABULARY * size
+    yield (
+        "verify greedy",
+        verify.verify_greedy,
+        verify_reference.verify_greedy,
+        (target, tokens, lengths),
+        rows * (BLOCK + 1) * row,
+    )
+    yield (
+        "verify sampled",
+        verify.verify_sampled,
+        verify_reference.verify_sampled,
+        (target, draft, tokens, lengths, seeds),
+        rows * (2 * BLOCK + 1 + 2) * row,
+    )
+    del target, draft
+    base, w1, w2, anchors, seeds = sequential_inputs(rows, dtype)
+    moved = BLOCK * (VOCABULARY * RANK * size * -(-rows // sequential.MOST_ROWS) + rows * row)
+    for name, given, written in (("greedy", None, 0), ("sampled", seeds, 4 * rows * BLOCK * VOCABULARY)):
+        yield (
+            f"sequential {name}",
+            partial(sequential.sample_block, return_logits=given is not None),
+            partial(sequential_reference.sample_block, return_logits=given is not None),
+            (base, w1, w2, anchors, given),
+            moved + written,
+        )
+    del base, w1, w2
+    for context in (512, 8192) if GPU else (40,):
+        inputs = attention_inputs(rows, dtype, context)
+        moved = 2 * 128 * size * 8 * int((inputs[3] + inputs[4]).sum()) + 2 * inputs[0].numel() * size
+        yield f"attention, {context}", attention.ragged_attention, sdpa_with_mask, inputs, moved
+
+
+def check(console: Console) -> list[dict]:
+    """Every kernel against its reference, on inputs that nobody chose."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows in (1, 5):
+            for name, kernel, reference, args, _ in kernel_cases(rows, dtype):
+                if name.startswith("attention"):
+                    reference = attention_reference.ragged_attention
+                ours, theirs = kernel(*args), reference(*args)
+                if torch.is_tensor(ours):
+                    worst = ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
+                    good, what = worst < 4 * torch.finfo(dtype).eps + 1e-4, f"largest error {worst:.1e}"
+                else:
+                    # Two scores that are equal up to the order of a sum may change places, and the rest follows them.
+                    agree = (ours[0] == theirs[0]).all(dim=-1) if ours[0].dim() > 1 else ours[0] == theirs[0]
+                    good, what = agree.float().mean() >= 1 - 1 / rows, f"{int(agree.sum())} of {rows} rows equal"
+                found.append({"check": name, "dtype": str(dtype), "rows": rows, "found": what, "good": bool(good)})
+                console.print(f"{name}, {dtype}, {rows} rows: {what}", "" if good else "[red]WRONG[/]")
+    return found
+
+
+def seconds_of(call, *args) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(lambda: call(*args), warmup=30, rep=120, return_mode="median") / 1000
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy reads and writes."""
+    x = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    y = torch.empty_like(x)
+    return 2 * x.numel() / seconds_of(y.copy_, x)
+
+
+def time_kernels(console: Console) -> list[dict]:
+    copy, found = copy_bandwidth(), []
+    for rows in (1, 8, 32):
+        for name, kernel, reference, args, moved in kernel_cases(rows, torch.bfloat16):
+            ours, eager = seconds_of(kernel, *args), seconds_of(reference, *args)
+            compiled = seconds_of(torch.compile(reference, dynamic=False), *args)
+            torch.compiler.reset()
+            record = {"kernel": name, "rows": rows, "microseconds": 1e6 * ours, "bytes": moved}
+            record |= {"reference_microseconds": 1e6 * eager, "compiled_microseconds": 1e6 * compiled}
+            record |= {"gigabytes_per_second": moved / ours / 1e9, "of_copy": moved / ours / copy}
+            console.print(f"{name}, {rows} rows: {1e6 * ours:.1f} us, {moved / ours / copy:.0%} of a copy")
+            found.append(record)
+    return found
+
+
+# -- A decoding round -------------------------------------------------------------------------------------------
+
+
+def pair_of(name: str):
+    """Target and head of the released shapes, with random weights."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    import dspark_hf
+
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=36,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        attn_implementation="dspark",
+        **TARGETS[name],
+    )
+    with torch.device(DEVICE):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        target = Qwen3ForCausalLM(config).eval()
+        head_config = dspark_hf.DSparkConfig.from_target(
+            config, block_size=BLOCK, num_hidden_layers=5, markov_rank=RANK, mask_token_id=VOCABULARY - 1
+        )
+        head = dspark_hf.DSparkHead(head_config).eval()
+        torch.set_default_dtype(before)
+    head.generation_config.num_assistant_tokens_schedule = "constant"
+    return target, head
+
+
+@contextmanager
+def forced(tau: float, parts: dict[str, list]):
+    """Acceptance of `tau` tokens a round on average, whatever was drafted; and events around the parts of a round."""
+    from dspark_hf.generation import drafting, loop
+    from dspark_hf.modeling_dspark import DSparkHead
+
+    def timed(name, call):
+        def run(*args, **kwargs):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            result = call(*args, **kwargs)
+            end.record()
+            parts.setdefault(name, []).append((begin, end))
+            return result
+
+        return run
+
+    real = timed("acceptance", loop.accept_greedy)
+    rounds = 0
+
+    def accept(logits, drafts, lengths):
+        nonlocal rounds
+        verdict = real(logits, drafts, lengths)
+        rounds += 1
+        wanted = int(rounds * (tau - 1)) - int((rounds - 1) * (tau - 1))
+        return loop.Verdict(lengths.clamp(max=wanted), verdict.next_tokens)
+
+    before = loop.accept_greedy, drafting.Drafter._hidden, DSparkHead.sample_block, loop.Rounds.verify
+    loop.accept_greedy = accept
+    drafting.Drafter._hidden = timed("draft backbone", before[1])
+    DSparkHead.sample_block = timed("sequential head", before[2])
+    loop.Rounds.verify = timed("verify", before[3])
+    try:
+        yield
+    finally:
+        loop.accept_greedy, drafting.Drafter._hidden, DSparkHead.sample_block, loop.Rounds.verify = before
+
+
+def time_rounds(console: Console, tokens: int = 96) -> list[dict]:
+    found = []
+    for name in TARGETS:
+        target, head = pair_of(name)
+        for rows in (1, 8, 32):
+            inputs = {"input_ids": torch.randint(VOCABULARY, (rows, 256), device=DEVICE)}
+            kwargs = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+            record = {"target": name, "rows": rows, "forced_tau": TAU}
+            parts: dict[str, list] = {}
+            with forced(TAU, parts):
+                for _ in range(2):
+                    parts.clear()
+                    seconds = seconds_of_call(
+                        target, inputs, assistant_model=head, max_new_tokens=tokens, do_sample=False, eos_token_id=None
+                    )
+            rounds = len(parts["verify"])
+            for part, events in parts.items():
+                record[f"{part} ms"] = sum(begin.elapsed_time(end) for begin, end in events) / rounds
+            record["round ms"] = 1000 * seconds / rounds
+            record["everything else ms"] = record["round ms"] - sum(record[f"{part} ms"] for part in parts)
+            plain = [seconds_of_call(target, inputs, **kwargs) for _ in range(2)][-1]
+            static = [seconds_of_call(target, inputs, cache_implementation="static", **kwargs) for _ in range(3)][-1]
+            record |= {"plain ms a token": 1000 * plain / tokens, "static compiled ms a token": 1000 * static / tokens}
+            record |= {"speed of plain": plain / seconds, "speed of static compiled": static / seconds}
+            console.print(f"{name}, {rows} rows: {record['round ms']:.2f} ms a round at a forced tau of {TAU}")
+            found.append(record)
+            torch.compiler.reset()
+        del target, head
+        torch.cuda.empty_cache()
+    return found
+
+
+def seconds_of_call(target, inputs, **kwargs) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    target.generate(**inputs, **kwargs)
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+# -- Output -----------------------------------------------------------------------------------------------------
+
+
+def as_table(records: list[dict], title: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    names = list(dict.fromkeys(key for record in records for key in record))
+    for name in names:
+        table.add_column(name, justify="right")
+    for record in records:
+        values = (record.get(name, "") for name in names)
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values))
+    return table
+
+
+def main(args: argparse.Namespace) -> None:
+    console = Console(width=200)
+    card = torch.cuda.get_device_name() if GPU else "no GPU: small shapes in Triton's interpreter, not timed"
+    console.print(f"{card}; torch {torch.__version__}")
+    results = {"device": card, "torch": torch.__version__, "checks": check(console)}
+    if GPU:
+        results["kernels"] = time_kernels(console)
+        results["rounds"] = time_rounds(console)
+        console.print(as_table(results["kernels"], "kernels, bfloat16"))
+        console.print(as_table(results["rounds"], f"rounds, random weights, tau forced to {TAU}"))
+    else:
+        console.print(as_table(results["checks"], "checks"))
+    if args.json is not None:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    if not all(record["good"] for record in results["checks"]):
+        raise SystemExit("A kernel does not agree with its reference.")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    main(parser.parse_args())

@@ -1,0 +1,24 @@
+"""Import this before the kernels: without a GPU they run in Triton's interpreter, on the CPU."""
+
+import os
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    # Read when triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def strided(x: torch.Tensor, how: int) -> torch.Tensor:
+    """The same numbers with other strides: 0 contiguous, 1 gaps at the ends of rows, 2 the last dimensions swapped in
+    memory, 3 every second number of a larger tensor."""
+    if how == 1:
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan") if x.is_floating_point() else 0)
+        wide[..., : x.shape[-1]] = x
+        return wide[..., : x.shape[-1]]
+    if how == 2:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if how == 3:
+        return torch.stack([x, torch.zeros_like(x)], dim=-1)[..., 0]
+    return x.contiguous()

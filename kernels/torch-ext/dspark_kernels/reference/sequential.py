@@ -1,0 +1,52 @@
+"""What the sequential kernels compute, in torch."""
+
+import torch
+
+from .random import RACE, exponential
+from .verify import INVALID
+
+
+def sample_block(
+    base_logits: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    anchors: torch.Tensor,
+    seeds: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    return_logits: bool = False,
+    return_totals: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """See `dspark_kernels.sample_block`."""
+    previous, found = anchors, []
+    valid = torch.ones_like(anchors, dtype=torch.bool)
+    for k in range(base_logits.shape[1]):
+        embedded = w1[previous.clamp(min=0)]
+        token, *others = _position(base_logits[:, k], embedded, w2, seeds, temperature, k)
+        valid &= token >= 0
+        previous = token
+        found.append((token.where(valid, INVALID), *others))
+    tokens, logits, totals = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
+    return tokens, logits if return_logits else None, totals if return_totals else None
+
+
+def sample_position(
+    base_logits: torch.Tensor,
+    embedded: torch.Tensor,
+    w2: torch.Tensor,
+    seeds: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    return_logits: bool = False,
+    return_totals: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """See `dspark_kernels.sample_position`."""
+    token, logits, totals = _position(base_logits, embedded, w2, seeds, temperature, 0)
+    return token, logits if return_logits else None, totals if return_totals else None
+
+
+def _position(base_logits, embedded, w2, seeds, temperature, position) -> tuple[torch.Tensor, ...]:
+    logits = (base_logits.float() + embedded.float() @ w2.float().T) / temperature
+    scores = logits
+    if seeds is not None:
+        scores = logits - exponential(seeds, logits.shape[-1], RACE + 2 + position).log()
+    best, token = scores.max(dim=-1)
+    return token.where(~best.isnan() & (best > -torch.inf), INVALID), logits, logits.logsumexp(dim=-1)

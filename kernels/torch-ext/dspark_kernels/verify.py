@@ -1,0 +1,278 @@
+"""Verification: from logits to accepted counts and next tokens.
+
+Bytes, with R rows, row r of length l_r <= L, V tokens, b bytes a logit: sampled reads V b sum_r (2 l_r + 1) for the
+log-sum-exps and at most 2 V b R once more for the token after the accepted drafts (V b for a row of which all were
+accepted); greedy reads V b sum_r (l_r + 1). Positions behind a row's length are not read. What is written and read
+between the launches is 16 bytes a slice of 16,384 logits or less.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .random import ACCEPT, RACE, exponential, numbers, uniform
+
+# Logits that a program goes through, and of those how many at a time.
+SLICE, TILE = 16384, 4096
+INVALID = tl.constexpr(-1)
+
+
+@triton.jit
+def _largest_kernel(
+    logits, lengths, best, index,
+    row_stride, position_stride, token_stride,
+    vocabulary, positions, slices,
+    SLICE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Of a slice of logits[r, j] the largest and its first index; NaN if one of them is."""
+    row, position, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if position > tl.load(lengths + row):
+        return
+    base = logits + row.to(tl.int64) * row_stride + position.to(tl.int64) * position_stride
+    top, where, bad = tl.full((), float("-inf"), tl.float32), part * SLICE, 0
+    for start in range(0, SLICE, TILE):
+        tokens = part * SLICE + start + tl.arange(0, TILE)
+        x = tl.load(base + tokens.to(tl.int64) * token_stride, tokens < vocabulary, float("-inf")).to(tl.float32)
+        highest = tl.max(x, 0)
+        first = tl.min(tl.where(x == highest, tokens, vocabulary), 0)
+        where = tl.where(highest > top, first, where)
+        top = tl.maximum(top, highest)
+        bad += tl.sum((x != x).to(tl.int32), 0)
+    out = (row * positions + position) * slices + part
+    tl.store(best + out, tl.where(bad > 0, float("nan"), top))
+    tl.store(index + out, where)
+
+
+@triton.jit
+def _greedy_kernel(
+    best, index, drafts, lengths, accepted, next_tokens,
+    draft_row_stride, draft_stride, positions, slices,
+    POSITIONS: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """Leading drafts of a row that are the target's choice, and the choice behind them."""
+    row = tl.program_id(0)
+    length = tl.load(lengths + row)
+    j, s = tl.arange(0, POSITIONS), tl.arange(0, SLICES)
+    at = (row * positions + j[:, None]) * slices + s[None, :]
+    read = j <= length
+    here = read[:, None] & (s < slices)[None, :]
+    tops = tl.load(best + at, here, float("-inf"))
+    highest = tl.max(tops, 1)
+    # Slices come in order of their tokens, so the least index among the highest is the first.
+    choices = tl.min(tl.where(tops == highest[:, None], tl.load(index + at, here, 0), 2147483647), 1)
+    bad = read & ((highest == float("-inf")) | (tl.sum((tops != tops).to(tl.int32), 1) > 0))
+    drafted = tl.load(drafts + row.to(tl.int64) * draft_row_stride + j * draft_stride, j < length, -1)
+    count = tl.min(tl.where((j < length) & (drafted == choices), POSITIONS, j), 0)
+    token = tl.sum(tl.where(j == count, choices, 0), 0)
+    invalid = tl.sum(bad.to(tl.int32), 0) > 0
+    tl.store(accepted + row, tl.where(invalid, 0, count).to(tl.int64))
+    tl.store(next_tokens + row, tl.where(invalid, INVALID, token).to(tl.int64))
+
+
+@triton.jit
+def _total(base, token_stride, part, vocabulary, scale, SLICE: tl.constexpr, TILE: tl.constexpr):
+    """Largest m of a slice of scaled logits, and the sum of exp(x - m)."""
+    top, total = tl.full((), float("-inf"), tl.float32), tl.full((), 0.0, tl.float32)
+    for start in range(0, SLICE, TILE):
+        tokens = part * SLICE + start + tl.arange(0, TILE)
+        x = tl.load(base + tokens.to(tl.int64) * token_stride, tokens < vocabulary, float("-inf")).to(tl.float32)
+        x *= scale
+        raised = tl.maximum(top, tl.max(x, 0))
+        safe = tl.where(raised == float("-inf"), 0.0, raised)
+        total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe), 0)
+        top = raised
+    return top, total
+
+
+@triton.jit
+def _totals_kernel(
+    target, draft, lengths, tops, sums,
+    target_row_stride, target_position_stride, target_stride,
+    draft_row_stride, draft_position_stride, draft_stride,
+    vocabulary, positions, slices, scale,
+    SLICE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of target[r, j] and draft[r, j], slice by slice. tops, sums: [2, R, L+1, slices]."""
+    row, position, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + row)
+    if position > length:
+        return
+    out = (row * positions + position) * slices + part
+    base = target + row.to(tl.int64) * target_row_stride + position.to(tl.int64) * target_position_stride
+    top, total = _total(base, target_stride, part, vocabulary, scale, SLICE, TILE)
+    tl.store(tops + out, top)
+    tl.store(sums + out, total)
+    if position < length:
+        out += tl.num_programs(0) * positions * slices
+        base = draft + row.to(tl.int64) * draft_row_stride + position.to(tl.int64) * draft_position_stride
+        top, total = _total(base, draft_stride, part, vocabulary, scale, SLICE, TILE)
+        tl.store(tops + out, top)
+        tl.store(sums + out, total)
+
+
+@triton.jit
+def _joined(tops, sums, at, here):
+    """Log-sum-exps [POSITIONS] from those of the slices; 0 where nothing was read."""
+    top = tl.load(tops + at, here, float("-inf"))
+    highest = tl.max(top, 1)
+    safe = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.load(sums + at, here, 0.0) * tl.exp(top - safe[:, None]), 1)
+    anything = tl.sum(here.to(tl.int32), 1) > 0
+    return tl.where(anything, safe + tl.log(tl.where(anything, total, 1.0)), 0.0)
+
+
+@triton.jit
+def _raced(score, tokens, best, index):
+    """The better of the best so far and the first best of a tile."""
+    highest = tl.max(score, 0)
+    first = tl.min(tl.where(score == highest, tokens, 2147483647), 0)
+    better = (highest > best) | ((highest == best) & (first < index))
+    return tl.where(better, highest, best), tl.where(better, first, index)
+
+
+@triton.jit
+def _race_kernel(
+    target, draft, drafts, lengths, seeds, tops, sums, accepted, valid, best, index,
+    target_row_stride, target_position_stride, target_stride,
+    draft_row_stride, draft_position_stride, draft_stride,
+    drafts_row_stride, drafts_stride,
+    vocabulary, quarter, positions, slices, parts, scale,
+    POSITIONS: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Accept drafts with probability min(1, p/q); then a part of the exponential race for the token behind them.
+
+    best, index: [2, R, parts], of the residual max(p - q, 0), and of p itself.
+    """
+    row, part = tl.program_id(0), tl.program_id(1)
+    length, seed = tl.load(lengths + row), tl.load(seeds + row)
+    j, s = tl.arange(0, POSITIONS), tl.arange(0, SLICES)
+    at = (row * positions + j[:, None]) * slices + s[None, :]
+    sliced = (s < slices)[None, :]
+    target_total = _joined(tops, sums, at, (j <= length)[:, None] & sliced)
+    second = tl.num_programs(0) * positions * slices
+    draft_total = _joined(tops, sums, at + second, (j < length)[:, None] & sliced)
+
+    tested = j < length
+    target_row = target + row.to(tl.int64) * target_row_stride
+    draft_row = draft + row.to(tl.int64) * draft_row_stride
+    x = tl.load(drafts + row.to(tl.int64) * drafts_row_stride + j * drafts_stride, tested, 0)
+    t = tl.load(target_row + j.to(tl.int64) * target_position_stride + x * target_stride, tested, 0.0).to(tl.float32)
+    d = tl.load(draft_row + j.to(tl.int64) * draft_position_stride + x * draft_stride, tested, 0.0).to(tl.float32)
+    chance, _, _, _ = numbers(seed, j, ACCEPT)
+    survives = uniform(chance) * tl.exp(d * scale - draft_total) < tl.exp(t * scale - target_total)
+    count = tl.min(tl.where(tested & survives, POSITIONS, j), 0)
+
+    total = tl.sum(tl.where(j == count, target_total, 0.0), 0)
+    other_total = tl.sum(tl.where(j == count, draft_total, 0.0), 0)
+    rejected = count < length
+    target_row += count.to(tl.int64) * target_position_stride
+    draft_row += count.to(tl.int64) * draft_position_stride
+    residual_best, residual_index = tl.full((), -1.0, tl.float32), tl.full((), 0, tl.int32)
+    whole_best, whole_index = tl.full((), -1.0, tl.float32), tl.full((), 0, tl.int32)
+    for start in range(0, SLICE, TILE):
+        counter = part * SLICE + start + tl.arange(0, TILE)
+        drawn = numbers(seed, counter, RACE)
+        for lane in tl.static_range(4):
+            tokens = lane * quarter + counter
+            here = (counter < quarter) & (tokens < vocabulary)
+            race = exponential(drawn[lane])
+            offset = tokens.to(tl.int64)
+            y = tl.load(target_row + offset * target_stride, here, float("-inf")).to(tl.float32)
+            p = tl.where(here, tl.exp(y * scale - total), -1.0)
+            z = tl.load(draft_row + offset * draft_stride, here & rejected, float("-inf")).to(tl.float32)
+            q = tl.where(here & rejected, tl.exp(z * scale - other_total), 0.0)
+            residual = tl.where(here, tl.maximum(p - q, 0.0), -1.0)
+            residual_best, residual_index = _raced(residual / race, tokens, residual_best, residual_index)
+            whole_best, whole_index = _raced(p / race, tokens, whole_best, whole_index)
+    out, second = row * parts + part, tl.num_programs(0) * parts
+    tl.store(best + out, residual_best)
+    tl.store(index + out, residual_index)
+    tl.store(best + second + out, whole_best)
+    tl.store(index + second + out, whole_index)
+    if part == 0:
+        finite = (tl.abs(target_total) < float("inf")) & (tl.abs(draft_total) < float("inf"))
+        fine = tl.min(finite.to(tl.int32), 0)
+        tl.store(accepted + row, (count * fine).to(tl.int64))
+        tl.store(valid + row, fine)
+
+
+@triton.jit
+def _finish_kernel(best, index, valid, next_tokens, parts, PARTS: tl.constexpr):
+    """The winner of a row's race: that for the residual, unless there is none."""
+    row = tl.program_id(0)
+    part = tl.arange(0, PARTS)
+    second = tl.num_programs(0) * parts
+    residual, token = _raced(
+        tl.load(best + row * parts + part, part < parts, -2.0), tl.load(index + row * parts + part, part < parts, 0),
+        tl.full((), -2.0, tl.float32), tl.full((), 0, tl.int32),
+    )  # fmt: skip
+    _, other = _raced(
+        tl.load(best + second + row * parts + part, part < parts, -2.0),
+        tl.load(index + second + row * parts + part, part < parts, 0),
+        tl.full((), -2.0, tl.float32), tl.full((), 0, tl.int32),
+    )  # fmt: skip
+    token = tl.where(residual > 0, token, other)
+    tl.store(next_tokens + row, tl.where(tl.load(valid + row) > 0, token, INVALID).to(tl.int64))
+
+
+def verify_greedy(
+    target_logits: torch.Tensor, draft_tokens: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `dspark_kernels.verify_greedy`. Two launches."""
+    rows, positions, vocabulary = target_logits.shape
+    slices, tile = triton.cdiv(vocabulary, SLICE), _tile(vocabulary)
+    best = target_logits.new_empty(rows, positions, slices, dtype=torch.float32)
+    index = torch.empty_like(best, dtype=torch.int32)
+    accepted, next_tokens = (lengths.new_empty(rows, dtype=torch.int64) for _ in range(2))
+    if rows == 0:
+        return accepted, next_tokens
+    _largest_kernel[rows, positions, slices](
+        target_logits, lengths, best, index, *target_logits.stride(), vocabulary, positions, slices,
+        SLICE=max(tile, min(SLICE, triton.next_power_of_2(vocabulary))), TILE=tile,
+    )  # fmt: skip
+    _greedy_kernel[rows,](
+        best, index, draft_tokens, lengths, accepted, next_tokens, *draft_tokens.stride(), positions, slices,
+        POSITIONS=triton.next_power_of_2(positions), SLICES=triton.next_power_of_2(slices),
+    )  # fmt: skip
+    return accepted, next_tokens
+
+
+def verify_sampled(
+    target_logits: torch.Tensor,
+    draft_logits: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    lengths: torch.Tensor,
+    seeds: torch.Tensor,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `dspark_kernels.verify_sampled`. Three launches."""
+    rows, positions, vocabulary = target_logits.shape
+    slices, quarter = triton.cdiv(vocabulary, SLICE), triton.cdiv(vocabulary, 4)
+    tile, race_tile = _tile(vocabulary), _tile(quarter, TILE // 4)
+    race_slice = max(race_tile, min(SLICE // 4, triton.next_power_of_2(quarter)))
+    parts = triton.cdiv(quarter, race_slice)
+    new = target_logits.new_empty
+    tops, sums = (new(2, rows, positions, slices, dtype=torch.float32) for _ in range(2))
+    best, index = new(2, rows, parts, dtype=torch.float32), new(2, rows, parts, dtype=torch.int32)
+    valid = new(rows, dtype=torch.int32)
+    accepted, next_tokens = (new(rows, dtype=torch.int64) for _ in range(2))
+    if rows == 0:
+        return accepted, next_tokens
+    strides = *target_logits.stride(), *draft_logits.stride()
+    scale = 1.0 / temperature
+    _totals_kernel[rows, positions, slices](
+        target_logits, draft_logits, lengths, tops, sums, *strides, vocabulary, positions, slices, scale,
+        SLICE=max(tile, min(SLICE, triton.next_power_of_2(vocabulary))), TILE=tile,
+    )  # fmt: skip
+    _race_kernel[rows, parts](
+        target_logits, draft_logits, draft_tokens, lengths, seeds, tops, sums, accepted, valid, best, index,
+        *strides, *draft_tokens.stride(), vocabulary, quarter, positions, slices, parts, scale,
+        POSITIONS=triton.next_power_of_2(positions), SLICES=triton.next_power_of_2(slices),
+        SLICE=race_slice, TILE=race_tile,
+    )  # fmt: skip
+    _finish_kernel[rows,](best, index, valid, next_tokens, parts, PARTS=triton.next_power_of_2(parts))
+    return accepted, next_tokens
+
+
+def _tile(count: int, most: int = TILE) -> int:
+    return min(most, triton.next_power_of_2(count))

@@ -1,0 +1,95 @@
+"""Generation through the Triton kernels; without a GPU in Triton's interpreter, as if tensors were on one."""
+
+import dspark_kernels
+import pytest
+import torch
+from conftest import tiny_head, tiny_target
+from dspark_kernels import dispatch
+from test_sampling import PROMPTS, draw, exact_distribution, p_value
+
+from dspark_hf.generation import attention, loop
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernels run for CPU tensors too; names of the modules asked for."""
+    pytest.importorskip("triton")
+    used = []
+    for module in (dispatch, dspark_kernels):
+        monkeypatch.setattr(module, "uses_kernels", lambda *tensors: True)
+    load = dispatch.importlib.import_module
+
+    def import_module(name, package=None):
+        used.append(name.removeprefix("."))
+        return load(name, package)
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", import_module)
+    return used
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = tiny_target(16, sharpness=2)
+    return target, tiny_head(target)
+
+
+def greedy(target, **kwargs):
+    ids = torch.tensor([[0, 0, *PROMPTS[0]], [*PROMPTS[2]]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    return target.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **kwargs)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_greedy_tokens_are_plain_generates(pair, launches, monkeypatch, ahead):
+    target, head = pair
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: ahead)
+    assert torch.equal(greedy(target, assistant_model=head), greedy(target))
+    assert {"verify", "sequential"} <= set(launches)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_by_name(pair, launches, packed, request):
+    target, head = pair
+    expected = greedy(target)
+    if packed:
+        request.getfixturevalue("shuffled")
+    before = target.config._attn_implementation
+    target.set_attn_implementation(attention.NAME)
+    try:
+        assert torch.equal(greedy(target), expected)
+        assert "attention" not in launches
+        assert torch.equal(greedy(target, assistant_model=head), expected)
+        assert "attention" in launches
+    finally:
+        target.set_attn_implementation(before)
+
+
+def test_samples_are_distributed_as_the_targets(pair, launches, monkeypatch):
+    """The joint distribution of three tokens, 5,000 draws."""
+    monkeypatch.setattr("test_sampling.DRAWS", 5000)
+    target, head = pair
+    (tokens,) = draw(target, head, [PROMPTS[0]], temperature=0.7)
+    assert {"verify", "sequential"} <= set(launches)
+    from transformers import TemperatureLogitsWarper
+
+    assert p_value(tokens, exact_distribution(target, PROMPTS[0], [TemperatureLogitsWarper(0.7)])) > 1e-4
+
+
+def test_the_same_seed_gives_the_same_sample(pair, launches):
+    target, head = pair
+    samples = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        samples.append(target.generate(torch.tensor([PROMPTS[0]]), do_sample=True, assistant_model=head))
+    assert torch.equal(*samples)
+
+
+@pytest.mark.parametrize("where", ["kernels", "torch"])
+def test_logits_that_are_no_distribution_are_an_error(pair, where, request, monkeypatch):
+    target, head = pair
+    if where == "kernels":
+        request.getfixturevalue("launches")
+    verify = loop.Rounds.verify
+    monkeypatch.setattr(loop.Rounds, "verify", lambda *args: verify(*args).fill_(float("nan")))
+    with pytest.raises(ValueError, match="row 0 of the batch hold NaN"):
+        greedy(target, assistant_model=head)
