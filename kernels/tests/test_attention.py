@@ -48,7 +48,7 @@ def inputs(rows, kv_heads, groups, queries, width, capacity, dtype, seed):
     return [x.to(DEVICE) for x in (query, key, value, starts, counts, sinks)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(cases, st.sampled_from([None, 1, 5, 40]), st.booleans())
 def test_is_its_reference(case, window, has_sinks):
     query, key, value, starts, counts, sinks = inputs(**case)

@@ -22,10 +22,11 @@ def _slice_kernel(
     value_row_stride, value_head_stride, value_stride,
     queries, groups, slices, scale, window,
     WINDOW: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr,
-    SLICE: tl.constexpr, TILE: tl.constexpr,
+    SLICE: tl.constexpr, TILE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """What the queries of a group make of a slice of the context, unnormalised.
 
+    WIDEN: products in float32 whatever the dtype, as Triton's interpreter knows none of bfloat16.
     mixed: [R, H_kv, slices, QUERIES, D], tops, sums: [R, H_kv, slices, QUERIES].
     """
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -47,6 +48,8 @@ def _slice_kernel(
     across = (i < WIDTH)[None, :]
     from_ = query + row.to(tl.int64) * query_row_stride + (head * groups + group)[:, None] * query_head_stride
     q = tl.load(from_ + place[:, None] * query_stride + i[None, :], real[:, None] & across, 0.0)
+    if WIDEN:
+        q = q.to(tl.float32)
     slot = start + place
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
@@ -58,6 +61,8 @@ def _slice_kernel(
         stored = (at < end)[:, None] & across
         k = tl.load(keys + at.to(tl.int64)[:, None] * key_stride + i[None, :], stored, 0.0)
         v = tl.load(values + at.to(tl.int64)[:, None] * value_stride + i[None, :], stored, 0.0)
+        if WIDEN:
+            k, v = k.to(tl.float32), v.to(tl.float32)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         sees = real[:, None] & (at[None, :] <= slot[:, None])
         if WINDOW:
@@ -131,7 +136,7 @@ def ragged_attention(
         query, key, value, starts, counts, mixed, tops, sums,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         queries, groups, slices, scale, window or 0,
-        WINDOW=window is not None, QUERIES=block, WIDTH=width, DIM=dim, SLICE=SLICE, TILE=TILE,
+        WINDOW=window is not None, QUERIES=block, WIDTH=width, DIM=dim, SLICE=SLICE, TILE=TILE, WIDEN=not query.is_cuda,
     )  # fmt: skip
     _join_kernel[rows, heads, queries](
         mixed, tops, sums, tops if sinks is None else sinks, output, *output.stride()[:3],

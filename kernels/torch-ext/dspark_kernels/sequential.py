@@ -41,13 +41,14 @@ def _position_kernel(
     base_row_stride, base_position_stride, base_stride, w1_stride, w2_stride,
     rows, rank, vocabulary, quarter, position, positions, tiles, scale,
     LOOKUP: tl.constexpr, SAMPLE: tl.constexpr, WRITE: tl.constexpr, TOTALS: tl.constexpr,
-    ROWS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Logits of a tile of the vocabulary for all rows, and the best of them into `keys` [L, R].
 
     LOOKUP: w1 [V, n] is indexed by the token before, else it holds the embedded rows [R, n] themselves.
     SAMPLE: best by exponential race, else by size. WRITE: logits [R, L, V] float32, scaled. TOTALS: of each tile the
-    largest scaled logit and the sum of exp(x - largest), [R, L, tiles].
+    largest scaled logit and the sum of exp(x - largest), [R, L, tiles]. WIDEN: products in float32 whatever the dtype,
+    as Triton's interpreter knows none of bfloat16.
     """
     tile = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -78,6 +79,8 @@ def _position_kernel(
         )
         at = row.to(tl.int64)[:, None] * base_row_stride + position * base_position_stride
         x = tl.load(base + at + tokens.to(tl.int64)[None, :] * base_stride, both, 0.0).to(tl.float32)
+        if WIDEN:
+            embedded, weights = embedded.to(tl.float32), weights.to(tl.float32)
         x += tl.dot(embedded, tl.trans(weights), input_precision="ieee")
         x = tl.where(both, x * scale, float("-inf"))
         if WRITE:
@@ -189,4 +192,5 @@ def _launch(found, base_logits, w1, w2, anchors, seeds, temperature, position, l
         rows, w2.shape[1], vocabulary, quarter, position, positions, found.tiles, 1.0 / temperature,
         LOOKUP=lookup, SAMPLE=seeds is not None, WRITE=found.logits is not None, TOTALS=found.totals is not None,
         ROWS=block, RANK=max(16, triton.next_power_of_2(w2.shape[1])), TILE=TILE,
+        WIDEN=not base_logits.is_cuda,
     )  # fmt: skip
