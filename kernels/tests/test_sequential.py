@@ -2,7 +2,7 @@
 
 # ruff: isort: skip_file
 
-from interpreter import DEVICE, strided
+from interpreter import DEVICE, spaced, strided
 import pytest
 import torch
 from dspark_kernels import INVALID, sequential
@@ -30,7 +30,7 @@ def inputs(rows, positions, vocabulary, rank, dtype, how, seed):
     w1, w2 = (torch.randn(vocabulary, rank, generator=g).to(dtype) for _ in range(2))
     anchors = torch.randint(vocabulary, (rows,), generator=g)
     seeds = torch.randint(2**62, (rows,), generator=g)
-    return [x.to(DEVICE) for x in (base, w1, w2, anchors, seeds)]
+    return [x.to(DEVICE) for x in (base, w1, w2, spaced(anchors), spaced(seeds))]
 
 
 @settings(max_examples=30, deadline=None)

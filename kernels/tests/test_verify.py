@@ -2,7 +2,7 @@
 
 # ruff: isort: skip_file
 
-from interpreter import DEVICE, strided
+from interpreter import DEVICE, spaced, strided
 import pytest
 import torch
 from dspark_kernels import INVALID, verify
@@ -51,7 +51,7 @@ def inputs(rows, drafts, vocabulary, dtype, how, scale, agree, seed):
     draft = draft.masked_fill((place[:-1] >= lengths[:, None])[..., None], float("nan"))
     seeds = torch.randint(2**62, (rows,), generator=g)
     target, draft, tokens = (strided(x, how).to(DEVICE) for x in (target, draft, tokens))
-    return target, draft, tokens, lengths.to(DEVICE), seeds.to(DEVICE)
+    return target, draft, tokens, spaced(lengths.to(DEVICE)), spaced(seeds.to(DEVICE))
 
 
 @settings(max_examples=25, deadline=None)
@@ -102,6 +102,7 @@ def test_residual_of_nothing_falls_back_to_the_target():
         assert accepted.item() == 0 and token.item() == 3
 
 
+@pytest.mark.slow
 def test_committed_tokens_are_distributed_as_the_target_says():
     """Drafts drawn from q, verified against p: the first committed token has distribution p. 5,000 draws."""
     g = torch.Generator().manual_seed(3)

@@ -133,7 +133,7 @@ def ragged_attention(
     tops, sums = (query.new_empty(rows, kv_heads, slices, block, dtype=torch.float32) for _ in range(2))
     mixed = query.new_empty(rows, kv_heads, slices, block, width, dtype=torch.float32)
     _slice_kernel[rows, kv_heads, slices](
-        query, key, value, starts, counts, mixed, tops, sums,
+        query, key, value, starts.contiguous(), counts.contiguous(), mixed, tops, sums,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         queries, groups, slices, scale, window or 0,
         WINDOW=window is not None, QUERIES=block, WIDTH=width, DIM=dim, SLICE=SLICE, TILE=TILE, WIDEN=not query.is_cuda,

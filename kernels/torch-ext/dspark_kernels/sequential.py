@@ -131,7 +131,7 @@ def sample_block(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """See `dspark_kernels.sample_block`. A launch a position, one before and one after."""
     rows, positions, vocabulary = base_logits.shape
-    found = _Outputs(base_logits, return_logits, return_totals)
+    found, anchors = _Outputs(base_logits, return_logits, return_totals), anchors.contiguous()
     if rows == 0:
         return found.of()
     for k in range(positions):
@@ -186,7 +186,7 @@ def _launch(found, base_logits, w1, w2, anchors, seeds, temperature, position, l
     quarter = triton.cdiv(vocabulary, 4)
     block = min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
     _position_kernel[found.tiles, triton.cdiv(rows, block)](
-        base_logits, w1, w2, anchors, anchors if seeds is None else seeds, found.keys,
+        base_logits, w1, w2, anchors, (anchors if seeds is None else seeds).contiguous(), found.keys,
         found.sums if found.logits is None else found.logits, found.tops, found.sums,
         *base_logits.stride(), w1.stride(0), w2.stride(0),
         rows, w2.shape[1], vocabulary, quarter, position, positions, found.tiles, 1.0 / temperature,

@@ -220,6 +220,7 @@ def verify_greedy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dspark_kernels.verify_greedy`. Two launches."""
     rows, positions, vocabulary = target_logits.shape
+    lengths = lengths.contiguous()
     slices, tile = triton.cdiv(vocabulary, SLICE), _tile(vocabulary)
     best = target_logits.new_empty(rows, positions, slices, dtype=torch.float32)
     index = torch.empty_like(best, dtype=torch.int32)
@@ -247,6 +248,7 @@ def verify_sampled(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dspark_kernels.verify_sampled`. Three launches."""
     rows, positions, vocabulary = target_logits.shape
+    lengths, seeds = lengths.contiguous(), seeds.contiguous()
     slices, quarter = triton.cdiv(vocabulary, SLICE), triton.cdiv(vocabulary, 4)
     tile, race_tile = _tile(vocabulary), _tile(quarter, TILE // 4)
     race_slice = max(race_tile, min(SLICE // 4, triton.next_power_of_2(quarter)))
