@@ -244,16 +244,29 @@ class DSparkHead(PreTrainedModel):
     def _fuses(self, select: Select, base_logits: torch.Tensor) -> bool:
         """Whether kernels draft the block: what is chosen must depend on the logits and a temperature only."""
         temperature = getattr(select, "temperature", None)
-        vanilla = type(self.markov_head) is VanillaHead
-        return vanilla and temperature is not None and dspark_kernels.uses_kernels(base_logits)
+        return self.markov_head is not None and temperature is not None and dspark_kernels.uses_kernels(base_logits)
 
     def _sample_fused(self, hidden, base_logits, anchors, select) -> DraftBlock:
-        """`sample_block` with a launch a position."""
-        seeds = torch.randint(2**63 - 1, anchors.shape, device=anchors.device) if select.sample else None
-        w1, w2 = self.markov_head.markov_w1.weight, self.markov_head.markov_w2.weight
-        tokens, logits, _ = dspark_kernels.sample_block(
-            base_logits, w1, w2, anchors, seeds, select.temperature, return_logits=select.sample
-        )
+        """`sample_block` with few launches a position, for the vanilla head one."""
+        options = {"temperature": select.temperature, "return_logits": select.sample}
+        count, head = base_logits.shape[1], self.markov_head
+        seeds = [None] * count
+        if select.sample:
+            seeds = torch.randint(2**63 - 1, (count, len(anchors)), device=anchors.device).unbind()
+        w1, w2 = head.markov_w1.weight, head.markov_w2.weight
+        if type(head) is VanillaHead:
+            tokens, logits, _ = dspark_kernels.sample_block(base_logits, w1, w2, anchors, seeds[0], **options)
+        else:
+            previous, state, found = anchors, None, []
+            for k in range(count):
+                embedded = head.embed(previous)
+                state = head.initial_state(embedded) if k == 0 else state
+                mixed, state = head.mix(hidden[:, k], embedded, state)
+                token, of, _ = dspark_kernels.sample_position(base_logits[:, k], mixed, w2, seeds[k], **options)
+                previous = token.clamp(min=0)
+                found.append((token, of))
+            tokens = torch.stack([token for token, _ in found], dim=1)
+            logits = torch.stack([of for _, of in found], dim=1) if select.sample else None
         # A draft that is no token is never accepted; its place must hold one all the same.
         tokens = tokens.clamp(min=0)
         previous = torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)

@@ -33,7 +33,14 @@ class VanillaHead(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Bias [..., V] of one position from its hidden state [..., d], the embedded previous token [..., r] and the
         state of the position before; and the new state."""
-        return self.markov_w2(embedded), None
+        mixed, state = self.mix(hidden, embedded, state)
+        return self.markov_w2(mixed), state
+
+    def mix(
+        self, hidden: torch.Tensor, embedded: torch.Tensor, state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What W2 is multiplied by, [..., r], and the new state; arguments as in `step`."""
+        return embedded, None
 
     def teacher_forced(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         """Biases [..., B, V] of a whole block [..., B, d] whose previous tokens [..., B] are known."""
@@ -48,9 +55,9 @@ class GatedHead(VanillaHead):
         super().__init__(config)
         self.gate_proj = nn.Linear(config.hidden_size + self.rank, self.rank)
 
-    def step(self, hidden, embedded, state):
+    def mix(self, hidden, embedded, state):
         gate = torch.sigmoid(self.gate_proj(torch.cat([hidden, embedded], dim=-1)))
-        return self.markov_w2(gate * embedded), None
+        return gate * embedded, None
 
 
 class RnnHead(VanillaHead):
@@ -63,10 +70,10 @@ class RnnHead(VanillaHead):
     def initial_state(self, embedded):
         return torch.zeros_like(embedded)
 
-    def step(self, hidden, embedded, state):
+    def mix(self, hidden, embedded, state):
         gate, candidate, output = self.joint_proj(torch.cat([state, embedded, hidden], dim=-1)).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
-        return self.markov_w2(torch.tanh(output)), gate * state + (1 - gate) * torch.tanh(candidate)
+        return torch.tanh(output), gate * state + (1 - gate) * torch.tanh(candidate)
 
     def teacher_forced(self, hidden, previous):
         embedded = self.embed(previous)

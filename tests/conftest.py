@@ -32,10 +32,6 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also run the tests that take minutes")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; run with --all")
-
-
 def pytest_unconfigure(config):
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 

@@ -6,8 +6,10 @@ import torch
 from conftest import tiny_head, tiny_target
 from dspark_kernels import dispatch
 from test_sampling import PROMPTS, draw, exact_distribution, p_value
+from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from dspark_hf.generation import attention, loop
+from dspark_hf.generation.processors import BlockProcessors
 
 
 @pytest.fixture
@@ -47,6 +49,30 @@ def test_greedy_tokens_are_plain_generates(pair, launches, monkeypatch, ahead):
     assert {"verify", "sequential"} <= set(launches)
 
 
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+@pytest.mark.parametrize("sample", [False, True])
+def test_drafts_of_every_sequential_head(launches, monkeypatch, kind, sample):
+    """Kernels draft what torch drafts; sampled drafts come from the logits that are returned with them."""
+    target = tiny_target(16, sharpness=2)
+    head = tiny_head(target, markov_head_type=kind)
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(3, head.config.block_size, head.config.hidden_size, generator=g)
+    anchors, tables = torch.tensor([1, 5, 9]), head.share_tables(target)
+    select = BlockProcessors(LogitsProcessorList(), sample).drafting(None, [0, 1, 2])
+    with torch.no_grad():
+        found = head.sample_block(hidden, anchors, tables, 3, select)
+        assert "sequential" in launches
+        if not sample:
+            monkeypatch.setattr(dspark_kernels, "uses_kernels", lambda *tensors: False)
+            expected = head.sample_block(hidden, anchors, tables, 3, select)
+            assert torch.equal(found.tokens, expected.tokens) and found.logits is None
+            torch.testing.assert_close(found.confidence_logits, expected.confidence_logits)
+            return
+        previous = torch.cat([anchors[:, None], found.tokens[:, :-1]], dim=1)
+        expected = head.base_logits(hidden[:, :3], tables) + head.markov_head.teacher_forced(hidden[:, :3], previous)
+        torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_attention_by_name(pair, launches, packed, request):
     target, head = pair
@@ -72,8 +98,6 @@ def test_samples_are_distributed_as_the_targets(pair, launches, monkeypatch):
     target, head = pair
     (tokens,) = draw(target, head, [PROMPTS[0]], temperature=0.7)
     assert {"verify", "sequential"} <= set(launches)
-    from transformers import TemperatureLogitsWarper
-
     assert p_value(tokens, exact_distribution(target, PROMPTS[0], [TemperatureLogitsWarper(0.7)])) > 1e-4
 
 
