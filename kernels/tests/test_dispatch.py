@@ -2,6 +2,7 @@
 
 # ruff: isort: skip_file
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,16 @@ def test_import_needs_no_triton():
         "k.verify_sampled(x, x[:, :2], x[:, :2].argmax(-1), torch.tensor([2, 1]), torch.arange(2))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("dtypes", [["bf16"], pytest.param(["fp32", "fp16"], marks=pytest.mark.slow)])
+def test_kernels_compile_for_a_gpu(dtypes, tmp_path):
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    subprocess.run(
+        [sys.executable, ROOT / "tests" / "compile_for_gpu.py", *dtypes], check=True, env=environment, timeout=600
+    )
 
 
 def test_the_kernels_library_loads_a_local_build(tmp_path):
