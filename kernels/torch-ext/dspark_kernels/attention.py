@@ -2,8 +2,9 @@
 
 Query i of row r lies at slot starts[r] + i and sees the slots up to its own. Bytes, with b bytes a number, D of a head
 and H_kv heads of keys: 2 D b H_kv (starts[r] + counts[r]) a row for its keys and values, each read once for all queries
-of its group (with a window no more than it reaches); queries and output; and 4 (D + 2) a query and slice of 256 keys
-written and read between the two launches.
+of its group (with a window no more than the slices of 256 keys that it reaches); queries and output; and 4 (D + 2) a
+query and slice, queries of a group counted up to the next power of two from 16 on, written and read between the two
+launches.
 """
 
 import torch

@@ -2,7 +2,8 @@
 
 logits[r, v] = base[r, k, v] + sum_i embedded[r, i] W2[v, i], and embedded[r] is the W1 row of the token before. Bytes a
 position, with R rows, V tokens, rank n, b bytes a number: V n b for W2, once for every 64 rows; R V b base logits;
-R n b of W1. Written are 8 bytes a row, and 4 R V only when the logits are wanted. One launch a position, as each needs
+R n b of W1, which every tile of 256 tokens reads anew from the second-level cache. Written are 8 bytes a row and tile,
+by atomics on the same 8 bytes a row, and 4 R V only when the logits are wanted. One launch a position, as each needs
 the token before it, and one for all of them at the end.
 """
 

@@ -2,8 +2,9 @@
 
 Bytes, with R rows, row r of length l_r <= L, V tokens, b bytes a logit: sampled reads V b sum_r (2 l_r + 1) for the
 log-sum-exps and at most 2 V b R once more for the token after the accepted drafts (V b for a row of which all were
-accepted); greedy reads V b sum_r (l_r + 1). Positions behind a row's length are not read. What is written and read
-between the launches is 16 bytes a slice of 16,384 logits or less.
+accepted); greedy reads V b sum_r (l_r + 1). Positions behind a row's length are not read. Between launches 8 bytes are
+written of every slice of 16,384 logits that was read; sampled reads them once for each of the V / 16,384 parts of the
+row's race, and each part writes 16 bytes.
 """
 
 import torch
