@@ -13,10 +13,11 @@ from hypothesis.extra import numpy as hnp
 from dspark_hf.generation.acceptance import accept_sampled
 from dspark_hf.generation.step_times import experience_of
 from dspark_hf.scheduling.algorithm import admit, best_length, cut, smoothed, survival
+from dspark_hf.scheduling.cost import KINDS
 from dspark_hf.scheduling.estimates import Experience, RowEstimates
 from dspark_hf.scheduling.horizon import seconds_to_end
 from dspark_hf.scheduling.load import Load
-from dspark_hf.scheduling.scheduler import Costs, LoadSchedule, Plan, Settings, _walk
+from dspark_hf.scheduling.scheduler import PROBING, Costs, LoadSchedule, Plan, Settings, _walk
 
 CONFIDENCE = hnp.arrays(float, st.tuples(st.integers(1, 4), st.integers(1, 4)), elements=st.floats(0.01, 0.99))
 
@@ -268,6 +269,52 @@ def test_drafts_that_all_fail_cost_an_occasional_probe():
         # A later call with the same pair starts from what is known.
         again = simulate(load_schedule(rows, shared=shared), [0] * rows, 50)
         assert sum(bool(plan.rows) for plan, _ in again) <= 1
+
+
+def test_rest_goes_on_from_one_call_to_the_next():
+    """Calls that are shorter than the rest: without memory of it no call would ever try again."""
+    shared = Experience.fresh(4)
+    simulate(load_schedule(4, shared=shared), [0] * 4, 400)
+    tries = [
+        sum(bool(plan.rows) for plan, _ in simulate(load_schedule(4, shared=shared), [0] * 4, 40)) for _ in range(12)
+    ]
+    assert 2 <= sum(tries) <= 6
+
+
+def test_few_rows_of_many_probe_and_others_the_next_time():
+    shared = Experience.fresh(4)
+    schedule = load_schedule(16, shared=shared)
+    probes = [plan.rows for plan, _ in simulate(schedule, [0] * 16, 300) if plan.probe]
+    assert all(len(rows) == PROBING for rows in probes) and not set(probes[0]) & set(probes[1])
+
+
+def test_a_failing_row_that_ends_last_keeps_its_drafts():
+    """What does not pay by tokens a second pays for a row that everybody waits for."""
+    schedule = load_schedule(4)
+    worth = np.full((4, 4, 4), 0.8)
+    worth[:, 3] = 0.3 ** np.arange(1, 5)
+    plan = Plan([0, 1, 2, 3], 4, 4, theta=8.0, costs=Costs(*(schedule.table.seconds(k, 4, 128) for k in KINDS[:3])))
+    ahead, behind = np.array([90, 90, 90, 5]), np.array([90, 90, 90, 90])
+    plan.costs.draft[:] += 5
+    assert schedule._without_losers(plan, worth, ahead, 128, 1.0) == [0, 1, 2]
+    assert schedule._without_losers(plan, worth, behind, 128, 1.0) == [0, 1, 2, 3]
+    schedule.estimates.expected[3] = 5.0
+    assert schedule._without_losers(plan, worth, behind, 128, 1.0) == [0, 1, 2]
+
+
+def test_rows_that_did_not_draft_verify_nothing_where_the_host_runs_ahead():
+    schedule = load_schedule(3, ahead=True)
+    confidence, rooms = torch.full((3, 2), 0.9), torch.full((3,), 9)
+    for plan in (Plan([0, 2], 2, 2, budget=4), Plan([0, 2], 2, 2, True, 4), Plan([0, 2], 2, 2, True, 4, probe=True)):
+        assert schedule.choose_ahead(plan, confidence, rooms).tolist() == [2, 0, 2]
+
+
+def test_drafting_does_not_begin_where_reading_the_prompt_costs_more():
+    table = table_of(4)
+    table.start[:] = 1000.0
+    rooms = np.full(4, 40)
+    assert load_schedule(4, table=table).plan(rooms, 128, Load(4, 0)).rows
+    assert not load_schedule(4, table=table).plan(rooms, 128, Load(4, 0), waiting=128).rows
 
 
 def test_drafting_comes_back_when_drafts_succeed_again():

@@ -25,8 +25,9 @@ STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
 # How much sooner than without drafts a batch must be expected to end for drafting to begin, and to go on; and how much
 # sooner than with the present length for it to be changed. To go to and fro costs more than either.
 BEGIN_AT, GO_ON_AT, CHANGE_AT = 1.01, 0.95, 1.03
-# Accepted drafts a round of a row that does not even draft to end with the others.
-HOPELESS = 0.1
+# A row whose drafts have kept less than this share of what their confidence promised does not draft even to end with
+# the others; a promise is so many tokens.
+HOPELESS, PROMISE = 0.1, 2.0
 # Rows that try whether drafts have come to be worth their cost.
 PROBING = 4
 POWERS = [1 << i for i in range(16)]
@@ -362,7 +363,7 @@ class LoadSchedule(ConstantSchedule):
 
     def _without_losers(self, plan: Plan, worth: np.ndarray, rooms: np.ndarray, context: int, busy: float) -> list[int]:
         """The rows of the plan whose drafts bring more than drafting them costs, those that would end after all others
-        without drafts that succeed now and then, and those that have rested for long.
+        without drafts and are not hopeless, and those that have rested for long.
 
         Args:
             worth: [H, R, G], survival of all rows in earlier rounds.
@@ -374,7 +375,9 @@ class LoadSchedule(ConstantSchedule):
         seconds = plan.costs.draft - self.table.seconds("draft", fewer * busy, context)
         price = plan.theta * seconds[plan.length - 1] / (len(rows) - fewer)
         value = worth[:, rows, : plan.length].sum(axis=2).mean(axis=0)
-        late = (rooms[rows] + 1 > ((rooms[rows] + 1) / (1 + value)).max()) & (value > HOPELESS)
+        promised, kept = self.estimates.expected[rows], self.estimates.accepted[rows]
+        hopeless = (promised > PROMISE) & (kept < HOPELESS * promised)
+        late = (rooms[rows] + 1 > ((rooms[rows] + 1) / (1 + value)).max()) & ~hopeless
         kept = rows[(value > price) | late | (self.idle[rows] >= ROW_PATIENCE)]
         return kept.tolist() or plan.rows
 
