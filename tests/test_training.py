@@ -145,6 +145,7 @@ def test_training_raises_the_accepted_length(task, tmp_path):
     ids = torch.tensor([row["input_ids"][:8] for row in rows[:16]])
 
     def tau(head):
+        head.generation_config.num_assistant_tokens_schedule = "constant"
         kwargs = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
         return target.generate(input_ids=ids, assistant_model=head, **kwargs).dspark.tau
 

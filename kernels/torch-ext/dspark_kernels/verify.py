@@ -165,7 +165,8 @@ def _race_kernel(
 
     total = tl.sum(tl.where(j == count, target_total, 0.0), 0)
     other_total = tl.sum(tl.where(j == count, draft_total, 0.0), 0)
-    rejected = count < length
+    # Nothing is subtracted where nothing was rejected.
+    subtracted = tl.where(count < length, vocabulary, 0)
     target_row += count.to(tl.int64) * target_position_stride
     draft_row += count.to(tl.int64) * draft_position_stride
     residual_best, residual_index = tl.full((), -1.0, tl.float32), tl.full((), 0, tl.int32)
@@ -180,8 +181,9 @@ def _race_kernel(
             offset = tokens.to(tl.int64)
             y = tl.load(target_row + offset * target_stride, here, float("-inf")).to(tl.float32)
             p = tl.where(here, tl.exp(y * scale - total), -1.0)
-            z = tl.load(draft_row + offset * draft_stride, here & rejected, float("-inf")).to(tl.float32)
-            q = tl.where(here & rejected, tl.exp(z * scale - other_total), 0.0)
+            there = here & (tokens < subtracted)
+            z = tl.load(draft_row + offset * draft_stride, there, float("-inf")).to(tl.float32)
+            q = tl.where(there, tl.exp(z * scale - other_total), 0.0)
             residual = tl.where(here, tl.maximum(p - q, 0.0), -1.0)
             residual_best, residual_index = _raced(residual / race, tokens, residual_best, residual_index)
             whole_best, whole_index = _raced(p / race, tokens, whole_best, whole_index)
