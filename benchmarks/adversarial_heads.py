@@ -1,6 +1,6 @@
 """What a useless head costs: plain generate against heads whose drafts fail, with the load schedule.
 
-    python benchmarks/adversarial_heads.py [--batch-sizes 1,16] [--turns 12]
+    python benchmarks/adversarial_heads.py [--batch-sizes 1,16] [--turns 8]
 
 Two heads for the embedded target: one of random weights, and the embedded one made to draft a token that the target
 never writes, so that every draft fails while its confidence stays what it was. A turn is plain, head, head, plain;
