@@ -2,6 +2,8 @@
 
 import torch
 
+from . import wide
+
 
 def ragged_attention(
     query: torch.Tensor,
@@ -16,16 +18,16 @@ def ragged_attention(
     """See `dspark_kernels.ragged_attention`."""
     rows, heads, queries, _ = query.shape
     groups = heads // key.shape[1]
-    key, value = (x.float().repeat_interleave(groups, dim=1) for x in (key, value))
+    key, value = (wide(x).repeat_interleave(groups, dim=1) for x in (key, value))
     slots = starts[:, None] + torch.arange(queries, device=query.device)
     at = torch.arange(key.shape[2], device=query.device)
     sees = at <= slots[..., None]
     if window is not None:
         sees &= at > slots[..., None] - window
-    scores = query.float() @ key.transpose(-1, -2) * scale
+    scores = wide(query) @ key.transpose(-1, -2) * scale
     scores = scores.masked_fill(~sees[:, None], -torch.inf)
     if sinks is not None:
-        sink = sinks.float()[None, :, None, None].expand(rows, -1, queries, 1)
+        sink = wide(sinks).to(scores.dtype)[None, :, None, None].expand(rows, -1, queries, 1)
         scores = torch.cat([scores, sink], dim=-1)
     # What lies in slots that no query sees may be anything.
     unseen = at >= (starts + counts)[:, None]

@@ -2,6 +2,7 @@
 
 import torch
 
+from . import wide
 from .random import RACE, exponential
 from .verify import INVALID
 
@@ -44,7 +45,7 @@ def sample_position(
 
 
 def _position(base_logits, embedded, w2, seeds, temperature, position) -> tuple[torch.Tensor, ...]:
-    logits = (base_logits.float() + embedded.float() @ w2.float().T) / temperature
+    logits = (wide(base_logits) + wide(embedded) @ wide(w2).T) / temperature
     scores = logits
     if seeds is not None:
         scores = logits - exponential(seeds, logits.shape[-1], RACE + 2 + position).log()

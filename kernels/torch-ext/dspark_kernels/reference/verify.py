@@ -2,6 +2,7 @@
 
 import torch
 
+from . import wide
 from .random import ACCEPT, exponential, philox, uniform
 
 # The token of a row whose logits are no distribution.
@@ -29,7 +30,7 @@ def verify_sampled(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Accept, residual and bonus; see `dspark_kernels.verify_sampled`."""
     positions = torch.arange(target_logits.shape[1], device=lengths.device)
-    target, draft = target_logits.float() / temperature, draft_logits.float() / temperature
+    target, draft = wide(target_logits) / temperature, wide(draft_logits) / temperature
     target_total, draft_total = target.logsumexp(dim=-1), draft.logsumexp(dim=-1)
     finite = target_total.isfinite() | (positions > lengths[:, None])
     finite[:, :-1] &= draft_total.isfinite() | (positions[:-1] >= lengths[:, None])
