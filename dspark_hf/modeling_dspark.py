@@ -250,19 +250,20 @@ class DSparkHead(PreTrainedModel):
         """`sample_block` with few launches a position, for the vanilla head one."""
         options = {"temperature": select.temperature, "return_logits": select.sample}
         count, head = base_logits.shape[1], self.markov_head
-        seeds = [None] * count
-        if select.sample:
-            seeds = torch.randint(2**63 - 1, (count, len(anchors)), device=anchors.device).unbind()
+
+        def seeds() -> torch.Tensor | None:
+            return dspark_kernels.random_seeds(len(anchors), anchors.device) if select.sample else None
+
         w1, w2 = head.markov_w1.weight, head.markov_w2.weight
         if type(head) is VanillaHead:
-            tokens, logits, _ = dspark_kernels.sample_block(base_logits, w1, w2, anchors, seeds[0], **options)
+            tokens, logits, _ = dspark_kernels.sample_block(base_logits, w1, w2, anchors, seeds(), **options)
         else:
             previous, state, found = anchors, None, []
             for k in range(count):
                 embedded = head.embed(previous)
                 state = head.initial_state(embedded) if k == 0 else state
                 mixed, state = head.mix(hidden[:, k], embedded, state)
-                token, of, _ = dspark_kernels.sample_position(base_logits[:, k], mixed, w2, seeds[k], **options)
+                token, of, _ = dspark_kernels.sample_position(base_logits[:, k], mixed, w2, seeds(), **options)
                 previous = token.clamp(min=0)
                 found.append((token, of))
             tokens = torch.stack([token for token, _ in found], dim=1)

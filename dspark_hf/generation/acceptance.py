@@ -38,10 +38,5 @@ def accept_sampled(
     Args:
         target_logits: [R, L+1, V], after processors. draft_logits: [R, L, V], what the drafts were sampled from.
     """
-    seeds = random_seeds(len(lengths), lengths.device)
+    seeds = dspark_kernels.random_seeds(len(lengths), lengths.device)
     return Verdict(*dspark_kernels.verify_sampled(target_logits, draft_logits, draft_tokens, lengths, seeds))
-
-
-def random_seeds(rows: int, device: torch.device) -> torch.Tensor:
-    """Seeds [R] for the kernels' own generator, from torch's: `torch.manual_seed` reproduces them."""
-    return torch.randint(2**63 - 1, (rows,), device=device)

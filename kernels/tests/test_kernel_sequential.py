@@ -7,6 +7,7 @@ import pytest
 import torch
 from dspark_kernels import INVALID, sequential
 from dspark_kernels.reference import sequential as reference
+from dspark_kernels.reference.random import RACE, exponential
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,8 +51,6 @@ def test_block_is_its_reference(case, sample, temperature):
         if len(wrong):
             best = expected_logits[r, same]
             if sample:
-                from dspark_kernels.reference.random import RACE, exponential
-
                 best = best - exponential(seeds[r : r + 1], base.shape[2], RACE + 2 + same)[0].log()
             assert best[expected[r, same]] - best[tokens[r, same]] < 1e-3
 

@@ -143,6 +143,11 @@ def ragged_attention(
     return module.ragged_attention(query, key, value, starts, counts, scale, window, sinks)
 
 
+def random_seeds(rows: int, device: torch.device) -> torch.Tensor:
+    """Seeds [R] for the functions above, from torch's generator: `torch.manual_seed` reproduces them."""
+    return torch.randint(2**63 - 1, (rows,), device=device)
+
+
 def uses_kernels(*tensors: torch.Tensor) -> bool:
     """Whether tensors like these go to the kernels, as far as their device and the environment say."""
     wanted = os.environ.get("DSPARK_KERNELS", "").lower() not in ("off", "0", "false")
