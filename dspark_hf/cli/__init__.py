@@ -1,0 +1,15 @@
+"""The `dspark-hf` command, one module a subcommand."""
+
+import sys
+
+from . import bench, calibrate, generate, profile, train, verify  # noqa: F401
+from .common import app, errors
+
+
+def main() -> None:
+    """Run the command; errors that users can mend are shown without a stack trace."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,69 @@
+"""Speed, measured side by side."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..evaluation.prompts import DOMAINS, domain_prompts, read_prompts
+from .common import Dtype, Head, Limit, MaxNewTokens, Model, Prompts, app, console, load, numbers, write_json
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    head: Head = None,
+    prompts: Prompts = None,
+    batch_sizes: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4",
+    methods: Annotated[
+        str,
+        typer.Option(help="Comma-separated: plain, stock, dspark (the head as it is set), load, fixed-1 and so on."),
+    ] = "plain,stock,dspark",
+    sweep_batch: Annotated[
+        str | None,
+        typer.Option(
+            help="Batch sizes at which plain, every fixed length and load are compared, instead of the above."
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the sweep, such as sweep.png.")] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    limit: Limit = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the records to this file.")] = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure plain decoding, transformers' stock assisted loop and DSpark on the same prompts, alternately.
+
+    A sweep without --prompts takes 64 problems of GSM8K and 64 beginnings of Python source.
+    """
+    from ..evaluation import bench as speed
+    from ..evaluation import sweep
+    from ..evaluation.plots import import_pyplot
+
+    if plot is not None:
+        if sweep_batch is None:
+            raise ValueError(f"--plot {plot} shows a sweep: give --sweep-batch too.")
+        import_pyplot()
+    sizes = numbers(sweep_batch or batch_sizes)
+    texts = read_prompts(prompts)[:limit]
+    target, draft_head, tokenizer = load(model, head, dtype)
+    if sweep_batch is None:
+        tables, names = speed, methods.split(",")
+        measured = speed.bench(target, draft_head, tokenizer, texts, sizes, names, max_new_tokens)
+        sets = f"{len(texts)} prompts"
+    else:
+        given = {prompts.stem: texts} if prompts else {name: domain_prompts(name)[:limit] for name in DOMAINS}
+        tables, sets = sweep, ", ".join(given)
+        measured = sweep.sweep(target, draft_head, tokenizer, given, sizes, max_new_tokens)
+    records = []
+    with console.status("measuring") as status:
+        for record in measured:
+            records.append(record)
+            status.update(f"measured {record.domain or ''} {record.method} at batch {record.batch_size}")
+    console.print(tables.as_table(records))
+    device = torch.cuda.get_device_name() if target.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    console.print(f"[dim]{sets}, {max_new_tokens} new tokens, {target.dtype}, {device}[/dim]", highlight=False)
+    if plot is not None:
+        sweep.plot(records, plot)
+    if json_file is not None:
+        write_json(json_file, speed.as_json(records))
