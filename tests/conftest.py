@@ -121,14 +121,14 @@ class ShuffledSchedule(ConstantSchedule):
 
     def plan(self, rooms, context, load, waiting=0):
         rows = [r for r in range(len(rooms)) if self.random.random() < 0.7]
-        length = min(int(self.random.integers(0, self.settings.most + 1)), int(rooms.max()))
+        length = min(int(self.random.integers(0, self.settings.most + 1)), max(rooms))
         if not rows or length < 1:
             return NO_DRAFT
         return Plan(rows, length, length, packed=self.packs and self.random.random() < 0.7)
 
     def choose(self, plan, survival, rooms):
         drafted = survival.any(axis=1) * survival.shape[1]
-        return np.minimum(self.random.integers(0, drafted + 1), rooms.clip(min=0))
+        return np.minimum(self.random.integers(0, drafted + 1), np.clip(rooms, 0, None))
 
 
 @pytest.fixture

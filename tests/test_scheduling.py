@@ -232,7 +232,7 @@ def load_schedule(rows, greedy=True, block_size=4, ahead=False, threshold=None, 
 def simulate(schedule, accepts, count, confidence=0.8, load=None):
     """Rounds of a schedule whose drafts are accepted up to accepts[r]; what each round planned and verified."""
     rows, history = len(accepts), []
-    rooms = np.full(rows, 100)
+    rooms = [100] * rows
     for _ in range(count):
         plan = schedule.plan(rooms, 128, load or Load(rows, 0))
         lengths = np.zeros(rows, dtype=int)
@@ -312,7 +312,7 @@ def test_rows_that_did_not_draft_verify_nothing_where_the_host_runs_ahead():
 def test_drafting_does_not_begin_where_reading_the_prompt_costs_more():
     table = table_of(4)
     table.start[:] = 1000.0
-    rooms = np.full(4, 40)
+    rooms = [40] * 4
     assert load_schedule(4, table=table).plan(rooms, 128, Load(4, 0)).rows
     assert not load_schedule(4, table=table).plan(rooms, 128, Load(4, 0), waiting=128).rows
 

@@ -65,10 +65,11 @@ class SlotLayer(CacheLayerMixin):
     def __init__(self, rows: int):
         super().__init__()
         self.rows = rows
+        self.expected: int | None = None
         self.placement: Placement | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        capacity = _capacity_for(self.placement.view)
+        capacity = _capacity_for(self.placement.view, self.expected)
         self.keys, self.values = (
             x.new_zeros(self.rows, x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)
         )
@@ -100,12 +101,12 @@ class SlotLayer(CacheLayerMixin):
     def _reserve(self, view: int) -> None:
         if view <= self.keys.shape[2]:
             return
-        larger = _capacity_for(view) - self.keys.shape[2]
+        larger = _capacity_for(view, self.expected) - self.keys.shape[2]
         self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, larger)) for x in (self.keys, self.values))
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take over [R, heads, n, head_dim] as the first n slots."""
-        room = _capacity_for(max(keys.shape[2], 1)) - keys.shape[2]
+        room = _capacity_for(max(keys.shape[2], 1), self.expected) - keys.shape[2]
         self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, room)) for x in (keys, values))
         self.is_initialized = True
 
@@ -125,9 +126,11 @@ class SlotLayer(CacheLayerMixin):
         return -1
 
 
-def _capacity_for(view: int) -> int:
-    """A power of two, so that shapes stay the same for many rounds and growing costs little overall."""
-    return max(SMALLEST_CAPACITY, 1 << (view - 1).bit_length())
+def _capacity_for(view: int, expected: int | None) -> int:
+    """What is expected, when that is near: growing later would cost a copy. Else a power of two, so that shapes stay
+    the same for many rounds and growing costs little overall."""
+    capacity = max(SMALLEST_CAPACITY, 1 << (view - 1).bit_length())
+    return expected if expected is not None and view <= expected <= 2 * capacity else capacity
 
 
 class SlotCache(Cache):
@@ -146,6 +149,11 @@ class SlotCache(Cache):
         super().__init__(layers=[SlotLayer(rows) for _ in range(num_layers)])
         self.lengths = [0] * rows
         self.device = device
+
+    def expect(self, tokens: int) -> None:
+        """Make room for so many tokens a row; more come in all the same, for the price of a copy."""
+        for layer in self.layers:
+            layer.expected = tokens
 
     def place(self, count: int, packing: Packing | None = None) -> Placement:
         """The next pass appends `count` tokens to every row, or those of them that are packed. Returns where."""

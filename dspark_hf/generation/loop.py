@@ -32,8 +32,8 @@ from .step_times import scheduler_for, store
 from .stopping import Stopping
 from .target import Target, TargetPass
 
-# From so many rows on, every second round says enough; without drafts, every fourth.
-MANY_ROWS = 8
+# From so many rows on, the drafts of every second round say enough. Of so many rounds the times of one do.
+MANY_ROWS, TIMED = 8, 5
 
 
 @torch.no_grad()
@@ -190,6 +190,7 @@ class Rounds:
         self.all_rows = self.rows = read_rows(input_ids, attention_mask, self.past.cached, width)
         check_prompt(model, max(len(row.prompt_columns) for row in self.rows))
         self.cache = self.target.new_cache(size)
+        self._expect_tokens()
         self.anchors: torch.Tensor
         self.passed: TargetPass
         self.runs_ahead = runs_ahead(self.target.device)
@@ -197,7 +198,7 @@ class Rounds:
             self.target, self.drafter, size, not config.do_sample, self.runs_ahead
         )
         self.step: Step | None = None
-        self.rooms: np.ndarray
+        self.rooms: list[int]
         # Tokens of a row that this round's draft had to read first, see `_waiting`.
         self.waiting = 0
         self.history: list[Past] = []
@@ -253,7 +254,7 @@ class Rounds:
         """Which rows draft, and how many positions."""
         times = self.stopwatch.collect()
         load = self.call.load(self.drafter.head.load_sensor)
-        if self.step is not None and load.others == 0 and self._learns():
+        if self.step is not None and load.others == 0 and self._every(TIMED):
             deciding = times.get("draft", 0.0) + times.get("schedule", 0.0)
             self.scheduler.observe(self.step, deciding, times["verify"] + times.get("other", 0.0))
         self.stats.load.append(load.total)
@@ -290,7 +291,7 @@ class Rounds:
             return Lengths(torch.from_numpy(lengths).to(device), most, total, False, drafted, None)
         confidence = self._confidence(block.confidence_logits, drafted)
         if self.runs_ahead:
-            lengths = self.scheduler.choose_ahead(plan, confidence.to(device), on_device(rooms.tolist(), device))
+            lengths = self.scheduler.choose_ahead(plan, confidence.to(device), on_device(rooms, device))
             return Lengths(lengths, drafted, rows + plan.budget, plan.packed, drafted, None)
         survival = self.scheduler.estimates.survival(confidence.numpy()[drafting], drafting)
         if len(survival) < rows:
@@ -336,7 +337,7 @@ class Rounds:
         self.step = Step(len(plan.rows), lengths.drafted, self.waiting, rows, tokens, lengths.packed, context)
         drafting, estimates = self._drafting(plan), self.scheduler.estimates
         self.history.append(Past(self._row_indices(), drafting, lengths, outcome, estimates.corrections))
-        if plan.rows and self._learns():
+        if plan.rows and (len(self.rows) < MANY_ROWS or self._every(2)):
             confidence, verified = outcome.confidence[drafting], outcome.lengths[drafting]
             if lengths.survival is not None:
                 survival = lengths.survival[drafting]
@@ -391,6 +392,15 @@ class Rounds:
         longest = max((self.drafter.unread[row] for row in rows), default=0)
         return longest if longest > 2 * (self.stats.block_size + 1) else 0
 
+    def _expect_tokens(self) -> None:
+        """Tell the caches how long rows can get: to their limit, and a block beyond it."""
+        limit = self.stopping.max_length
+        if limit is None:
+            return
+        longest = max(len(row.prompt_columns) + limit - row.length for row in self.rows)
+        for cache in (self.cache, self.drafter.cache):
+            cache.expect(longest + self.stats.block_size + 1)
+
     def _room(self, row: Row) -> int:
         """Drafts that row could commit before its length limit, with one place left for the target's own token."""
         if self.lockstep:
@@ -414,13 +424,12 @@ class Rounds:
     def _row_indices(self) -> list[int]:
         return [row.index for row in self.rows]
 
-    def _learns(self) -> bool:
-        """Whether the scheduler hears of this round."""
-        drafted = self.step is not None and self.step.drafted
-        return len(self.rows) < MANY_ROWS or self.stats.rounds % (2 if drafted else 4) == 1
+    def _every(self, rounds: int) -> bool:
+        """Whether this round is one of every so many."""
+        return self.stats.rounds % rounds == 1
 
-    def _rooms(self) -> np.ndarray:
-        return np.array([self._room(row) for row in self.rows])
+    def _rooms(self) -> list[int]:
+        return [self._room(row) for row in self.rows]
 
     def _drafting(self, plan: Plan) -> list[int] | slice:
         """The rows that draft, as an index; that of everybody copies nothing."""

@@ -50,9 +50,11 @@ class Target:
         self.all_hidden_states = all_hidden_states
         self.attentions = attentions
         self.model = model
-        self.device = device_of(model.get_input_embeddings())
+        self.device, self.dtype = device_of(model.get_input_embeddings()), model.dtype
         self.config = model.config.get_text_config(decoder=True)
         self.hidden_state_indices = indices_of(layer_ids)
+        # What is added to the scores of keys that a query sees, and to others.
+        self.seen, self.unseen = torch.tensor([0.0, torch.finfo(self.dtype).min], dtype=self.dtype, device=self.device)
         self.layer_types = set(getattr(self.config, "layer_types", None) or ())
         self.window = getattr(self.config, "sliding_window", None)
         self.implementation = self.config._attn_implementation
@@ -135,12 +137,10 @@ class Target:
         if self.implementation == "flex_attention":
             return block_mask(placement, window)
         rows, count = placement.slots.shape
-        dtype = self.model.dtype
         if placement.start is not None and count == 1 and window is None:
             # Rows of one length, and one token each: it sees all there is.
-            return torch.zeros(rows, 1, 1, placement.view, dtype=dtype, device=placement.slots.device)
-        mask = causal_mask(placement, window)
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+            return torch.zeros(rows, 1, 1, placement.view, dtype=self.dtype, device=placement.slots.device)
+        return torch.where(causal_mask(placement, window), self.seen, self.unseen)
 
 
 def block_mask(placement: Placement, window: int | None = None) -> BlockMask:

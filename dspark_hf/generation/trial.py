@@ -48,7 +48,7 @@ class Told(ConstantSchedule):
     next: Plan
     lengths: np.ndarray
 
-    def choose(self, plan: Plan, survival: np.ndarray, rooms: np.ndarray) -> np.ndarray:
+    def choose(self, plan: Plan, survival: np.ndarray, rooms: list[int]) -> np.ndarray:
         return self.lengths
 
     def choose_ahead(self, plan: Plan, confidence: torch.Tensor, rooms: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ class Trial:
         self.rounds = Rounds(target, head, prompts, None, None, None, *nothing, config, None, self.schedule)
         outcome, logits = self.rounds.prefill()
         self.rounds.commit(outcome, logits)
-        self.rounds.rooms = np.full(rows, self.block)
+        self.rounds.rooms = [self.block] * rows
         # Rows of one length are the exception in generation.
         self.lengths = [context - r % 2 for r in range(rows)]
         self._round([self.block] * rows, False)

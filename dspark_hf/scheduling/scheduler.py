@@ -19,7 +19,7 @@ from .load import Load
 
 SCHEDULES = ("load", "constant")
 # Rounds without a draft before a call, or a row among others that draft, is tried again, at most.
-MOST_PATIENCE, ROW_PATIENCE = 128, 16
+MOST_PATIENCE, ROW_PATIENCE = 256, 16
 # What deciding in the middle of a draft, and packing, have to bring to be worth their own cost.
 STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
 # How much sooner than without drafts a batch must be expected to end for drafting to begin, and to go on; and how much
@@ -134,14 +134,14 @@ class ConstantSchedule:
         self.settings = settings
         self.estimates = RowEstimates(shared, rows)
 
-    def plan(self, rooms: np.ndarray, context: int, load: Load, waiting: int = 0) -> Plan:
+    def plan(self, rooms: list[int], context: int, load: Load, waiting: int = 0) -> Plan:
         """What to draft.
 
         Args:
             rooms: [R], drafts that each row could still commit. context: tokens of the longest row. load: of the
                 device. waiting: tokens of a row that a draft has to read first, beyond those of a round or two.
         """
-        length = min(self.settings.most, int(rooms.max()))
+        length = min(self.settings.most, max(rooms))
         return Plan(list(range(len(rooms))), length, length) if length > 0 else NO_DRAFT
 
     def walk(self, plan: Plan) -> Callable[[float], bool] | None:
@@ -150,7 +150,7 @@ class ConstantSchedule:
         confidence of a position sees only the tokens before it."""
         return None
 
-    def choose(self, plan: Plan, survival: np.ndarray, rooms: np.ndarray) -> np.ndarray:
+    def choose(self, plan: Plan, survival: np.ndarray, rooms: list[int]) -> np.ndarray:
         """Lengths [R] to verify.
 
         Args:
@@ -206,20 +206,20 @@ class LoadSchedule(ConstantSchedule):
         super().__init__(settings, shared, rows)
         self.table, self.greedy, self.packs, self.runs_ahead = table, greedy, packs, runs_ahead
         self.idle = np.zeros(rows, dtype=int)
-        # The last plan, the load it was made for, and in how many rounds it has been used, if it drafts.
+        # The last plan, the load it was made for, and in how many rounds it has been used. idle: rounds that each row
+        # had gone without a draft then.
         self.last, self.situation, self.age = NO_DRAFT, None, 0
         self.plans = 0
 
     def plan(self, rooms, context, load, waiting=0):
-        limit = min(int(rooms.max()), self.settings.most)
+        limit = min(max(rooms), self.settings.most)
         if limit <= 0:
             return NO_DRAFT
         self.age += 1
-        self.estimates.shared.rested += not self.last.rows
-        self.idle += 1
+        if not self.last.rows:
+            self.estimates.shared.rested += 1
         if self._is_out_of_date(limit, load):
-            self._renew(rooms, context, load, waiting)
-        self.idle[self.last.rows] = 0
+            self._renew(np.array(rooms), context, load, waiting)
         return self.last
 
     def _is_out_of_date(self, limit: int, load: Load) -> bool:
@@ -229,6 +229,8 @@ class LoadSchedule(ConstantSchedule):
 
     def _renew(self, rooms: np.ndarray, context: int, load: Load, waiting: int) -> None:
         shared = self.estimates.shared
+        self.idle += self.age
+        self.idle[self.last.rows] = 0
         plan = self._best(rooms, context, load, waiting)
         waited = not self.last.rows and shared.rested > shared.patience
         if self.last.probe and shared.last_rate > 0.5 and shared.correction < DISTRUSTED:
@@ -241,8 +243,8 @@ class LoadSchedule(ConstantSchedule):
             rested = np.argsort(-self.idle, kind="stable")[:PROBING]
             plan = Plan(sorted(rested.tolist()), 1, 1, self.packs, len(rested), probe=True)
         if plan.rows:
-            self.age = shared.rested = 0
-        self.last, self.situation = plan, load
+            shared.rested = 0
+        self.last, self.situation, self.age = plan, load, 0
 
     def walk(self, plan):
         if plan.walk is None:
