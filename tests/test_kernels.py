@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import tiny_head, tiny_target
 from dspark_kernels import dispatch
-from test_sampling import PROMPTS, draw, exact_distribution, p_value
-from transformers import LogitsProcessorList, TemperatureLogitsWarper
+from test_sampling import PROMPTS, SETTINGS, draw, exact_distribution, p_value
+from transformers import LogitsProcessorList
 
 from dspark_hf.generation import attention, loop
 from dspark_hf.generation.processors import BlockProcessors
@@ -91,14 +91,28 @@ def test_attention_by_name(pair, launches, packed, request):
 
 
 @pytest.mark.slow
-def test_samples_are_distributed_as_the_targets(pair, launches, monkeypatch):
-    """The joint distribution of three tokens, 5,000 draws (in torch, test_sampling.py takes 20,000 by default; there
-    and here a seed gives the same tokens)."""
-    monkeypatch.setattr("test_sampling.DRAWS", 5000)
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one prompt", "a batch"])
+def test_samples_are_distributed_as_the_targets(pair, launches, monkeypatch, prompts, setting):
+    """The joint distribution of three tokens, 5,000 draws or a few more (in torch, test_sampling.py takes 20,000 by
+    default; there and here a seed gives the same tokens)."""
+    monkeypatch.setattr("test_sampling.ROWS", 200)
+    monkeypatch.setattr("test_sampling.DRAWS", 5000 if len(prompts) == 1 else 1800)
     target, head = pair
-    (tokens,) = draw(target, head, [PROMPTS[0]], temperature=0.7)
-    assert {"verify", "sequential"} <= set(launches)
-    assert p_value(tokens, exact_distribution(target, PROMPTS[0], [TemperatureLogitsWarper(0.7)])) > 1e-4
+    kwargs, warpers = SETTINGS[setting]
+    drawn = draw(target, head, list(prompts), **kwargs)
+    assert "verify" in launches and ("sequential" in launches) == setting.startswith("temperature")
+    for prompt, tokens in zip(prompts, drawn, strict=True):
+        assert p_value(tokens, exact_distribution(target, prompt, warpers)) > 1e-4
+
+
+@pytest.mark.slow
+def test_samples_under_a_schedule_that_changes(pair, launches, monkeypatch, shuffled):
+    monkeypatch.setattr("test_sampling.ROWS", 200)
+    monkeypatch.setattr("test_sampling.DRAWS", 1800)
+    target, head = pair
+    for prompt, tokens in zip(PROMPTS, draw(target, head, list(PROMPTS)), strict=True):
+        assert p_value(tokens, exact_distribution(target, prompt, [])) > 1e-4
 
 
 def test_the_same_seed_gives_the_same_sample(pair, launches):

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import table_of, tiny_head, tiny_target
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from dspark_hf.generation import step_times, trial
 from dspark_hf.generation.target import Target
 from dspark_hf.scheduling import cost
+from dspark_hf.scheduling.cost import monotone
 
 
 def forget_tables(monkeypatch):
@@ -131,6 +135,25 @@ def test_observed_steps_move_the_table():
         table.observe("verify", 4, 128, 2, 3 * before.seconds("verify", 4, 128)[1])
     assert table.seconds("verify", 4, 128)[1] == pytest.approx(3 * before.seconds("verify", 4, 128)[1], rel=0.1)
     assert (table.seconds("draft", 16, 128) > 1.02 * before.seconds("draft", 16, 128)).all()
+
+
+def test_what_is_chosen_does_not_come_to_look_quick():
+    """Sizes of a kind that drafts keep their proportions, whichever of them is observed."""
+    table, before = table_of(3), table_of(3)
+    for _ in range(60):
+        table.observe("verify", 4, 128, 2, 0.5 * before.seconds("verify", 4, 128)[1])
+    moved = table.seconds("verify", 4, 128) / before.seconds("verify", 4, 128)
+    assert moved[1:] == pytest.approx(moved[1]) and moved[1] < moved[0] < 1
+
+
+@given(hnp.arrays(float, st.integers(1, 9), elements=st.floats(0.1, 10)))
+def test_times_are_made_to_rise(seconds):
+    rising = monotone(seconds)
+    assert (np.diff(rising) >= -1e-9).all() and rising.sum() == pytest.approx(seconds.sum())
+    assert monotone(np.sort(seconds)) == pytest.approx(np.sort(seconds))
+    # Nearest: no step towards any other rising values brings it closer.
+    for other in (np.sort(seconds), np.full(len(seconds), seconds.mean()), np.maximum.accumulate(seconds)):
+        assert (seconds - rising) @ (other - rising) <= 1e-6
 
 
 def test_one_interrupted_step_changes_little():

@@ -25,7 +25,8 @@ logger = logging.get_logger(__name__)
 
 FORMAT = 2
 # An observation moves all cells by a share of its (log) surprise, as a device that slows down is slower everywhere,
-# and beyond that its own.
+# and beyond that those of its kind and rows. It does not move its own size among them: what is chosen would become
+# what looks quick.
 COMMON_SHARE, OWN_SHARE = 0.1, 0.02
 # A step that was interrupted says nothing about the next; this bounds what one observation can claim (log scale).
 LARGEST_SURPRISE = 0.5
@@ -62,7 +63,7 @@ class CostTable:
         return cls(identity, contexts, [], **{kind: np.empty((len(contexts), 0, sizes[kind])) for kind in KINDS})
 
     def seconds(self, kind: str, rows: float, context: float) -> np.ndarray:
-        """[sizes] of a kind of step. A larger step takes no less: what says otherwise was disturbed."""
+        """[sizes] of a kind of step; a larger one takes no less."""
         at_context = _interpolated(getattr(self, kind), self.contexts, context)
         return np.minimum.accumulate(_interpolated(at_context, self.rows, rows)[::-1])[::-1]
 
@@ -74,7 +75,8 @@ class CostTable:
     def extend(self, rows: int, measured: dict[str, np.ndarray]) -> None:
         """Add what was measured, [contexts, sizes] a kind, for a number of rows larger than those before."""
         for kind, new in measured.items():
-            setattr(self, kind, np.concatenate([getattr(self, kind), new[:, None]], axis=1))
+            rising = np.stack([monotone(seconds) for seconds in new])
+            setattr(self, kind, np.concatenate([getattr(self, kind), rising[:, None]], axis=1))
         self.rows = [*self.rows, rows]
 
     def observe(self, kind: str, rows: float, context: float, size: float, seconds: float) -> None:
@@ -86,9 +88,12 @@ class CostTable:
         for every in KINDS:
             times = getattr(self, every)
             times *= math.exp(COMMON_SHARE * surprise)
-        corners = itertools.product(_corners(self.contexts, context), _corners(self.rows, rows), _corners(sizes, size))
-        for (i, i_weight), (r, r_weight), (s, s_weight) in corners:
-            table[i, r, s] *= math.exp(OWN_SHARE * i_weight * r_weight * s_weight * surprise)
+        # A pass of one token a row is what rounds without drafts do, and has nothing in common with the others.
+        alike = slice(0, 1) if kind in ("verify", "packed") and size == 1 else slice(kind in ("verify", "packed"), None)
+        for (i, i_weight), (r, r_weight) in itertools.product(
+            _corners(self.contexts, context), _corners(self.rows, rows)
+        ):
+            table[i, r, alike] *= math.exp(OWN_SHARE * i_weight * r_weight * surprise)
 
     # -- Files --------------------------------------------------------------------------------------------------
 
@@ -188,6 +193,20 @@ UNTIMED = (
 def _digest(config) -> str:
     content = {key: value for key, value in config.to_dict().items() if key not in UNTIMED}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def monotone(seconds: np.ndarray) -> np.ndarray:
+    """The rising values nearest to `seconds` [N] (least squares): what falls with the size was disturbed.
+
+    Isotonic regression in closed form: value i is the largest, over all beginnings up to i, of the smallest mean, over
+    all ends from i on.
+    """
+    count = len(seconds)
+    sums = np.concatenate(([0.0], np.cumsum(seconds)))
+    first, last = np.indices((count, count))
+    means = np.where(first <= last, (sums[1:][last] - sums[first]) / np.maximum(last - first + 1, 1), np.inf)
+    smallest = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
+    return np.where(first <= last, smallest, -np.inf).max(axis=0)
 
 
 def _corners(points: Sequence[int], at: float) -> list[tuple[int, float]]:

@@ -33,9 +33,9 @@ PROBING = 4
 POWERS = [1 << i for i in range(16)]
 # Confidence that is worth less than this share of what it says.
 DISTRUSTED = 0.7
-# Rounds that a plan is used for. One plan in so many looks beside the best one: what a step costs is only known of
-# steps that are taken.
-PLAN_LASTS, LOOK_EVERY, LOOKS_LIKE = 4, 6, 1.15
+# Rounds that a plan is used for. Where drafts bring less than this, one plan in so many does without: what a step
+# costs is only known of steps that are taken.
+PLAN_LASTS, LOOK_EVERY, LOOKS_LIKE = 4, 12, 1.08
 
 
 @dataclass(frozen=True)
@@ -335,17 +335,17 @@ class LoadSchedule(ConstantSchedule):
         ends = seconds_to_end(rooms + 1, survival, self.estimates.shared.hazard, np.array(counts), seconds)
         if waiting:
             ends[1:] += self.table.catching_up(len(rooms) * busy, waiting)
-        best, other = ends.argsort()[:2]
+        best = int(ends.argmin())
         drafts = bool(self.last.rows) and not self.last.probe
         if best == 0 or ends[0] < BEGIN_AT * ends[best]:
-            best = 1 + ends[1:].argmin()
+            best = 1 + int(ends[1:].argmin())
             if not drafts or ends[0] < GO_ON_AT * ends[best]:
                 return 0
         if drafts and ends[self.last.length] < CHANGE_AT * ends[best]:
             best = min(self.last.length, int(rooms.max()))
         self.plans += 1
-        looks = self.plans % LOOK_EVERY == 0 and ends[other] < LOOKS_LIKE * ends[best]
-        return int(other if looks else best)
+        looks = self.plans % LOOK_EVERY == 0 and ends[0] < LOOKS_LIKE * ends[best]
+        return 0 if looks else best
 
     def _of_one(self, worth: np.ndarray, costs: Costs) -> Plan:
         """The plan of highest Theta for a single row, whose survival [H, G] is a sample of what is to come; no draft
