@@ -21,8 +21,8 @@ from .stats import synchronize
 
 @torch.no_grad()
 def measure(target: PreTrainedModel, head: DSparkHead, rows: int, contexts: list[int]) -> dict[str, np.ndarray]:
-    """Seconds of every kind of step (see [`CostTable`]), [contexts, sizes] each, for a number of rows. Each round is
-    run once: it takes several calls to tell what disturbed the machine for a moment.
+    """Seconds of every kind of step (see [`CostTable`]), [contexts, sizes] each, for a number of rows. It takes
+    several calls to tell what disturbed the machine for a moment.
 
     In the longer contexts the smallest and the largest sizes stand for those between.
     """
@@ -81,15 +81,13 @@ class Trial:
     def seconds(self, tokens: range | list[int]) -> dict[str, dict[int, float]]:
         """Of each kind of step by size, for rounds that verify so many tokens a row."""
         found: dict[str, dict[int, float]] = defaultdict(dict)
-        # Rounds without a draft come many in a row.
-        self._round([0] * len(self.lengths), False)
         for count in tokens:
-            draft, found["verify"][count] = self._round([count - 1] * len(self.lengths), False)
+            draft, found["verify"][count] = self._second([count - 1] * len(self.lengths), False)
             if count > 1:
                 found["draft"][count - 1] = draft
             found["packed"][count] = found["verify"][count]
             if self.rounds.target.packs and 1 < count <= self.block and len(self.lengths) > 1:
-                found["packed"][count] = self._round(self._uneven(count), True)[1]
+                found["packed"][count] = self._second(self._uneven(count), True)[1]
         features = self.rounds.passed.features
         unread = max(1, min(self.lengths) - self.block - 1)
         self.rounds.drafter.remember(
@@ -97,6 +95,11 @@ class Trial:
         )
         found["start"][1], _ = self._round([1] * len(features), False)
         return found
+
+    def _second(self, lengths: list[int], packed: bool) -> tuple[float, float]:
+        """Of two rounds the second: rounds of a shape come many in a row, and the first finds no memory of its size."""
+        self._round(lengths, packed)
+        return self._round(lengths, packed)
 
     def _uneven(self, count: int) -> list[int]:
         """As many drafts as `count` tokens a row leave room for: the first rows have as many as they can."""
