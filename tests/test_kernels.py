@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import tiny_head, tiny_target
 from dspark_kernels import dispatch
-from test_sampling import PROMPTS, SETTINGS, draw, exact_distribution, p_value
+from test_sampling import PROMPTS, SETTINGS, TOKENS, draw, exact_distribution, p_value
 from transformers import LogitsProcessorList
 
 from dspark_hf.generation import attention, loop
@@ -100,7 +100,7 @@ def test_samples_are_distributed_as_the_targets(pair, launches, monkeypatch, pro
     monkeypatch.setattr("test_sampling.DRAWS", 5000 if len(prompts) == 1 else 1800)
     target, head = pair
     kwargs, warpers = SETTINGS[setting]
-    drawn = draw(target, head, list(prompts), **kwargs)
+    drawn = draw(target, head, list(prompts), max_new_tokens=TOKENS + 1, **kwargs)
     assert "verify" in launches and ("sequential" in launches) == setting.startswith("temperature")
     for prompt, tokens in zip(prompts, drawn, strict=True):
         assert p_value(tokens, exact_distribution(target, prompt, warpers)) > 1e-4
@@ -111,7 +111,7 @@ def test_samples_under_a_schedule_that_changes(pair, launches, monkeypatch, shuf
     monkeypatch.setattr("test_sampling.ROWS", 200)
     monkeypatch.setattr("test_sampling.DRAWS", 1800)
     target, head = pair
-    for prompt, tokens in zip(PROMPTS, draw(target, head, list(PROMPTS)), strict=True):
+    for prompt, tokens in zip(PROMPTS, draw(target, head, list(PROMPTS), max_new_tokens=TOKENS + 1), strict=True):
         assert p_value(tokens, exact_distribution(target, prompt, [])) > 1e-4
 
 

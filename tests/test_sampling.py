@@ -49,9 +49,8 @@ def draw(target, head, prompts: list[list[int]], **kwargs) -> list[torch.Tensor]
             input_ids=ids,
             attention_mask=mask,
             do_sample=True,
-            max_new_tokens=TOKENS + 2,
             assistant_model=head,
-            **{"top_k": 0, "eos_token_id": None} | kwargs,
+            **{"top_k": 0, "eos_token_id": None, "max_new_tokens": TOKENS + 2} | kwargs,
         )
         drawn.append(sequences[:, longest : longest + TOKENS].view(ROWS, len(prompts), TOKENS))
     return list(torch.cat(drawn).unbind(1))
