@@ -1,0 +1,63 @@
+"""The demo's page: four tabs around one engine."""
+
+from pathlib import Path
+
+import gradio as gr
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..embedded import embedded_pair
+from ..modeling_dspark import DSparkHead
+from . import chat, load, race, rounds
+from .engine import Engine
+
+TITLE = "DSpark: the same text, sooner"
+STYLE = Path(__file__).parent / "style.css"
+# Visitors that may wait for the model; more are asked to come back.
+LONGEST_QUEUE = 32
+# Fonts of the machine: a page that asks a server for its fonts does not work offline.
+THEME = gr.themes.Soft(primary_hue="emerald", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+def default_pair() -> tuple[PreTrainedModel, DSparkHead, PreTrainedTokenizerBase]:
+    """The embedded pair; in float32 on a processor, where texts are then the same to the last token."""
+    if torch.cuda.is_available():
+        return embedded_pair(device="cuda")
+    # The page's server needs a core too: threads that wait for one another crawl when one of them has none.
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    return embedded_pair(dtype=torch.float32)
+
+
+def build(
+    model: PreTrainedModel | None = None,
+    head: DSparkHead | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> gr.Blocks:
+    """The app around a pair, the embedded one by default; [`launch`] starts it."""
+    embedded = model is None
+    engine = Engine(*default_pair()) if embedded else Engine(model, head, tokenizer)
+    name = "the built-in pair" if embedded else f"{model.name_or_path} and {head.name_or_path}"
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} of a processor"
+    device = torch.cuda.get_device_name() if engine.model.device.type == "cuda" else threads
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as app:
+        gr.Markdown(f"# {TITLE}")
+        gr.Markdown(
+            "A small draft head guesses the next tokens, the model checks all of them at once and keeps what it would "
+            f"have written anyway. Here: {name}, {str(engine.model.dtype).removeprefix('torch.')}, on {device}."
+        )
+        with gr.Tab("Race"):
+            race.tab(engine)
+        with gr.Tab("Chat"):
+            chat.tab(engine, embedded)
+        with gr.Tab("Inside a round"):
+            rounds.tab(engine)
+        with gr.Tab("Load"):
+            load.tab(engine)
+    app.queue(max_size=LONGEST_QUEUE)
+    engine.warm_up()
+    return app
+
+
+def launch(app: gr.Blocks, **kwargs) -> None:
+    """`app.launch` with the demo's looks."""
+    app.launch(theme=THEME, css_paths=STYLE, footer_links=[], ssr_mode=False, **kwargs)

@@ -1,0 +1,249 @@
+"""The pair that all visitors share: one piece of work at a time, events while it runs, and an end to it at once."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import gradio as gr
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+
+from ..evaluation.prompts import sampling
+from ..generation.stats import DSparkStats, synchronize
+from ..modeling_dspark import DSparkHead
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two looks at whether a visitor has stopped or left, and two pictures of what streams.
+TICK = 0.2
+MOST_PROMPT_TOKENS, MOST_NEW_TOKENS = 1024, 512
+# No token is longer than this on average in text that a limit of tokens would let through.
+CHARACTERS_A_TOKEN = 16
+# Plain tokens from which the step time is taken, and answers from which the schedule learns what drafts are worth here.
+MEASURED_TOKENS, LEARNED_ANSWERS = 64, 3
+WARM_UP = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How many pencils are left?"
+
+
+def on_gpu(work: Callable) -> Callable:
+    """`work` with the decorator of ZeroGPU Spaces, where its package is there."""
+    try:
+        import spaces
+    except ImportError:
+        return work
+    return spaces.GPU(work)
+
+
+class Stop:
+    """A visitor's wish that what runs in a tab ends; kept in a `gr.State`."""
+
+    requested = False
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is this visitor's. plain_step: seconds of a step of plain decoding, measured at the start."""
+
+    plain_step: float
+
+
+@dataclass(frozen=True)
+class Committed:
+    """New tokens of a round, or the one of a plain step. seconds: since the generation began."""
+
+    seconds: float
+    tokens: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """The end of a generation. stats: `None` for plain decoding."""
+
+    seconds: float
+    stats: DSparkStats | None
+
+
+class Work(Protocol):
+    """Something to do with the pair. It can be pickled, as ZeroGPU does it in another process."""
+
+    def __call__(self, engine: "Engine", emit: Callable[[Any], None], stop: threading.Event) -> None: ...
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Work: decode one prompt. temperature 0 is greedy."""
+
+    input_ids: list[int]
+    max_new_tokens: int
+    draft: bool
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __call__(self, engine: "Engine", emit: Callable[[Any], None], stop: threading.Event) -> None:
+        started = time.perf_counter()
+        streamer = Streamer(lambda tokens: emit(Committed(time.perf_counter() - started, tokens)))
+        output = engine.generate(
+            self.input_ids,
+            head=engine.head if self.draft else None,
+            streamer=streamer,
+            stopping_criteria=[Ended(stop.is_set)],
+            max_new_tokens=self.max_new_tokens,
+            **sampling(self.temperature) | ({"top_p": self.top_p} if self.temperature else {}),
+        )
+        synchronize(engine.model.device)
+        emit(Finished(time.perf_counter() - started, getattr(output, "dspark", None)))
+
+
+class Streamer:
+    """Hands on the new tokens of every round; `generate` puts the prompt first."""
+
+    def __init__(self, on_tokens: Callable[[list[int]], None]):
+        self.on_tokens, self.past_prompt = on_tokens, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.past_prompt:
+            self.on_tokens(value.flatten().tolist())
+        self.past_prompt = True
+
+    def end(self) -> None:
+        pass
+
+
+class Ended(StoppingCriteria):
+    """Ends every row once a condition holds."""
+
+    def __init__(self, condition: Callable[[], bool]):
+        self.condition = condition
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.condition(), dtype=torch.bool, device=input_ids.device)
+
+
+class Engine:
+    """A target, its head and its tokenizer.
+
+    Attributes:
+        most_prompt_tokens, most_new_tokens: the longest prompt and answer, which fit the target's positions together.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: DSparkHead, tokenizer: PreTrainedTokenizerBase):
+        self.model, self.head, self.tokenizer = model, head, tokenizer
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        positions = positions or MOST_PROMPT_TOKENS + MOST_NEW_TOKENS + head.config.block_size
+        self.most_prompt_tokens = min(MOST_PROMPT_TOKENS, positions // 2)
+        room = positions - self.most_prompt_tokens - head.config.block_size
+        self.most_new_tokens = min(MOST_NEW_TOKENS, room // 8 * 8)
+        self._plain_step: float | None = None
+        self._lock = threading.Lock()
+        self._events = on_gpu(self._events)
+
+    def stream(self, work: Work, stop: Stop) -> Iterator[Any]:
+        """What `work` emits, after [`Ready`]; `None` every [`TICK`] seconds, whether or not there is news.
+
+        It ends early when a stop is requested, and the model is free as soon as the iterator is closed.
+
+        Raises:
+            gr.Error: when the work fails.
+        """
+        with closing(self._events(work)) as events:
+            for event in events:
+                if stop.requested:
+                    return
+                yield event
+
+    def generate(self, input_ids: list[int], head: DSparkHead | None, **kwargs):
+        """`model.generate` for one prompt, with its output class."""
+        ids = torch.tensor([input_ids], device=self.model.device)
+        kwargs |= {"assistant_model": head} if head is not None else {}
+        return self.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **kwargs
+        )
+
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the answer.
+
+        Raises:
+            gr.Error: when there is nothing to answer, or it is too long.
+        """
+        if not messages[-1]["content"].strip():
+            raise gr.Error("Write a prompt first.", title="Nothing to answer", print_exception=False)
+        length = sum(len(message["content"]) for message in messages)
+        if length > CHARACTERS_A_TOKEN * self.most_prompt_tokens:
+            raise self._too_long(f"{length:,} characters")
+        if self.tokenizer.chat_template is None:
+            ids = self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+        else:
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+        if len(ids) > self.most_prompt_tokens:
+            raise self._too_long(f"{len(ids):,} tokens")
+        return ids
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def warm_up(self) -> None:
+        """Measure this machine in the background, so that the first visitor need not wait for it."""
+        threading.Thread(target=lambda: list(self._events(nothing)), daemon=True).start()
+
+    def _too_long(self, length: str) -> gr.Error:
+        text = f"The prompt has {length} with what came before it; this demo takes {self.most_prompt_tokens:,} tokens."
+        return gr.Error(f"{text} Shorten it, or begin anew.", title="Prompt too long", print_exception=False)
+
+    def _events(self, work: Work) -> Iterator[Any]:
+        """The events of work that runs in a thread of its own, which holds the model until it ends."""
+        stop, inbox = threading.Event(), queue.SimpleQueue()
+        threading.Thread(target=self._run, args=(work, inbox.put, stop), daemon=True).start()
+        next_tick = time.monotonic() + TICK
+        try:
+            while True:
+                wait = next_tick - time.monotonic()
+                if wait <= 0:
+                    next_tick = time.monotonic() + TICK
+                    yield None
+                    continue
+                try:
+                    event = inbox.get(timeout=wait)
+                except queue.Empty:
+                    continue
+                if event is self:
+                    return
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            stop.set()
+
+    def _run(self, work: Work, emit: Callable[[Any], None], stop: threading.Event) -> None:
+        try:
+            with self._lock:
+                if not stop.is_set():
+                    emit(Ready(self._measured_step()))
+                    work(self, emit, stop)
+            emit(self)
+        except Exception as error:
+            logger.exception("The demo's work failed.")
+            emit(gr.Error(f"{type(error).__name__}: {error}", title="The model failed", print_exception=False))
+
+    def _measured_step(self) -> float:
+        """Seconds of a plain step. The first call also has the step times of the schedule measured."""
+        if self._plain_step is None:
+            ids = self.encode([{"role": "user", "content": WARM_UP}])
+            options = {"max_new_tokens": MEASURED_TOKENS, "do_sample": False}
+            for _ in range(LEARNED_ANSWERS):
+                self.generate(ids, self.head, **options)
+            self.generate(ids, None, max_new_tokens=4, do_sample=False)
+            times: list[float] = []
+            streamer = Streamer(lambda _: times.append(time.perf_counter()))
+            self.generate(ids, None, streamer=streamer, min_new_tokens=MEASURED_TOKENS, **options)
+            self._plain_step = (times[-1] - times[0]) / (len(times) - 1)
+        return self._plain_step
+
+
+def nothing(engine: Engine, emit: Callable[[Any], None], stop: threading.Event) -> None:
+    """Work that only has the engine measure what it needs."""

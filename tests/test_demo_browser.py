@@ -1,0 +1,312 @@
+"""The demo in Chromium, served as a Hugging Face Space would serve it: the files of the Space, and `python app.py`."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+import dspark_hf
+from dspark_hf.evaluation.prompts import encode
+
+gr = pytest.importorskip("gradio", reason="the demo needs the extra `demo`")
+playwright = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright")
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
+
+HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> ${1 + 1} {{value}}"
+SHORT, LONG = "What is 3 times 4?", "Tom has 3 boxes with 12 pencils each. How many pencils has he?"
+# What a visitor may have to wait for on a busy machine.
+SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory) -> str:
+    """Address of the running Space."""
+    folder = tmp_path_factory.mktemp("space")
+    shutil.copytree(ROOT / "demo", folder, dirs_exist_ok=True)
+    for package in (ROOT / "dspark_hf", ROOT / "kernels" / "torch-ext" / "dspark_kernels"):
+        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONPATH": ""}
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment, stdout=log, stderr=log)
+        try:
+            yield _answering(f"http://127.0.0.1:{port}", server, folder / "log")
+        finally:
+            server.terminate()
+            server.wait()
+    assert "Traceback" not in (folder / "log").read_text()
+
+
+def _answering(address: str, server: subprocess.Popen, log: Path) -> str:
+    for _ in range(10 * SECONDS):
+        assert server.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(address)
+            return address
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(log.read_text())
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        playwright.expect.set_options(timeout=1000 * SECONDS)
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, space):
+    """Opens the page as a new visitor. What the page complains about to its console is an error of the test."""
+    contexts, complaints = [], []
+
+    def open_page(tab: str = "Race", **options):
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(1000 * SECONDS)
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(space)
+        page.get_by_role("tab", name=tab).click()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def send(page, text: str) -> None:
+    page.fill("#chat-input textarea", text)
+    page.click("#chat-send")
+
+
+def wait_for(page, selector: str, *words: str) -> str:
+    """The text of an element once it holds one of the words."""
+    page.wait_for_function(
+        "([selector, words]) => words.some(word => document.querySelector(selector)?.innerText.includes(word))",
+        arg=[selector, words],
+    )
+    return page.inner_text(selector)
+
+
+def figure(page, numbers: str, name: str) -> str:
+    """A number of a row of numbers."""
+    cell = page.locator(f"{numbers} .figures > div", has=page.locator(f"span:text-is('{name}')"))
+    return cell.locator("b").inner_text()
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """What plain generate says to a prompt."""
+    model, _, tokenizer = dspark_hf.embedded_pair(dtype=torch.float32)
+
+    def answer(prompt: str) -> str:
+        inputs = encode([prompt], tokenizer, model.device)
+        ids = model.generate(**inputs, max_new_tokens=256, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    return answer
+
+
+def test_the_page_asks_nobody_else(visit, space):
+    """It works without the network: nothing is asked of other servers."""
+    page = visit()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.reload()
+    page.wait_for_selector("#race-start")
+    page.wait_for_timeout(500)
+    assert asked and all(url.startswith((space, "data:", "blob:")) for url in asked)
+
+
+def test_race(visit):
+    page = visit()
+    page.click("#race-start")
+    verdict = wait_for(page, "#race-verdict", "identical", "BROKEN", "rounding")
+    speedup = re.search(r"identical: the same \d+ tokens, one by one, at ([\d.]+)x", verdict).group(1)
+    assert float(speedup) > 1
+    wait_for(page, "#race-verdict", "Replay")
+    assert wait_for(page, "#race-verdict", "identical").endswith(verdict.splitlines()[-1])
+    assert figure(page, "#race-dspark-numbers", "speed-up") == f"{speedup}x"
+    assert float(figure(page, "#race-dspark-numbers", "tau")) > 1
+    texts = [page.input_value(f"#{side} textarea") for side in ("race-plain", "race-dspark")]
+    assert texts[0] == texts[1] and len(texts[0]) > 100
+
+
+def test_chat_of_two_turns(visit, answers):
+    page = visit("Chat")
+    send(page, SHORT)
+    first = page.locator("#chat-history .bot.message")
+    playwright.expect(first).to_have_count(1)
+    wait_for(page, "#chat-history", words(answers(SHORT))[-1])
+    assert words(answers(SHORT)) == words(first.first.inner_text())
+    send(page, "And what is 5 times 4?")
+    playwright.expect(first).to_have_count(2)
+    playwright.expect(page.locator("#chat-history .user.message")).to_have_count(2)
+    assert float(figure(page, "#chat-numbers", "tau")) >= 1
+
+
+def test_the_stop_button_stops_within_a_second(visit):
+    page = visit("Chat")
+    # A hot sample hardly ever ends by itself.
+    page.locator("input[type=number]:visible").nth(0).fill("1.5")
+    page.locator("input[type=number]:visible").nth(2).fill("504")
+    page.keyboard.press("Tab")
+    send(page, LONG)
+    page.wait_for_function("document.querySelector('#chat-history .bot.message')?.innerText.length > 20")
+    page.click("#chat-stop")
+    started = time.monotonic()
+    page.get_by_text("Stopped.").wait_for()
+    assert time.monotonic() - started < 1
+    count = figure(page, "#chat-numbers", "tokens")
+    assert 0 < int(count) < 504
+    page.wait_for_timeout(600)
+    assert figure(page, "#chat-numbers", "tokens") == count
+
+
+def test_load_draws_points(visit):
+    page = visit("Load")
+    page.click("#load-start")
+    page.wait_for_selector("#load-plot .mark-line path")
+    assert float(figure(page, "#load-numbers", "DSpark tokens/s")) > 0
+    assert float(figure(page, "#load-numbers", "plain tokens/s")) > 0
+    drawn = "document.querySelector('#load-plot .mark-line path').getAttribute('d')"
+    before = page.evaluate(drawn)
+    page.wait_for_function(f"before => {drawn} !== before", arg=before)
+    page.click("#load-stop")
+
+
+def test_two_visitors_get_their_own_texts(visit, answers):
+    pages = {prompt: visit("Chat") for prompt in (SHORT, LONG)}
+    for prompt, page in pages.items():
+        send(page, prompt)
+    for prompt, page in pages.items():
+        wait_for(page, "#chat-history", "####")
+        page.wait_for_timeout(500)
+        assert words(page.locator("#chat-history .bot.message").inner_text()) == words(answers(prompt))
+        assert page.locator("#chat-history .user.message").inner_text().strip() == prompt
+
+
+def test_a_closed_tab_frees_the_model_within_a_second(visit):
+    busy, next_one = visit("Load"), visit()
+    busy.click("#load-start")
+    busy.wait_for_selector("#load-plot .mark-line path")
+    next_one.click("#race-start")
+    next_one.wait_for_timeout(500)
+    assert "Measuring" not in next_one.inner_text("#race-verdict")
+    started = time.monotonic()
+    busy.context.close()
+    wait_for(next_one, "#race-verdict", "Measuring")
+    assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("tab, field, button", [
+    ("Race", "#race-prompt textarea", "#race-start"),
+    ("Chat", "#chat-input textarea", "#chat-send"),
+    ("Inside a round", "#rounds-prompt textarea", "#rounds-start"),
+])  # fmt: skip
+def test_a_prompt_that_is_too_long_gets_the_message(visit, tab, field, button):
+    page = visit(tab)
+    page.fill(field, "many words " * 1000)
+    page.click(button)
+    message = page.get_by_test_id("toast-body")
+    message.wait_for()
+    assert "takes 512 tokens" in message.inner_text() and "Traceback" not in page.inner_text("body")
+
+
+def test_rounds_are_shown_and_gone_through(visit):
+    page = visit("Inside a round")
+    page.click("#rounds-start")
+    page.wait_for_selector("#rounds-strips .strip")
+    count = page.locator("#rounds-strips .strip").count()
+    assert figure(page, "#rounds-numbers", "rounds") == str(count) and count > 3
+    page.wait_for_selector("#rounds-plot .mark-line path")
+    page.fill("#rounds-count input[type=number]", "2")
+    page.keyboard.press("Tab")
+    playwright.expect(page.locator("#rounds-strips .strip")).to_have_count(2)
+    page.locator("#rounds-text span.correction").first.hover()
+    tip = page.locator("#rounds-text span.correction").first.get_attribute("data-tip")
+    assert re.fullmatch(r"round \d: correction by the target, instead of .+", tip)
+
+
+def test_prompts_are_text(visit):
+    """In every tab that shows a prompt, markup is neither run nor rendered."""
+    page = visit()
+    page.fill("#race-prompt textarea", HOSTILE)
+    page.click("#race-start")
+    wait_for(page, "#race-verdict", "identical")
+    page.get_by_role("tab", name="Chat").click()
+    send(page, HOSTILE)
+    page.wait_for_selector("#chat-history .bot.message")
+    assert page.locator("#chat-history .user.message").inner_text().strip() == HOSTILE
+    page.get_by_role("tab", name="Inside a round").click()
+    page.fill("#rounds-prompt textarea", HOSTILE)
+    page.click("#rounds-start")
+    page.wait_for_selector("#rounds-strips .strip")
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img[onerror], img[src=x]").count() == 0
+
+
+def test_outputs_are_text(browser):
+    """The same for what a model writes, with components as the tabs use them and tokens that spell markup."""
+    from dspark_hf.demo import chat, rounds
+
+    _, _, tokenizer = dspark_hf.embedded_pair()
+    tokens = tokenizer.encode(HOSTILE)
+    one = rounds.Round(tokens, [0.5] * len(tokens), len(tokens), len(tokens), tokens[0])
+    told = rounds.Story(tokens[0], [one], [1.0], len(tokens))
+
+    class Engine:
+        pass
+
+    engine = Engine()
+    engine.tokenizer = tokenizer
+    with gr.Blocks(analytics_enabled=False) as app:
+        gr.HTML(rounds.text(engine, told, 1) + rounds.strips(engine, told, 1), elem_id="html")
+        gr.Chatbot(chat.shown([{"role": "assistant", "content": HOSTILE}]), **chat.AS_TEXT, elem_id="bot")
+    _, address, _ = app.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    try:
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("#bot .bot.message")
+        page.wait_for_timeout(300)
+        assert page.locator("#bot .bot.message").inner_text().strip() == HOSTILE
+        assert "<script>window.hacked = 1</script>" in page.inner_text("#html .tokens")
+        assert "${1 + 1} {{value}}" in page.inner_text("#html .tokens")
+        assert page.evaluate("window.hacked") is None
+        assert page.locator("img[onerror], img[src=x]").count() == 0
+        page.close()
+    finally:
+        app.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_overflows(visit, width):
+    """No tab is wider than the window."""
+    page = visit(viewport={"width": width, "height": 900})
+    for tab in ("Race", "Chat", "Inside a round", "Load"):
+        if not page.get_by_role("tab", name=tab).is_visible():
+            page.locator("button.overflow-menu, .overflow-menu button").first.click()
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
