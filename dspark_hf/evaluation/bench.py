@@ -96,7 +96,7 @@ def bench(
 
 def fixed_methods(head: DSparkHead) -> list[str]:
     """The methods that draft and verify the same number of positions every round."""
-    return [f"fixed-{k}" for k in range(1, head.config.block_size + 1)]
+    return [f"fixed-{k}" for k in range(1, head.config.gamma + 1)]
 
 
 def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens, most_turns) -> dict[str, Runs]:
@@ -126,7 +126,7 @@ def _run(runs: Runs, index: int, method: str, model, head, inputs, max_new_token
     synchronize(model.device)
     runs.seconds.append(time.perf_counter() - started)
     new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-    rows = [_until_eos(row, model.generation_config.eos_token_id) for row in new]
+    rows = [until_eos(row, model.generation_config.eos_token_id) for row in new]
     runs.outputs[index] = rows
     runs.tokens.append(sum(map(len, rows)))
     runs.steps.append(max(map(len, rows)))
@@ -136,7 +136,7 @@ def _run(runs: Runs, index: int, method: str, model, head, inputs, max_new_token
 
 @contextmanager
 def schedule_of(head: DSparkHead, method: str) -> Iterator[None]:
-    """The head with the schedule of a method; as it was afterwards."""
+    """The head with the schedule of a method, or with `whole` blocks drafted and verified; as it was afterwards."""
     before = head.generation_config
     head.generation_config = copy.deepcopy(before)
     if method == "load":
@@ -144,6 +144,9 @@ def schedule_of(head: DSparkHead, method: str) -> Iterator[None]:
     elif method.startswith("fixed-"):
         length = int(method.removeprefix("fixed-"))
         head.generation_config.update(num_assistant_tokens_schedule="constant", num_assistant_tokens=length)
+    elif method == "whole":
+        names = ("num_assistant_tokens", "assistant_confidence_threshold")
+        head.generation_config.update(num_assistant_tokens_schedule="constant", **dict.fromkeys(names))
     try:
         yield
     finally:
@@ -188,7 +191,8 @@ def _round_times(stats: list[DSparkStats]) -> dict[str, float]:
     }
 
 
-def _until_eos(row: list[int], eos_token_id: int | list[int] | None) -> list[int]:
+def until_eos(row: list[int], eos_token_id: int | list[int] | None) -> list[int]:
+    """The tokens of a row up to its first end-of-sequence token, that token included."""
     ids = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
     end = next((i + 1 for i, token in enumerate(row) if token in ids), len(row))
     return row[:end]

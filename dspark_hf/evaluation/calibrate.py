@@ -78,7 +78,7 @@ def collect(
         head.config.update(dict.fromkeys(names))
         for start in range(0, len(prompts), batch_size):
             inputs = encode(prompts[start : start + batch_size], tokenizer, model.device)
-            with schedule_of(head, f"fixed-{head.config.block_size}"):
+            with schedule_of(head, f"fixed-{head.config.gamma}"):
                 output = model.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,

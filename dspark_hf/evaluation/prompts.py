@@ -52,23 +52,49 @@ def _prompt_of(line: str, number: int, path: str | Path) -> str:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"Line {number} of {str(path)!r} is not JSON ({error}).") from error
-    if row.get("turns"):
-        return row["turns"][0]
-    for key in ("prompt", "question"):
-        if key in row:
-            return row[key]
-    raise ValueError(
-        f"Line {number} of {str(path)!r} has the keys {sorted(row)}; expected `turns`, `prompt` or `question`."
-    )
+    return turns_of(row, f"Line {number} of {str(path)!r}")[0]
+
+
+def turns_of(row: dict, where: str) -> list[str]:
+    """What the user says in a row of data, turn by turn: its `turns`, or its `prompt` or `question` alone.
+
+    Raises:
+        ValueError: when it has none of those keys, or something else than text in them; `where` names the row.
+    """
+    found = row.get("turns") or next((row[key] for key in ("prompt", "question") if key in row), None)
+    if found is None:
+        raise ValueError(f"{where} has the keys {sorted(row)}; expected `turns`, `prompt` or `question`.")
+    turns = [found] if isinstance(found, str) else found
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        raise ValueError(f"{where} should hold text, or a list of texts in `turns`; it holds {str(found)[:80]!r}.")
+    return turns
 
 
 def as_model_input(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The prompt inside the tokenizer's chat template, or as it is where there is none."""
+    return chat_as_model_input([{"role": "user", "content": prompt}], tokenizer)
+
+
+def chat_as_model_input(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, thinking: bool | None = None
+) -> str:
+    """A chat that the model is to answer, inside the tokenizer's chat template.
+
+    Args:
+        thinking: passed to templates that know it as `enable_thinking`; `None` leaves it to them.
+
+    Raises:
+        ValueError: for more than one message and a tokenizer without a chat template.
+    """
     if tokenizer.chat_template is None:
-        return prompt
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+        if len(messages) > 1:
+            raise ValueError(
+                f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, so a chat of {len(messages)} "
+                "messages cannot be written for this model. Give prompts of one turn."
+            )
+        return messages[0]["content"]
+    options = {} if thinking is None else {"enable_thinking": thinking}
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
 
 
 def sampling(temperature: float) -> dict:
@@ -80,7 +106,11 @@ def sampling(temperature: float) -> dict:
 
 def encode(prompts: list[str], tokenizer: PreTrainedTokenizerBase, device):
     """Left-padded `input_ids` and `attention_mask` of the prompts, ready for `generate`."""
-    texts = [as_model_input(prompt, tokenizer) for prompt in prompts]
+    return tokenize([as_model_input(prompt, tokenizer) for prompt in prompts], tokenizer, device)
+
+
+def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, device):
+    """`encode` for texts that are model inputs already."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     templated = tokenizer.chat_template is not None

@@ -1,0 +1,103 @@
+"""Data sets to evaluate on: files in the layout of DeepSpec's benchmarks, and data sets of the Hub."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .prompts import DOMAINS, turns_of
+
+SHIPPED = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """name: what it is called in tables. source: what was asked for. conversations: what the user says, turn by turn,
+    in each."""
+
+    name: str
+    source: str
+    conversations: list[list[str]]
+
+    @property
+    def identity(self) -> dict:
+        """What tells this data set from others, whatever its file is called."""
+        text = json.dumps(self.conversations)
+        return {
+            "name": self.name,
+            "prompts": len(self.conversations),
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        }
+
+
+def load_data_sets(sources: list[str], limit: int | None = None) -> list[DataSet]:
+    """Data sets by [`load_data_set`], with names that differ.
+
+    Raises:
+        ValueError: when two have one name, as results are kept by name.
+    """
+    found = [load_data_set(source, limit) for source in sources]
+    names = [data.name for data in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Several data sets are called {', '.join(twice)}: {', '.join(sources)}. Rename a file.")
+    return found
+
+
+def load_data_set(source: str, limit: int | None = None) -> DataSet:
+    """The first `limit` conversations of a data set.
+
+    Args:
+        source: a `.jsonl` file whose rows have `turns` (or `prompt` or `question`); `gsm8k` or `code`, which ship with
+            the package; or a Hub data set with such columns as `USER/NAME`, `USER/NAME:SPLIT` or
+            `USER/NAME:CONFIG:SPLIT` (the split is `test` where there is one).
+
+    Raises:
+        ValueError: when it cannot be found, is empty, or its rows have other keys.
+    """
+    path = SHIPPED / f"{source}.jsonl" if source in DOMAINS else Path(source)
+    if path.is_file():
+        rows, name = _read_lines(path), path.stem
+    elif path.suffix in (".jsonl", ".json", ".txt"):
+        raise ValueError(f"There is no file {source!r}.")
+    elif "/" in source:
+        rows, name = _read_from_hub(source), source.partition(":")[0].rstrip("/").rpartition("/")[2]
+    else:
+        raise ValueError(
+            f"{source!r} is no data set: expected a .jsonl file, {' or '.join(DOMAINS)}, or a Hub id as USER/NAME."
+        )
+    rows = rows[:limit]
+    if not rows:
+        raise ValueError(f"{source!r} holds no prompts.")
+    turns = [turns_of(row, f"Row {number} of {source!r}") for number, row in enumerate(rows, start=1)]
+    return DataSet(name, source, turns)
+
+
+def _read_lines(path: Path) -> list[dict]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Line {number} of {str(path)!r} is not JSON ({error}).") from error
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"Line {number} of {str(path)!r} is no JSON object with `turns`, `prompt` or `question`.")
+    return rows
+
+
+def _read_from_hub(source: str) -> list[dict]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError("Data sets of the Hub need datasets: pip install 'dspark-hf[eval]'.") from error
+    repository, *config, split = source.split(":") if ":" in source else (source, None)
+    data = load_dataset(repository, *config)
+    if split is None:
+        split = "test" if "test" in data or len(data) > 1 else next(iter(data))
+    if split not in data:
+        raise ValueError(
+            f"{repository!r} has no split {split!r}, only {', '.join(data)}: take {repository}:{[*data][0]}."
+        )
+    return list(data[split])

@@ -1,0 +1,194 @@
+"""Evaluates a head on data sets: decodes their conversations with whole blocks and records every round."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import reduce
+from operator import add
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..modeling_dspark import DSparkHead
+from .acceptance import Record, record_of
+from .bench import schedule_of, until_eos
+from .data_sets import DataSet
+from .prompts import chat_as_model_input, sampling, tokenize
+
+# Processes wait so long for the slowest of them.
+PATIENCE = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """max_new_tokens: of every turn. temperature: 0 is greedy. first_turn: answer only the first turn of each
+    conversation. thinking: what chat templates that know `enable_thinking` are told."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    batch_size: int = 8
+    first_turn: bool = False
+    thinking: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of a data set that are decoded together; `number` counts the batches of all data sets."""
+
+    number: int
+    data: DataSet
+    prompts: range
+
+    def missing_from(self, records: list[Record]) -> bool:
+        return not {(self.data.name, i) for i in self.prompts} <= {(r.data, r.prompt) for r in records}
+
+
+def batches_of(data_sets: list[DataSet], size: int) -> list[Batch]:
+    """All batches of a run. They do not depend on what is done already or on who does it, so that a continued run
+    decodes and samples what an uninterrupted one would have."""
+    ranges = [
+        (data, range(start, min(start + size, len(data.conversations))))
+        for data in data_sets
+        for start in range(0, len(data.conversations), size)
+    ]
+    return [Batch(number, *rest) for number, rest in enumerate(ranges)]
+
+
+def decode(
+    model: PreTrainedModel, head: DSparkHead, tokenizer: PreTrainedTokenizerBase, batch: Batch, settings: Settings
+) -> list[Record]:
+    """Records of a batch. Whole blocks are drafted and verified, whatever they cost. Each turn is answered, and the
+    answer is part of the chat that the next turn continues."""
+    torch.manual_seed(settings.seed + batch.number)
+    conversations = [batch.data.conversations[i] for i in batch.prompts]
+    turns = [turns[:1] if settings.first_turn else turns for turns in conversations]
+    chats: list[list[dict]] = [[] for _ in turns]
+    records: list[list[Record]] = [[] for _ in turns]
+    for turn in range(max(map(len, turns))):
+        rows = [row for row, texts in enumerate(turns) if len(texts) > turn]
+        for row in rows:
+            chats[row].append({"role": "user", "content": turns[row][turn]})
+        answers, stats = _answer(model, head, tokenizer, [chats[row] for row in rows], settings)
+        for place, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            content = tokenizer.decode(answer, skip_special_tokens=True)
+            chats[row].append({"role": "assistant", "content": content})
+            of = (batch.data.name, batch.prompts[row], len(answer), stats, place, settings.max_new_tokens)
+            records[row].append(record_of(*of, head.confidence_head is not None))
+    return [reduce(add, of_row) for of_row in records]
+
+
+def _answer(model, head, tokenizer, chats: list[list[dict]], settings: Settings):
+    """New tokens of every chat's answer, and the statistics of the generation."""
+    texts = [chat_as_model_input(chat, tokenizer, settings.thinking) for chat in chats]
+    inputs = tokenize(texts, tokenizer, model.device)
+    limit = settings.max_new_tokens
+    with schedule_of(head, "whole"):
+        output = model.generate(
+            **inputs,
+            **sampling(settings.temperature),
+            # Room for the last round to be a whole one: a block, and the target's own token.
+            max_new_tokens=limit + head.config.block_size + 1,
+            assistant_model=head,
+            return_dict_in_generate=True,
+        )
+    new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    return [until_eos(row, model.generation_config.eos_token_id)[:limit] for row in new], output.dspark
+
+
+class Log:
+    """The records of a run as JSON lines beside its results, a file for every process, so that a killed run goes on
+    where it was. The first line of a file says what run it belongs to."""
+
+    def __init__(self, results: Path, run: dict, process: int = 0):
+        self.run = run
+        self.path = results.with_name(f"{results.stem}.prompts-{process}.jsonl")
+        self.pattern = f"{results.stem}.prompts-*.jsonl"
+
+    def read(self) -> list[Record]:
+        """Records of all processes of the run so far; a line that was cut short by a kill is left out.
+
+        Raises:
+            ValueError: when they belong to another run.
+        """
+        records = {}
+        for path in sorted(self.path.parent.glob(self.pattern)):
+            first, *lines = map(_parsed, path.read_text(encoding="utf-8").splitlines() or [""])
+            if first is not None and first != self.run:
+                changed = [key for key in sorted(self.run | first) if self.run.get(key) != first.get(key)]
+                raise ValueError(
+                    f"{str(path)!r} holds prompts of another run: {', '.join(changed)} differ. Give another --results, "
+                    "or delete the file to start anew."
+                )
+            for record in (Record(**line) for line in lines if line is not None):
+                records[record.data, record.prompt] = record
+        return list(records.values())
+
+    def append(self, records: list[Record]) -> None:
+        """Add what one batch gave, at once."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(asdict(record)) for record in records]
+        if not self.path.exists() or not self.path.read_bytes():
+            lines.insert(0, json.dumps(self.run))
+        elif not self.path.read_bytes().endswith(b"\n"):
+            lines.insert(0, "")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+def _parsed(line: str) -> dict | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+class Processes:
+    """The processes of this run: one, or as many as accelerate's launcher (or torchrun) has started."""
+
+    def __init__(self):
+        self.index, self.count = 0, 1
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            try:
+                from accelerate import PartialState
+            except ImportError as error:
+                raise ValueError("Several processes need accelerate: pip install 'dspark-hf[eval]'.") from error
+            self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+            self.index, self.count = self.state.process_index, self.state.num_processes
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.count > 1:
+            self.state.wait_for_everyone()
+
+    def gather(self, records: list[Record]) -> list[Record]:
+        """Those of all processes."""
+        if self.count == 1:
+            return records
+        from accelerate.utils import gather_object
+
+        return gather_object(records)
+
+    def close(self) -> None:
+        if self.count > 1:
+            self.state.destroy_process_group()
+
+
+def evaluate(
+    model: PreTrainedModel,
+    head: DSparkHead,
+    tokenizer: PreTrainedTokenizerBase,
+    data_sets: list[DataSet],
+    settings: Settings,
+    done: list[Record] = (),
+    process: int = 0,
+    processes: int = 1,
+) -> Iterator[list[Record]]:
+    """Records of the batches of this process, as soon as each is decoded; batches whose prompts are `done` are left
+    out."""
+    missing = [batch for batch in batches_of(data_sets, settings.batch_size) if batch.missing_from(done)]
+    for batch in missing[process::processes]:
+        yield decode(model, head, tokenizer, batch, settings)
