@@ -7,21 +7,23 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from .checkpoints import deepspec, read_config
+from .checkpoints import read_config, write_config
+from .checkpoints.schema import BACKBONES, SEQUENTIAL_HEADS
 
-SEQUENTIAL_HEAD_TYPES = ("vanilla", "gated", "rnn")
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 class DSparkConfig(Qwen3Config):
-    """What a [`DSparkHead`] is made of: a Qwen3-style backbone, a sequential head and a confidence head.
+    """What a [`DSparkHead`] is made of: a draft backbone, a sequential head and a confidence head.
 
     The backbone is described by the keys of `Qwen3Config` (`hidden_size` and `vocab_size` are the target's). Beyond
     those:
 
     Args:
-        block_size (`int`, defaults to 7): draft tokens a round (gamma). The block's input is the anchor and
-            `block_size - 1` mask tokens, and every position predicts.
+        backbone (`str`, defaults to `"qwen3"`): family of the draft layers, a module of `backbones`.
+        block_size (`int`, defaults to 7): rows of a block: the anchor and `block_size - 1` mask tokens.
+        sample_from_anchor (`bool`, defaults to `True`): whether the anchor's row is the first prediction. If not, as in
+            z-lab's DFlash, `block_size - 1` tokens are drafted; see `gamma`.
         mask_token_id (`int`): a token id that text never uses; its embedding stands for "to be drafted".
         target_layer_ids (`list[int]`): target layers whose outputs are fed to the head, strictly increasing;
             -1 is the embedding output.
@@ -33,7 +35,19 @@ class DSparkConfig(Qwen3Config):
         confidence_temperatures, confidence_shifts (`list[float]`, *optional*): one of each a position; the logits of
             the confidence head are divided by the one, then the other is added. Written by `dspark-hf calibrate`.
         borrow_embeddings (`bool`): whether the checkpoint leaves the embedding and the LM head to the target.
-            Released heads carry copies (`False`); heads made by [`~DSparkConfig.from_target`] borrow.
+            DeepSpec's heads carry copies (`False`); heads made by [`~DSparkConfig.from_target`] borrow.
+        borrow_lm_head (`bool`, *optional*): the same of the LM head alone, where the two differ.
+        draft_vocab_size (`int`, *optional*): size of a reduced draft vocabulary; by default all tokens can be drafted.
+        window_counted_from (`str`): `"row"` or `"block"`, where the window of sliding layers (`layer_types`,
+            `sliding_window`) is counted from. sliding_is_causal (`bool`): whether a row of a sliding layer is kept
+            from seeing the rows behind it. See `backbones.mask`.
+        attention_k_eq_v (`bool`): whether a Gemma 4 backbone takes the keys as values.
+        final_logit_softcapping (`float`, *optional*): c of c * tanh(logits / c), before the sequential head.
+        embedding_scale (`float`, *optional*): multiplies raw rows of the embedding; by default the embedding module
+            does what it does for the target.
+        target_name_or_path (`str`, *optional*), target_architectures (`list[str]`, *optional*): the target that the
+            head was made for, where its trainer says so.
+        target_sliding (`dict`, *optional*): what a Gemma 4 target's sliding layers are like (the draft has none).
 
     Raises:
         ValueError: when the fields contradict each other.
@@ -41,7 +55,9 @@ class DSparkConfig(Qwen3Config):
 
     model_type = "dspark"
 
+    backbone: str = "qwen3"
     block_size: int = 7
+    sample_from_anchor: bool = True
     mask_token_id: int | None = None
     target_layer_ids: list[int] | None = None
     num_target_layers: int | None = None
@@ -52,22 +68,46 @@ class DSparkConfig(Qwen3Config):
     confidence_temperatures: list[float] | None = None
     confidence_shifts: list[float] | None = None
     borrow_embeddings: bool = False
+    borrow_lm_head: bool | None = None
+    draft_vocab_size: int | None = None
+    window_counted_from: str = "row"
+    sliding_is_causal: bool = True
+    attention_k_eq_v: bool = False
+    final_logit_softcapping: float | None = None
+    embedding_scale: float | None = None
+    target_name_or_path: str | None = None
+    target_architectures: list[str] | None = None
+    target_sliding: dict | None = None
 
     def __post_init__(self, **kwargs):
+        # `Qwen3Config` drops the window unless `use_sliding_window` is set; here `layer_types` decides.
+        window = self.sliding_window
         super().__post_init__(**kwargs)
+        self.sliding_window = window if "sliding_attention" in self.layer_types else None
+        if self.borrow_lm_head is None:
+            self.borrow_lm_head = self.borrow_embeddings
         if self.markov_rank == 0:
             self.markov_head_type = None
             self.confidence_head_with_markov = False
         self._check()
 
+    @property
+    def gamma(self) -> int:
+        """Draft tokens a round."""
+        return self.block_size - (not self.sample_from_anchor)
+
     def _check(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"`block_size` must be at least 1, got {self.block_size}.")
+        if self.gamma < 1:
+            raise ValueError(f"`block_size` must leave at least 1 draft, got {self.block_size}.")
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"`backbone` must be one of {', '.join(BACKBONES)}, got {self.backbone!r}.")
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise ValueError(f"`layer_types` {self.layer_types} need a `sliding_window`.")
         if self.markov_rank < 0:
             raise ValueError(f"`markov_rank` must be 0 (no sequential head) or positive, got {self.markov_rank}.")
-        if self.markov_rank and self.markov_head_type not in SEQUENTIAL_HEAD_TYPES:
+        if self.markov_rank and self.markov_head_type not in SEQUENTIAL_HEADS:
             raise ValueError(
-                f"`markov_head_type` must be one of {', '.join(SEQUENTIAL_HEAD_TYPES)}, got {self.markov_head_type!r}."
+                f"`markov_head_type` must be one of {', '.join(SEQUENTIAL_HEADS)}, got {self.markov_head_type!r}."
             )
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
@@ -75,10 +115,8 @@ class DSparkConfig(Qwen3Config):
             )
         for name in ("confidence_temperatures", "confidence_shifts"):
             values = getattr(self, name)
-            if values is not None and len(values) != self.block_size:
-                raise ValueError(
-                    f"`{name}` must be {self.block_size} numbers, one a position of the block, got {values}."
-                )
+            if values is not None and len(values) != self.gamma:
+                raise ValueError(f"`{name}` must be {self.gamma} numbers, one a draft of the block, got {values}.")
         if self.confidence_temperatures is not None and min(self.confidence_temperatures) <= 0:
             raise ValueError(f"`confidence_temperatures` must be positive, got {self.confidence_temperatures}.")
         ids = self.target_layer_ids
@@ -101,15 +139,17 @@ class DSparkConfig(Qwen3Config):
         return read_config(config, str(pretrained_model_name_or_path)), kwargs
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """The config as DeepSpec publishes it: what `save_pretrained` writes and other engines read."""
+        """The config that `save_pretrained` writes: DeepSpec's, which other engines read, where it can express this
+        head, and otherwise one of this class's keys."""
+        return json.dumps(write_config(self.own_keys()), indent=2, sort_keys=True) + "\n"
+
+    def own_keys(self) -> dict[str, Any]:
+        """All keys but those that transformers gives to every model without a need."""
         generic = PreTrainedConfig().to_dict()
         generic.pop("transformers_version")
         own = {key: value for key, value in self.to_dict().items() if key not in generic or generic[key] != value}
         own.pop("_name_or_path", None)
-        for name in ("confidence_temperatures", "confidence_shifts"):
-            if own[name] is None:
-                del own[name]
-        return json.dumps(deepspec.write_config(own), indent=2, sort_keys=True) + "\n"
+        return own
 
     @classmethod
     def from_target(

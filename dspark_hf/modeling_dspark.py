@@ -1,17 +1,20 @@
 """DSparkHead: a draft head that proposes a block of tokens from the hidden states of its target."""
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import dspark_kernels
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
-from .backbones.qwen3 import DraftLayer, RMSNorm, RotaryEmbedding
+from .backbones import gemma4, qwen3
+from .backbones.mask import draft_mask
+from .checkpoints.files import HUB_ARGUMENTS, open_checkpoint
 from .configuration_dspark import DSparkConfig
+from .registry import head_for
 from .scheduling.load import LoadSensor
 from .sequential_heads import VanillaHead, build_sequential_head
 
@@ -19,6 +22,13 @@ from .sequential_heads import VanillaHead, build_sequential_head
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 # Whether to draft another position, given its confidence logits [R] (`None` without a confidence head).
 GoesOn = Callable[[torch.Tensor | None], bool]
+# A mask for all layers, or one a layer type.
+Masks = torch.Tensor | dict[str, torch.Tensor]
+
+BACKBONES = {"qwen3": qwen3, "gemma4": gemma4}
+# The logit of a token outside the draft vocabulary. Its probability is exactly 0, as it is with -inf; but where a
+# processor leaves nothing but such tokens, there still is a distribution to draw from.
+OUTSIDE = -1e30
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class DSparkHead(PreTrainedModel):
     and in the same dtype, is freed and the target's is used from then on. `save_pretrained` still writes the copies.
 
     How many tokens are drafted is set, as for any assistant of transformers, on `head.generation_config`:
-    `num_assistant_tokens` is the most (the block size at first); `num_assistant_tokens_schedule` is `"load"`, which
+    `num_assistant_tokens` is the most (`config.gamma` at first); `num_assistant_tokens_schedule` is `"load"`, which
     weighs the tokens that a draft may bring against measured step times and the load of the device, or `"constant"`;
     `assistant_confidence_threshold`, when set, keeps drafts that survive with a lower probability from verification.
     `load_sensor` may be set to a [`~scheduling.load.LoadSensor`].
@@ -93,6 +103,8 @@ class DSparkHead(PreTrainedModel):
     base_model_prefix = ""
     _no_split_modules = ["DraftLayer"]
     _supports_sdpa = True
+    # speculators' mask of the draft vocabulary says what `d2t` says.
+    _keys_to_ignore_on_load_unexpected = [r"^t2d$"]
 
     def __init__(self, config: DSparkConfig):
         super().__init__(config)
@@ -101,18 +113,22 @@ class DSparkHead(PreTrainedModel):
                 "A DSparkConfig needs `target_layer_ids` and `mask_token_id`; "
                 "`DSparkConfig.from_target(target.config)` chooses both."
             )
-        owns_tables = not config.borrow_embeddings
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if owns_tables else None
-        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
-        self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(DraftLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if owns_tables else None
+        family, width = BACKBONES[config.backbone], config.hidden_size
+        draft_vocab_size = config.draft_vocab_size or config.vocab_size
+        self.embed_tokens = None if config.borrow_embeddings else nn.Embedding(config.vocab_size, width)
+        self.fc = nn.Linear(len(config.target_layer_ids) * width, width, bias=False)
+        self.hidden_norm = family.RMSNorm(width, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(family.DraftLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = family.RMSNorm(width, eps=config.rms_norm_eps)
+        self.rotary_emb = family.RotaryEmbedding(config)
+        self.lm_head = None if config.borrow_lm_head else nn.Linear(width, draft_vocab_size, bias=False)
+        if config.draft_vocab_size is not None:
+            # Draft token i is target token i + d2t[i].
+            self.register_buffer("d2t", torch.zeros(draft_vocab_size, dtype=torch.int64))
         self.markov_head = build_sequential_head(config)
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
         self.generation_config = GenerationConfig(
-            num_assistant_tokens=config.block_size, num_assistant_tokens_schedule="load"
+            num_assistant_tokens=config.gamma, num_assistant_tokens_schedule="load"
         )
         self.load_sensor: LoadSensor | None = None
         # Parameters of the target that stand in for freed copies: (embedding weight, LM head weight).
@@ -132,7 +148,9 @@ class DSparkHead(PreTrainedModel):
         for name, module in modules.items():
             own = getattr(self, name)
             chosen[name] = module if own is None else own
-            if own is not None and _same(own.weight, module.weight):
+            # A target that scales its lookups cannot stand in for a table that does not, even if their weights agree.
+            looks_up = name == "lm_head" or type(module) is nn.Embedding or self.config.embedding_scale is not None
+            if own is not None and looks_up and _same(own.weight, module.weight):
                 self._stand_ins[name] = module.weight
                 chosen[name] = module
                 setattr(self, name, None)
@@ -149,7 +167,7 @@ class DSparkHead(PreTrainedModel):
         block: torch.Tensor,
         context: torch.Tensor,
         positions: torch.Tensor,
-        mask: torch.Tensor,
+        masks: Masks,
         cache: Cache | None = None,
     ) -> torch.Tensor:
         """Hidden states [R, Q, d] after the final norm.
@@ -158,23 +176,61 @@ class DSparkHead(PreTrainedModel):
             block: embeddings of the block tokens, [R, Q, d].
             context: projected context that is not in the cache yet, [R, C, d].
             positions: [R, C + Q] int64, absolute positions of context and block.
-            mask: bool, broadcastable to [R, 1, Q, keys]; keys are what the cache returns, or context then block.
+            masks: bool, broadcastable to [R, 1, Q, keys]; keys are what the cache returns, or context then block.
         """
         rope = self.rotary_emb(block, positions)
-        for layer in self.layers:
-            block = layer(block, context, rope, mask, cache)
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            block = layer(block, context, rope, masks if torch.is_tensor(masks) else masks[kind], cache)
         return self.norm(block)
+
+    @functools.cached_property
+    def mask_rules(self) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """For each type of layer what its rows see, given key positions and the anchor's; see `draft_mask`."""
+        config = self.config
+        sliding = {
+            "window": config.sliding_window,
+            "counted_from": config.window_counted_from,
+            "causal": config.sliding_is_causal,
+        }
+        return {
+            kind: functools.partial(
+                draft_mask, size=config.block_size, **(sliding if kind == "sliding_attention" else {})
+            )
+            for kind in set(config.layer_types)
+        }
 
     def embed_block(self, anchors: torch.Tensor, tables: Tables) -> torch.Tensor:
         """Embeddings [..., block_size, d] of anchor [...] followed by mask tokens."""
         ids = anchors.new_full((*anchors.shape, self.config.block_size), self.config.mask_token_id)
         ids[..., 0] = anchors
-        return tables.embed(ids).to(self.fc.weight.device, self.fc.weight.dtype)
+        scale, table = self.config.embedding_scale, tables.embed
+        if scale is None:
+            embedded = table(ids)
+        else:
+            # Rounded as the models that scale their embedding do it.
+            embedded = nn.functional.embedding(ids, table.weight) * torch.tensor(scale, dtype=table.weight.dtype)
+        return embedded.to(self.fc.weight.device, self.fc.weight.dtype)
 
     def base_logits(self, hidden: torch.Tensor, tables: Tables) -> torch.Tensor:
-        """Logits [..., V] of the parallel stage, before the sequential head."""
-        lm_head = tables.lm_head
-        return lm_head(hidden.to(device_of(lm_head), lm_head.weight.dtype)).to(hidden.device)
+        """Logits [..., V] of the parallel stage, before the sequential head; of the draft vocabulary if the head has
+        one."""
+        lm_head, cap = tables.lm_head, self.config.final_logit_softcapping
+        logits = lm_head(hidden.to(device_of(lm_head), lm_head.weight.dtype)).to(hidden.device)
+        if self.config.draft_vocab_size not in (None, logits.shape[-1]):
+            logits = logits[..., self.draft_tokens]
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @property
+    def draft_tokens(self) -> torch.Tensor:
+        """[draft vocabulary] int64, the target's ids of a reduced draft vocabulary."""
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    def in_target_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of all tokens from those of the draft vocabulary."""
+        if self.config.draft_vocab_size is None:
+            return logits
+        whole = logits.new_full((*logits.shape[:-1], self.config.vocab_size), OUTSIDE, dtype=torch.float32)
+        return whole.index_copy_(-1, self.draft_tokens, logits.float())
 
     def confidence_logits(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor | None:
         """[..., B] from hidden states [..., B, d] and the tokens before each position [..., B]."""
@@ -207,16 +263,17 @@ class DSparkHead(PreTrainedModel):
         """The sequential stage: p_k = softmax(U_k + B_k), left to right.
 
         Args:
-            hidden: [R, B, d]. anchors: [R]. length: positions to draft.
+            hidden: [R, B, d]. anchors: [R]. length: positions to draft, at most `config.gamma`.
             select: called once a position, in order, see `BlockProcessors.drafting`.
             goes_on: asked before every position, of which the first is drafted anyhow; those behind a no are not.
                 `length` is what is expected then, and `most` the limit: base logits are computed for the expected
                 positions at once (the LM head is read once for all of them), for the others only when it gets there.
         """
         most = length if goes_on is None else most
+        passed, hidden = hidden[:, : -self.config.gamma], hidden[:, -self.config.gamma :]
         base_logits = self.base_logits(hidden[:, :length], tables)
         if goes_on is None and self._fuses(select, base_logits):
-            return self._sample_fused(hidden[:, :length], base_logits, anchors, select)
+            return self._sample_fused(passed, hidden[:, :length], base_logits, anchors, select)
         previous, state, tokens, sampled_from = anchors, None, [], []
         for k in range(most):
             embedded = None if self.markov_head is None else self.markov_head.embed(previous)
@@ -228,10 +285,10 @@ class DSparkHead(PreTrainedModel):
                 base_logits = torch.cat([base_logits, self.base_logits(hidden[:, length:most], tables)], dim=1)
             logits = base_logits[:, k]
             if self.markov_head is not None:
-                state = self.markov_head.initial_state(embedded) if k == 0 else state
+                state = self._initial_state(passed, embedded) if k == 0 else state
                 bias, state = self.markov_head.step(hidden[:, k], embedded, state)
                 logits = logits + bias
-            previous, processed = select(logits)
+            previous, processed = select(self.in_target_vocabulary(logits))
             tokens.append(previous)
             sampled_from.append(processed)
         tokens = torch.stack(tokens, dim=1)
@@ -244,9 +301,18 @@ class DSparkHead(PreTrainedModel):
     def _fuses(self, select: Select, base_logits: torch.Tensor) -> bool:
         """Whether kernels draft the block: what is chosen must depend on the logits and a temperature only."""
         temperature = getattr(select, "temperature", None)
-        return self.markov_head is not None and temperature is not None and dspark_kernels.uses_kernels(base_logits)
+        chains = self.markov_head is not None and self.config.draft_vocab_size is None
+        return chains and temperature is not None and dspark_kernels.uses_kernels(base_logits)
 
-    def _sample_fused(self, hidden, base_logits, anchors, select) -> DraftBlock:
+    def _initial_state(self, passed: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor | None:
+        """State of the sequential head before the first draft: rows that predict nothing, [R, 0 or 1, d], take a step
+        all the same."""
+        state = self.markov_head.initial_state(embedded)
+        for hidden in passed.unbind(1):
+            _, state = self.markov_head.mix(hidden, embedded, state)
+        return state
+
+    def _sample_fused(self, passed, hidden, base_logits, anchors, select) -> DraftBlock:
         """`sample_block` with few launches a position, for the vanilla head one."""
         options = {"temperature": select.temperature, "return_logits": select.sample}
         count, head = base_logits.shape[1], self.markov_head
@@ -261,7 +327,7 @@ class DSparkHead(PreTrainedModel):
             previous, state, found = anchors, None, []
             for k in range(count):
                 embedded = head.embed(previous)
-                state = head.initial_state(embedded) if k == 0 else state
+                state = self._initial_state(passed, embedded) if k == 0 else state
                 mixed, state = head.mix(hidden[:, k], embedded, state)
                 token, of, _ = dspark_kernels.sample_position(base_logits[:, k], mixed, w2, seeds(), **options)
                 previous = token.clamp(min=0)
@@ -318,39 +384,71 @@ class DSparkHead(PreTrainedModel):
         """Load a head from a Hub id or a folder; arguments as in `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: for an unknown layout, a damaged file, or tensors that are missing, left over or of another
-                shape than the config says.
+            CheckpointError: a `ValueError`, for an unknown layout, a config that contradicts itself, a damaged file, a
+                pickle, or tensors that are missing, left over or of another shape than the config says. Nothing has
+                been loaded then. Code that comes with a head is never run.
             OSError: transformers' own, when the repository or its weights cannot be found.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        # Wrong shapes are reported below together with everything else that does not fit.
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        source = str(pretrained_model_name_or_path)
-        try:
-            head, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(
-                f"The weights of {source!r} are damaged or cut short ({error}). Download the file again."
-            ) from error
-        shapes = [
-            f"{name} is {list(found)}, expected {list(wanted)}" for name, found, wanted in info["mismatched_keys"]
-        ]
-        wrong = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another shape": shapes}
-        found = "; ".join(f"{kind}: {', '.join(sorted(map(str, names))[:8])}" for kind, names in wrong.items() if names)
-        if found:
-            raise ValueError(
-                f"The tensors of {source!r} are not those that its config.json asks for ({found}). "
-                "The file may belong to another head, or the config to another layout."
-            )
-        return (head, info) if wants_info else head
+        if pretrained_model_name_or_path is not None:
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            checkpoint = open_checkpoint(pretrained_model_name_or_path, **hub)
+            checkpoint.validate(cls)
+            checkpoint.validate_maps()
+            kwargs = {"key_mapping": checkpoint.key_mapping} | kwargs | {"use_safetensors": True}
+            if kwargs.get("config") is None:
+                kwargs = checkpoint.borrowed | kwargs
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def for_target(cls, target: PreTrainedModel | str | os.PathLike, **kwargs) -> "DSparkHead":
+        """Load the published head for a target, see `registry`.
+
+        Args:
+            target: the model, or its Hub id. A model also gives the head its dtype and device.
+            kwargs: of [`~DSparkHead.from_pretrained`].
+
+        Raises:
+            ValueError: when no head is known for the target.
+        """
+        if isinstance(target, PreTrainedModel):
+            kwargs = {"dtype": target.dtype, "device_map": target.device} | kwargs
+            target = target.config._name_or_path
+        return cls.from_pretrained(head_for(os.fspath(target)).head, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Write the head in DeepSpec's layout, which other engines load; arguments as in transformers."""
-        kwargs.setdefault("state_dict", self.state_dict() | self._freed_copies())
+        """Write the head in DeepSpec's layout, which other engines load, or in our own where DeepSpec's cannot express
+        it (see `checkpoints`); arguments as in transformers. [`~checkpoints.export.export`] writes other layouts."""
+        kwargs = {"state_dict": self.whole_state_dict(), "save_original_format": False} | kwargs
         super().save_pretrained(save_directory, **kwargs)
 
-    def _freed_copies(self) -> dict[str, torch.Tensor]:
-        return {f"{name}.weight": weight.detach().clone() for name, weight in self._stand_ins.items()}
+    def push_to_hub(
+        self,
+        repo_id: str,
+        target: str | None = None,
+        results: str | os.PathLike | None = None,
+        license: str | None = None,
+        private: bool = False,
+        commit_message: str = "Upload a draft head with dspark-hf",
+    ) -> str:
+        """Publish the head as `dspark-hf publish` does, with a card and `custom_generate`; see [`~hub.publish`].
+
+        The token is that of huggingface_hub's login.
+
+        Args:
+            target: Hub id of the target; not needed with `results`, what `dspark-hf eval` wrote.
+
+        Returns:
+            the address of the commit.
+        """
+        from .hub import publish_head
+
+        options = {"target": target, "results": results, "license": license, "private": private}
+        return publish_head(self, repo_id, **options, message=commit_message)
+
+    def whole_state_dict(self) -> dict[str, torch.Tensor]:
+        """The state dict with copies of the target's tables that were freed."""
+        freed = {f"{name}.weight": weight.detach().clone() for name, weight in self._stand_ins.items()}
+        return self.state_dict() | freed
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -1,7 +1,7 @@
 """Sequential heads: the bias that the previous token adds to the logits of a block position (paper, section on the
 semi-autoregressive head).
 
-All three look the previous token up in W1 [V, r] and project to the vocabulary with W2 [V, r]. Shapes below use
+All three look the previous token up in W1 [V, r] and project to the (draft) vocabulary with W2 [V, r]. Shapes below use
 `...` for any leading dimensions, d = hidden size, r = rank, V = vocabulary.
 """
 
@@ -18,7 +18,7 @@ class VanillaHead(nn.Module):
         super().__init__()
         self.rank = config.markov_rank
         self.markov_w1 = nn.Embedding(config.vocab_size, config.markov_rank)
-        self.markov_w2 = nn.Linear(config.markov_rank, config.vocab_size, bias=False)
+        self.markov_w2 = nn.Linear(config.markov_rank, config.draft_vocab_size or config.vocab_size, bias=False)
 
     def embed(self, previous: torch.Tensor) -> torch.Tensor:
         """W1 rows [..., r] of the previous tokens [...]."""

@@ -9,22 +9,29 @@ if not os.path.exists("/dev/nvidiactl"):
     # Kernels run in Triton's interpreter; read when triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
 
 from dspark_hf import DSparkConfig, DSparkHead
 from dspark_hf.generation import loop, step_times
+from dspark_hf.generation.drafting import Drafter
+from dspark_hf.generation.processors import BlockProcessors
 from dspark_hf.generation.step_times import experience_of
+from dspark_hf.generation.target import Target
 from dspark_hf.scheduling.cost import CostTable, sizes_of
 from dspark_hf.scheduling.scheduler import NO_DRAFT, ConstantSchedule, Plan, Settings
 
 HERE = Path(__file__).parent
-FIXTURES = Path(os.environ.get("DSPARK_FIXTURES", HERE / "fixtures"))
+FIXTURES = HERE / "fixtures"
 GSM8K_SAMPLE = HERE / "data" / "gsm8k_test_24.jsonl"
 
 
@@ -49,30 +56,114 @@ def seeded():
     torch.manual_seed(0)
 
 
+def whole_set() -> Path | None:
+    """The folder of whole cases: DSPARK_FIXTURES, which may be empty to go without; where it is not set,
+    `shared/fixtures` beside the repository, if it is there."""
+    beside = HERE.parents[1] / "shared" / "fixtures"
+    folder = os.environ.get("DSPARK_FIXTURES", beside if beside.is_dir() else "")
+    if not str(folder):
+        return None
+    if not any(Path(folder).glob("*/expected.json")):
+        raise FileNotFoundError(f"DSPARK_FIXTURES: {folder} has no cases; set it to '' to test without the whole set")
+    return Path(folder)
+
+
+WHOLE_SET = whole_set()
+
+
 class Case:
-    """A numeric fixture: a target, a head and what the reference implementation computed with them."""
+    """A numeric fixture: a head, what the reference implementation computed with it, and its target unless the case is
+    a light one; see fixtures/make_light.py."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.expected = json.loads((folder / "expected.json").read_text())
+        self.folder, self.name = folder, folder.name
+        self.is_whole = (folder / "target" / "model.safetensors").exists()
+
+    @cached_property
+    def expected(self) -> dict:
+        """The expected.json of a case with its target."""
+        return json.loads((self.target_folder.parent / "expected.json").read_text())
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "expected.safetensors")
+
+    @property
+    def prompts(self) -> list[dict]:
+        """Token ids and accepted lengths of every prompt of the case."""
+        count = sum(name.endswith(".input_ids") and name.startswith("prompt") for name in self.tensors)
+        parts = ("input_ids", "generate_ids", "acceptance_lengths")
+        return [{part: self.tensors[f"prompt{i}.{part}"].tolist() for part in parts} for i in range(count)]
+
+    @property
+    def target_folder(self) -> Path:
+        """Skips the test if the case has no target."""
+        if not self.is_whole:
+            pytest.skip(f"the target of {self.name} is not in the repository: set DSPARK_FIXTURES to the whole set")
+        return self.folder / "target"
 
     def target(self):
-        return AutoModelForCausalLM.from_pretrained(self.folder / "target", dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(self.target_folder, dtype=torch.float32).eval()
+
+    def any_target(self):
+        """The target, or where the case has none an untrained one of its shape with its embedding table."""
+        if self.is_whole:
+            return self.target()
+        config = AutoConfig.from_pretrained(self.folder / "target")
+        target = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        tables = self.folder / "target" / "tables.safetensors"
+        table = load_file(tables if tables.exists() else self.folder / "head" / "model.safetensors")
+        with torch.no_grad():
+            target.get_input_embeddings().weight.copy_(table["embed_tokens.weight"])
+        return target
+
+    def features(self, i: int, target, head) -> torch.Tensor:
+        """What `target`, one of the case, feeds to the head for prompt i and its output, [1, C, m*d]. A light case has
+        it recorded, as far as its rounds need it."""
+        if not self.is_whole:
+            return self.tensors[f"prompt{i}.features"][None]
+        runner, ids = Target(target, head.config.target_layer_ids), self.prompts[i]["generate_ids"]
+        with torch.no_grad():
+            return runner.forward(torch.tensor([ids]), runner.new_cache(1)).features
+
+    @torch.no_grad()
+    def drafts(self, i: int, starts: list[int], target, head) -> list[list[int]]:
+        """Greedy drafts behind the anchors at the given positions of prompt i and its output."""
+        text, features = torch.tensor(self.prompts[i]["generate_ids"]), self.features(i, target, head)
+        drafter, seen, found = Drafter(head, target, 1), 0, []
+        select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None, [0])
+        for start in starts:
+            drafter.remember(features[:, seen:start], [start - seen])
+            found.append(drafter.draft(text[start, None], head.config.gamma, select).tokens[0].tolist())
+            seen = start
+        return found
 
     def head(self):
         """The head; like the reference it drafts and verifies whole blocks."""
         return whole_blocks(DSparkHead.from_pretrained(self.folder / "head", dtype=torch.float32).eval())
 
 
+def case_of(name: str) -> Case:
+    """With its target wherever that is at hand."""
+    folder = WHOLE_SET / name if WHOLE_SET and (WHOLE_SET / name).exists() else FIXTURES / name
+    return Case(folder)
+
+
 def cases() -> list[str]:
-    names = sorted(path.parent.name for path in FIXTURES.glob("*/expected.json"))
-    assert names, f"no fixtures in {FIXTURES}"
-    return names
+    """Names of all cases, light or whole."""
+    return sorted({path.parent.name for root in (FIXTURES, WHOLE_SET) if root for path in root.glob("*/head")})
+
+
+def recordings() -> list[Case]:
+    """All cases, and beside whole ones also the light ones of the repository."""
+    found = [case_of(name) for name in cases()]
+    light = [Case(path.parent) for path in sorted(FIXTURES.glob("*/head"))]
+    return found + [case for case in light if WHOLE_SET and not case.is_whole]
 
 
 @pytest.fixture
 def vanilla() -> Case:
-    return Case(HERE / "fixtures" / "deepspec_qwen3_vanilla")
+    return Case(FIXTURES / "deepspec_qwen3_vanilla")
 
 
 def tiny_target(vocab_size: int = 16, seed: int = 0, sharpness: float = 1.0, **kwargs) -> Qwen3ForCausalLM:
@@ -109,6 +200,23 @@ def tiny_head(target, seed: int = 1, **kwargs) -> DSparkHead:
 def whole_blocks(head: DSparkHead) -> DSparkHead:
     head.generation_config.num_assistant_tokens_schedule = "constant"
     return head
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of the Hub. Calling it puts a folder there as the repository of that name."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return lambda name, folder: in_cache(cache, name, folder)
+
+
+def in_cache(cache: Path, name: str, folder: Path) -> None:
+    """Lay a folder out as huggingface_hub does for a downloaded repository."""
+    commit = hashlib.sha1(name.encode()).hexdigest()
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, repository / "snapshots" / commit)
 
 
 class ShuffledSchedule(ConstantSchedule):
@@ -152,11 +260,11 @@ def table_of(block_size: int, verify: float = 0.05, draft: float = 0.02, identit
 @pytest.fixture
 def drafting_pays(monkeypatch):
     """The load schedule goes by step times under which it drafts, whatever this machine and the tiny models take."""
-    monkeypatch.setattr(step_times, "step_times", lambda target, head, rows: table_of(head.config.block_size))
+    monkeypatch.setattr(step_times, "step_times", lambda target, head, rows: table_of(head.config.gamma))
     monkeypatch.setattr(CostTable, "observe", lambda *args: None)
 
 
 def shuffled_scheduler(target, drafter, rows, greedy, runs_ahead):
     head = drafter.head
-    settings = Settings.read(head.generation_config, head.config.block_size)
+    settings = Settings.read(head.generation_config, head.config.gamma)
     return ShuffledSchedule(settings, experience_of(head, target.model), rows, target.packs)

@@ -1,10 +1,13 @@
 """The commands as a user types them, on the embedded pair."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from conftest import GSM8K_SAMPLE
 from typer.testing import CliRunner
 
 import dspark_hf
-from dspark_hf.cli import app
+from dspark_hf.cli import app, main
 from dspark_hf.embedded import FOLDER
 from dspark_hf.evaluation.bench import Record
 from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode, read_prompts
@@ -27,12 +30,19 @@ def run(*args: str) -> str:
 
 
 def fails(*args: str) -> str:
-    """What the installed command prints to stderr when it refuses."""
-    result = subprocess.run(
-        [sys.executable, "-c", "from dspark_hf.cli import main; main()", *args], capture_output=True, text=True
-    )
+    """What the command prints to stderr when it refuses."""
+    printed = io.StringIO()
+    with redirect_stderr(printed), patch.object(sys, "argv", ["dspark-hf", *args]), pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code != 0
+    return " ".join(printed.getvalue().split())
+
+
+def test_the_installed_command():
+    command = [str(Path(sys.executable).with_name("dspark-hf")), "bench", "--batch-sizes", "1,two"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode != 0 and "Traceback" not in result.stderr
-    return " ".join(result.stderr.split())
+    assert fails(*command[1:]) in " ".join(result.stderr.split())
 
 
 def plain_text(max_new_tokens: int) -> str:
@@ -127,7 +137,7 @@ def test_train_writes_a_head_that_generates(tmp_path):
 @pytest.mark.parametrize(
     ("args", "named"),
     [
-        (["generate", "x", "--model", "no/such-model"], "needs --head"),
+        (["generate", "x", "--model", "no/such-model"], "No published head"),
         (["generate", "x", "--head", "somewhere"], "needs --model"),
         (["bench", "--batch-sizes", "1,two"], "1,two"),
         (["bench", "--batch-sizes", "99"], "99"),

@@ -161,13 +161,20 @@ def test_missing_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["layers.1.self_attn.k_norm.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert "missing: layers.1.self_attn.k_norm.weight" in load_error(folder)
+    assert "layers.1.self_attn.k_norm.weight: found no tensor" in load_error(folder)
 
 
 def test_left_over_tensor(folder):
     tensors = load_file(folder / "model.safetensors") | {"layers.7.mlp.up_proj.weight": torch.zeros(2)}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert "unexpected: layers.7.mlp.up_proj.weight" in load_error(folder)
+    message = load_error(folder)
+    assert "num_hidden_layers" in message and "found 2" in message and "expected 3" in message
+
+
+def test_left_over_tensor_of_no_layer(folder):
+    tensors = load_file(folder / "model.safetensors") | {"fc.bias": torch.zeros(64)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "fc.bias: found a tensor, expected no tensor of this name" in load_error(folder)
 
 
 def test_tensor_of_another_shape(folder):
@@ -203,7 +210,7 @@ def test_incomplete_config(folder, key):
         ({"block_size": 0}, "block_size"),
         ({"mask_token_id": 128}, "128"),
         ({"target_layer_ids": [2, 1]}, "increasing"),
-        ({"target_layer_ids": [1, 2, 6]}, "6 layers"),
+        ({"target_layer_ids": [1, 2, 6]}, "num_target_layers 6"),
         ({"target_layer_ids": []}, "target_layer_ids"),
     ],
 )

@@ -4,25 +4,28 @@ import json
 
 import pytest
 import torch
-from conftest import FIXTURES, Case, cases, tiny_head, tiny_target
+from conftest import case_of, cases, tiny_head, tiny_target
 from safetensors.torch import load_file
 from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from dspark_hf import DSparkConfig, DSparkHead
 
+# Published in the layout that `save_pretrained` writes.
+DEEPSPEC = [name for name in cases() if name.startswith("deepspec")]
 
-@pytest.mark.parametrize("name", cases())
+
+@pytest.mark.parametrize("name", DEEPSPEC)
 def test_round_trip_keeps_every_byte(name, tmp_path):
-    folder = FIXTURES / name / "head"
+    folder = case_of(name).folder / "head"
     DSparkHead.from_pretrained(folder).save_pretrained(tmp_path)
     check_same_files(folder, tmp_path)
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", DEEPSPEC)
 def test_round_trip_after_copies_were_freed(name, tmp_path):
     """Copies of the target's tables are freed when they equal it, and written back all the same."""
-    case = Case(FIXTURES / name)
-    target, head = case.target(), case.head()
+    case = case_of(name)
+    target, head = case.any_target(), case.head()
     before = head.num_parameters()
     tables = head.share_tables(target)
     assert head.embed_tokens is None and tables.embed is target.get_input_embeddings()
@@ -38,7 +41,12 @@ def check_same_files(expected, found):
     for name in old:
         assert old[name].dtype == new[name].dtype and torch.equal(old[name], new[name]), name
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (expected, found))
-    del old["transformers_version"], new["transformers_version"]
+    for config in (old, new):
+        del config["transformers_version"]
+        # Left between the variants by layer type by one version of transformers; they mean nothing.
+        if "full_attention" in config["rope_parameters"]:
+            for stray in ("rope_theta", "rope_type"):
+                config["rope_parameters"].pop(stray, None)
     assert new == old
 
 

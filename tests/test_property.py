@@ -101,7 +101,7 @@ def shuffled(head):
 @contextmanager
 def load_that_pays(head, ahead=False):
     """The load schedule with step times under which it drafts, on a device that runs ahead of the host or not."""
-    table = table_of(head.config.block_size)
+    table = table_of(head.config.gamma)
     with (
         load(head),
         mock.patch.object(step_times, "step_times", lambda *args: table),

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import dspark_hf
+from dspark_hf import registry
 from dspark_hf.embedded import FOLDER
+from dspark_hf.registry import PublishedHead
 
 README = Path(__file__).parents[1] / "README.md"
 LOCAL = {
@@ -24,7 +26,9 @@ def test_there_are_snippets():
 
 
 @pytest.mark.parametrize("code", snippets())
-def test_snippet(code, capsys):
+def test_snippet(code, capsys, monkeypatch):
+    entry = PublishedHead(str(FOLDER / "head"), str(FOLDER / "target"), "deepspec", "dspark", 7, "this project")
+    monkeypatch.setattr(registry, "published_heads", lambda: (entry,))
     for hub_id, folder in LOCAL.items():
         code = code.replace(hub_id, folder)
     exec(compile(code, str(README), "exec"), {"__name__": "__main__"})

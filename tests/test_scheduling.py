@@ -434,6 +434,7 @@ def test_statistics_of_a_schedule(pair, drafting_pays):
         lists = (stats.accepted_lengths, stats.verified_lengths, stats.expected_lengths, stats.confidence)
         assert len({len(values[row]) for values in lists}) == 1
         assert [len(c) for c in stats.confidence[row]] == stats.drafted_lengths[row]
+        assert [len(tokens) for tokens in stats.draft_tokens[row]] == stats.drafted_lengths[row]
     rounds_of_rows = sum(map(len, stats.accepted_lengths))
     expected = sum(map(sum, stats.expected_lengths)) / rounds_of_rows
     assert expected == pytest.approx(stats.tau, rel=0.25)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from conftest import whole_blocks
 from torch.nn.attention.flex_attention import create_mask
 
 from dspark_hf import DSparkConfig, DSparkHead
@@ -74,7 +75,7 @@ def bigram_head(target, sequences: torch.Tensor, **kwargs) -> DSparkHead:
     with torch.no_grad():
         head.markov_head.markov_w1.weight.copy_(torch.eye(VOCAB))
         head.markov_head.markov_w2.weight.copy_(counts * 20)
-    return head
+    return whole_blocks(head)
 
 
 def prompts(batch: int) -> dict[str, torch.Tensor]:

@@ -237,3 +237,17 @@ def test_weight_of_the_cross_entropy():
     labels, supervised = torch.randint(0, 5, (1, 2, 3)), torch.ones(1, 2, 3, dtype=torch.bool)
     light, heavy = (dspark_losses(draft, goal, None, labels, supervised, weight) for weight in (0.1, 1.0))
     assert heavy.total - light.total == pytest.approx(0.9 * light.ce.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"sample_from_anchor": False}, "sample_from_anchor"),
+        ({"draft_vocab_size": 8}, "draft_vocab_size"),
+        ({"layer_types": ["sliding_attention"], "sliding_window": 4}, "layer_types"),
+    ],
+)
+def test_heads_that_are_only_decoded_with(fields, named, tmp_path):
+    target = tiny_target(vocab_size=32)
+    with pytest.raises(ValueError, match=named):
+        train(tiny_head(target, **fields), target, [], TrainingArguments(tmp_path))

@@ -1,1 +1,1 @@
-"""Draft backbones, one module a model family."""
+"""Draft backbones, one module a model family: `DraftLayer`, `RMSNorm` and `RotaryEmbedding`."""

@@ -62,7 +62,7 @@ class DraftLayer(nn.Module):
     def __init__(self, config: DSparkConfig, layer_idx: int):
         super().__init__()
         self.self_attn = DraftAttention(config, layer_idx)
-        self.mlp = Qwen3MLP(config)
+        self.mlp = MLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -74,5 +74,4 @@ class DraftLayer(nn.Module):
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
-RotaryEmbedding = Qwen3RotaryEmbedding
-RMSNorm = Qwen3RMSNorm
+MLP, RMSNorm, RotaryEmbedding = Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding

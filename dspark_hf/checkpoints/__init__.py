@@ -1,11 +1,44 @@
-"""Published layouts ("dialects") of draft heads: recognise, read, write. The rest of the project knows one config."""
+"""Published layouts ("dialects") of draft heads: recognise, read, write. The rest of the project knows one config.
 
+A dialect is a module with `recognises` (of a published config), `names` (what it calls our keys), `read_config`,
+`write_config` and `PREFIXES` (of tensor names, where they differ from ours).
+"""
+
+import dataclasses
+from types import ModuleType
 from typing import Any
 
-from . import deepspec
+from . import deepspec, dflash, modelopt, native, specforge, speculators
+from .errors import CheckpointError, config_file
+from .schema import check
+from .writing import CannotExpress
 
-DIALECTS = (deepspec,)
-NATIVE_MODEL_TYPE = "dspark"
+__all__ = ["DIALECTS", "CannotExpress", "CheckpointError", "dialect_of", "read_config", "write_config"]
+
+# In the order in which they are asked: class names are not unique, see each module.
+DIALECTS = (native, speculators, modelopt, specforge, dflash, deepspec)
+
+
+def dialect_of(published: dict[str, Any], source: str) -> ModuleType:
+    """The layout of a published `config.json`.
+
+    Raises:
+        CheckpointError: when no dialect recognises it, naming what was found.
+    """
+    classes = published.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise CheckpointError(config_file(source), "architectures", repr(classes), "a list of class names")
+    for dialect in DIALECTS:
+        if dialect.recognises(published):
+            return dialect
+    raise CheckpointError(
+        config_file(source),
+        "architectures",
+        f"{classes} with model_type {published.get('model_type')!r}",
+        f"a draft head: {'; '.join(dialect.DESCRIPTION for dialect in DIALECTS)}",
+        "If this is a whole language model, load it with AutoModelForCausalLM and pass a head trained for it as "
+        "`assistant_model`.",
+    )
 
 
 def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
@@ -13,18 +46,27 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
 
     Raises:
         OSError: when there is no config at all.
-        ValueError: when no dialect recognises the layout, naming what was found.
+        CheckpointError: for an unknown layout, and for values that are missing, unsound or contradict each other.
     """
     if not published:
         raise OSError(f"There is no config.json in {source!r}. Check the path or the repository id.")
-    if published.get("model_type") == NATIVE_MODEL_TYPE:
-        return published
-    for dialect in DIALECTS:
-        if dialect.recognises(published):
-            return dialect.read_config(published, source)
-    raise ValueError(
-        f"{source!r} is not a draft head that dspark_hf can read: its config.json has "
-        f"architectures={published.get('architectures')} and model_type={published.get('model_type')!r}. "
-        f"Known layouts: {', '.join(dialect.DESCRIPTION for dialect in DIALECTS)}. If this is a whole language model, "
-        "load it with AutoModelForCausalLM and pass a head trained for it as `assistant_model`."
-    )
+    dialect = dialect_of(published, source)
+    translated = dialect.read_config(published, source)
+    check(_defaults() | translated, dialect.names(published), source)
+    return translated
+
+
+def write_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json` for the keys of a `DSparkConfig`: DeepSpec's, or our own where that cannot express the head."""
+    try:
+        return deepspec.write_config(config)
+    except CannotExpress:
+        return native.write_config(config)
+
+
+def _defaults() -> dict[str, Any]:
+    from ..configuration_dspark import DSparkConfig
+
+    fields = dataclasses.fields(DSparkConfig)
+    given = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    return given | {"rope_parameters": None, "layer_types": None}

@@ -1,10 +1,18 @@
-"""DeepSpec's layout for Qwen3 targets: config keys at top level, tensor names equal to this project's."""
+"""DeepSpec's layout for Qwen3 and Gemma 4 targets: config keys at top level, tensor names equal to this project's.
+
+Its "DFlash" heads are the same class without a sequential and a confidence head.
+"""
 
 from typing import Any
 
-DESCRIPTION = "DeepSpec (architectures ['Qwen3DSparkModel'])"
-ARCHITECTURE = "Qwen3DSparkModel"
-REQUIRED_KEYS = (
+from .schema import expect, forbid_code, require, rope_of
+from .writing import CALIBRATION, refuse
+
+NAME = "deepspec"
+DESCRIPTION = "DeepSpec (architectures ['Qwen3DSparkModel'] or ['Gemma4DSparkModel'])"
+QWEN3, GEMMA4 = "Qwen3DSparkModel", "Gemma4DSparkModel"
+PREFIXES: dict[str, str] = {}
+REQUIRED = (
     "block_size",
     "mask_token_id",
     "target_layer_ids",
@@ -16,32 +24,118 @@ REQUIRED_KEYS = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "rms_norm_eps",
     "markov_rank",
     "enable_confidence_head",
 )
+REQUIRED_BY_GEMMA4 = ("global_head_dim", "hidden_activation", "rope_parameters.full_attention")
+NAMES_OF_GEMMA4 = {
+    "head_dim": "global_head_dim",
+    "num_key_value_heads": "num_global_key_value_heads",
+    "hidden_act": "hidden_activation",
+    "rope_parameters": "rope_parameters.full_attention",
+}
+# Keys of ours that go without saying in this layout, or have no place in it.
+UNSAID = (
+    "backbone",
+    "sample_from_anchor",
+    "draft_vocab_size",
+    "window_counted_from",
+    "sliding_is_causal",
+    "embedding_scale",
+    "target_sliding",
+    "target_name_or_path",
+    "target_architectures",
+    "borrow_lm_head",
+)
+UNSAID_OF_QWEN3 = ("attention_k_eq_v", "final_logit_softcapping")
+UNSAID_OF_GEMMA4 = ("hidden_act", "max_window_layers", "use_sliding_window")
 
 
 def recognises(published: dict[str, Any]) -> bool:
-    return ARCHITECTURE in (published.get("architectures") or []) and "target_layer_ids" in published
+    classes = published.get("architectures") or []
+    return QWEN3 in classes or GEMMA4 in classes
+
+
+def names(published: dict[str, Any]) -> dict[str, str]:
+    """What the layout calls this project's keys, where that differs."""
+    return NAMES_OF_GEMMA4 if GEMMA4 in published["architectures"] else {}
 
 
 def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     """Published keys -> keys of a `DSparkConfig`. Keys without a meaning here are kept and written back."""
-    missing = [key for key in REQUIRED_KEYS if published.get(key) is None]
-    if published.get("markov_rank") and not published.get("markov_head_type"):
-        missing.append("markov_head_type")
-    if missing:
-        raise ValueError(f"config.json of {source!r} has no value for {', '.join(missing)}: it is incomplete.")
-    return published | {"model_type": "dspark"}
+    require(published, REQUIRED, source)
+    if published["markov_rank"]:
+        require(published, ["markov_head_type"], source)
+    forbid_code(published, (), source)
+    layers = published.get("layer_types") or []
+    expect(published, "layer_types", set(map(str, layers)) <= {"full_attention"}, "full_attention", source)
+    native = published | {"model_type": "dspark"}
+    if GEMMA4 in published["architectures"]:
+        return native | _read_gemma4(published, source)
+    return native | {"rope_parameters": rope_of(published, source)}
 
 
-def write_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Keys of a `DSparkConfig` -> DeepSpec's `config.json`."""
-    published = config | {"architectures": [ARCHITECTURE], "model_type": "qwen3"}
-    if not published["borrow_embeddings"]:
-        del published["borrow_embeddings"]
-    if not published["markov_rank"]:
-        published.pop("markov_head_type", None)
-    if not published["enable_confidence_head"]:
-        published.pop("confidence_head_with_markov", None)
-    return published
+def _read_gemma4(published: dict[str, Any], source: str) -> dict[str, Any]:
+    require(published, REQUIRED_BY_GEMMA4, source)
+    expect(published, "enable_moe_block", not published.get("enable_moe_block"), "false", source)
+    per_layer = published.get("hidden_size_per_layer_input")
+    expect(published, "hidden_size_per_layer_input", not per_layer, "0", source)
+    width, shared = published["hidden_size"], published.get("attention_k_eq_v") or False
+    expect(published, "hidden_size", type(width) is int and width > 0, "a positive whole number", source)
+    kv_heads = "num_global_key_value_heads" if shared else "num_key_value_heads"
+    require(published, [kv_heads], source)
+    rope = published["rope_parameters"]
+    sliding = {key: published.get(key) for key in ("head_dim", "num_key_value_heads", "sliding_window")}
+    return {
+        "backbone": "gemma4",
+        "head_dim": published["global_head_dim"],
+        "num_key_value_heads": published[kv_heads],
+        "attention_k_eq_v": shared,
+        "hidden_act": published["hidden_activation"],
+        "rope_parameters": rope["full_attention"],
+        "embedding_scale": width**0.5,
+        "target_sliding": sliding | {"rope_parameters": rope.get("sliding_attention")},
+    }
+
+
+def write_config(native: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a `DSparkConfig` -> DeepSpec's `config.json`.
+
+    Raises:
+        CannotExpress: for what only other layouts know.
+    """
+    refuse("DeepSpec", native, sample_from_anchor=True, draft_vocab_size=None)
+    refuse("DeepSpec", native, borrow_lm_head=native["borrow_embeddings"])
+    refuse("DeepSpec", native, layer_types=["full_attention"] * native["num_hidden_layers"])
+    if native["backbone"] == "gemma4":
+        published, unsaid = native | _write_gemma4(native), UNSAID + UNSAID_OF_GEMMA4
+    else:
+        refuse("DeepSpec", native, final_logit_softcapping=None, embedding_scale=None)
+        published, unsaid = native | {"architectures": [QWEN3], "model_type": "qwen3"}, UNSAID + UNSAID_OF_QWEN3
+    if not native["borrow_embeddings"]:
+        unsaid += ("borrow_embeddings",)
+    if not native["markov_rank"]:
+        unsaid += ("markov_head_type",)
+    if not native["enable_confidence_head"]:
+        unsaid += ("confidence_head_with_markov",)
+    unsaid += tuple(key for key in CALIBRATION if native.get(key) is None)
+    return {key: value for key, value in published.items() if key not in unsaid}
+
+
+def _write_gemma4(native: dict[str, Any]) -> dict[str, Any]:
+    sliding = native["target_sliding"] or {}
+    rope = {"full_attention": native["rope_parameters"]}
+    if sliding.get("rope_parameters"):
+        rope["sliding_attention"] = sliding["rope_parameters"]
+    return {
+        "architectures": [GEMMA4],
+        "model_type": native.get("target_text_model_type") or "gemma4_text",
+        "global_head_dim": native["head_dim"],
+        "head_dim": sliding.get("head_dim") or native["head_dim"],
+        "num_key_value_heads": sliding.get("num_key_value_heads") or native["num_key_value_heads"],
+        "num_global_key_value_heads": native.get("num_global_key_value_heads") or native["num_key_value_heads"],
+        "hidden_activation": native["hidden_act"],
+        "sliding_window": sliding.get("sliding_window"),
+        "rope_parameters": rope,
+    }

@@ -2,7 +2,20 @@
 
 import sys
 
-from . import bench, calibrate, generate, profile, train, verify  # noqa: F401
+from . import (  # noqa: F401
+    bench,
+    calibrate,
+    demo,
+    eval,
+    export,
+    generate,
+    heads,
+    inspect,
+    profile,
+    publish,
+    train,
+    verify,
+)
 from .common import app, errors
 
 

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .. import DSparkHead
 from ..embedded import embedded_pair
+from ..registry import head_for
 
 app = typer.Typer(
     help="DSpark speculative decoding for transformers: faster generate, same tokens.",
@@ -22,7 +23,7 @@ app = typer.Typer(
 console, errors = Console(), Console(stderr=True)
 
 Model = Annotated[str | None, typer.Option(help="Target: a Hub id or a folder. Default: the embedded pair.")]
-Head = Annotated[str | None, typer.Option(help="Draft head for --model: a Hub id or a folder.")]
+Head = Annotated[str | None, typer.Option(help="Draft head for --model: a Hub id or a folder. Default: a known one.")]
 Dtype = Annotated[str, typer.Option(help="dtype of target and head, such as float32 or bfloat16; auto: as stored.")]
 Prompts = Annotated[Path | None, typer.Option(help="JSON lines with turns, prompt or question, or a prompt a line.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts only.")]
@@ -38,7 +39,8 @@ def load(model: str | None, head: str | None, dtype: str, needs_head: bool = Tru
             raise ValueError(f"--head {head} needs --model: the embedded target has its own head.")
         return embedded_pair(dtype=dtype, device=device)
     if head is None and needs_head:
-        raise ValueError(f"--model {model} needs --head, the draft head trained for it (or --no-draft).")
+        head = head_for(model).head
+        errors.print(f"[dim]head: {head}[/dim]", highlight=False)
     target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device).eval()
     loaded = DSparkHead.from_pretrained(head, dtype=dtype, device_map=device).eval() if head else None
     return target, loaded, AutoTokenizer.from_pretrained(model)

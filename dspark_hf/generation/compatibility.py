@@ -4,10 +4,13 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMode
+from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
+
+logger = logging.get_logger(__name__)
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 RECURRENT_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
@@ -28,22 +31,43 @@ def check_pair(target: PreTrainedModel, head: DSparkHead) -> None:
         )
     check_layers(target)
     check_attention(target)
-    text = target.config.get_text_config(decoder=True)
-    fix = "Load the head that was trained for this target."
+    problems = misfits(config, target.config)
+    if problems:
+        raise ValueError(f"{problems[0]} Load the head that was trained for this target ({name}).")
+    contradiction = rope_contradiction(config, target.config)
+    if contradiction:
+        logger.warning_once(contradiction)
+
+
+def misfits(head: PreTrainedConfig, target: PreTrainedConfig) -> list[str]:
+    """Why a head of this config cannot draft for a target of that, a sentence each."""
+    text, found = target.get_text_config(decoder=True), []
     for key, label in (("vocab_size", "a vocabulary of"), ("hidden_size", "hidden size")):
-        wanted, found = getattr(config, key), getattr(text, key)
-        if wanted != found:
-            raise ValueError(f"The head was made for {label} {wanted}, but {name} has {label} {found}. {fix}")
-    layers = text.num_hidden_layers
-    if config.target_layer_ids[-1] >= layers:
-        raise ValueError(
-            f"The head reads the target's layers {config.target_layer_ids}, but {name} has {layers} layers "
-            f"(0 to {layers - 1}). {fix}"
-        )
-    if config.num_target_layers not in (None, layers):
-        raise ValueError(
-            f"The head was made for a target of {config.num_target_layers} layers, but {name} has {layers}. {fix}"
-        )
+        wanted, has = getattr(head, key), getattr(text, key)
+        if wanted != has:
+            found.append(f"The head was made for {label} {wanted}, but the target has {label} {has}.")
+    ids, layers = head.target_layer_ids, text.num_hidden_layers
+    if ids[-1] >= layers:
+        found.append(f"The head reads the target's layers {ids}, but it has {layers} layers (0 to {layers - 1}).")
+    if head.num_target_layers not in (None, layers):
+        found.append(f"The head was made for a target of {head.num_target_layers} layers, but this one has {layers}.")
+    return found
+
+
+def rope_contradiction(head: PreTrainedConfig, target: PreTrainedConfig) -> str | None:
+    """What to try when the rotary bases of a head and its target differ, which Model-Optimizer can bring about: its
+    export names a base that the head was not always trained with."""
+    rope = getattr(target.get_text_config(decoder=True), "rope_parameters", None) or {}
+    rope = rope.get("full_attention") or rope
+    own, theirs = head.rope_parameters["rope_theta"], rope.get("rope_theta")
+    if theirs is None or own == theirs:
+        return None
+    override = head.rope_parameters | {"rope_theta": theirs}
+    return (
+        f"The head's config has a rotary base of {own:g}, its target one of {theirs:g}. Heads are usually trained with "
+        "their target's. If few drafts are accepted, try "
+        f"`DSparkHead.from_pretrained(..., rope_parameters={override})`; the text is right with either."
+    )
 
 
 def check_layers(target: PreTrainedModel) -> None:

@@ -47,7 +47,7 @@ class Drafter:
         """Draft the tokens after the anchors, once the context has caught up with what was committed.
 
         Args:
-            anchors: [R], last committed token of every row. length: draft tokens wanted, at most the block size.
+            anchors: [R], last committed token of every row. length: draft tokens wanted, at most `config.gamma`.
             rows: those that draft, increasing; all when `None`. The block has a line for each of them.
             select, goes_on, most: see `DSparkHead.sample_block`.
         """
@@ -118,20 +118,23 @@ class Drafter:
             index = None if rows is None else on_device(rows, self.device)
             placement = self.cache.place_at(places, unseen + 1, rows=index)
         slots = torch.arange(placement.view, device=self.device)
-        seen = slots < end + size
         first = [self.first[row] for row in lines]
-        if any(first):
-            seen &= slots >= on_device(first, self.device)[:, None]
+        known = slots >= on_device(first, self.device)[:, None] if any(first) else None
         hidden = self.head.backbone(
             self.head.embed_block(anchors, self.tables),
             self.head.project_context(features),
             positions,
-            seen[:, None, None, :],
+            self._masks(slots, end, known),
             self.cache,
         )
         committed = dict(zip(lines, counts, strict=True))
         self.cache.commit([committed.get(row, 0) for row in range(len(self.first))])
         return hidden
+
+    def _masks(self, slots: torch.Tensor, end: torch.Tensor, known: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """What a block behind the first `end[r]` [n, 1] slots sees, [n, 1, B or 1, view], for each type of layer."""
+        masks = {kind: rule(slots, end) for kind, rule in self.head.mask_rules.items()}
+        return {kind: (m if known is None else m & known[:, None])[:, None] for kind, m in masks.items()}
 
 
 def _joined(pieces: list[tuple[torch.Tensor, list[int]]], counts: list[int]) -> torch.Tensor:

@@ -178,7 +178,7 @@ class Rounds:
         self.lockstep = size > 1 and bool(self.stopping.others) and not self.stopping.eos_ids
         self.streamer = streamer
         self.pad = config._pad_token_tensor.item() if config._pad_token_tensor is not None else 0
-        self.stats = DSparkStats.empty(size, head.config.block_size)
+        self.stats = DSparkStats.empty(size, head.config.gamma)
         self.stopwatch = Stopwatch(self.target.device)
         self.call: Call
 
@@ -513,6 +513,7 @@ class Rounds:
                 stats.drafted_lengths[index].append(drafted[i])
                 stats.verified_lengths[index].append(verified[i])
                 stats.expected_lengths[index].append(expected[i])
+                stats.draft_tokens[index].append(past.outcome.tokens[i][1 : 1 + drafted[i]])
                 stats.confidence[index].append(confidence[i][: drafted[i]])
         self.stopwatch.collect(wait=True)
         for name, seconds in self.stopwatch.seconds.items():

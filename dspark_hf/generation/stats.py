@@ -16,7 +16,8 @@ class DSparkStats:
     The lists have an entry for every row in the order of the batch, and each of those one for every round of the row:
     accepted_lengths: tokens committed, bonus included. drafted_lengths, verified_lengths: drafts made, and drafts
     verified, the length that the scheduler chose. kept_lengths: drafts that became text. expected_lengths: tokens that
-    the scheduler expected to be committed. confidence: that of the drafts made, a list of them for every round.
+    the scheduler expected to be committed. draft_tokens, confidence: the drafts made and the head's confidence in each,
+    lists with an entry for every draft of the round.
     load[round]: rows decoded on the device, those of others included, as far as the scheduler knew.
     prefill_seconds, draft_seconds, schedule_seconds, verify_seconds, other_seconds: wall time by part; other is
         acceptance, commit, streaming and stopping.
@@ -28,6 +29,7 @@ class DSparkStats:
     verified_lengths: list[list[int]]
     kept_lengths: list[list[int]]
     expected_lengths: list[list[float]]
+    draft_tokens: list[list[list[int]]]
     confidence: list[list[list[float]]]
     load: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
@@ -38,7 +40,7 @@ class DSparkStats:
 
     @classmethod
     def empty(cls, rows: int, block_size: int) -> "DSparkStats":
-        return cls(block_size, *([[] for _ in range(rows)] for _ in range(6)))
+        return cls(block_size, *([[] for _ in range(rows)] for _ in range(7)))
 
     @property
     def rounds(self) -> int:

@@ -40,7 +40,7 @@ def scheduler_for(target: Target, drafter: Drafter, rows: int, greedy: bool, run
         ValueError: for settings that mean nothing to a DSpark head.
     """
     head = drafter.head
-    settings = Settings.read(head.generation_config, head.config.block_size)
+    settings = Settings.read(head.generation_config, head.config.gamma)
     shared = experience_of(head, target.model)
     if settings.schedule == "constant":
         return ConstantSchedule(settings, shared, rows)
@@ -52,7 +52,7 @@ def experience_of(head: DSparkHead, target: PreTrainedModel) -> Experience:
     """What this process has seen of the head's drafts for a target."""
     by_target = _experiences.setdefault(head, WeakKeyDictionary())
     if target not in by_target:
-        by_target[target] = Experience.fresh(head.config.block_size)
+        by_target[target] = Experience.fresh(head.config.gamma)
     return by_target[target]
 
 
@@ -78,7 +78,7 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
 
 def _table(target: Target, head: DSparkHead) -> CostTable:
     """The pair's table as far as it was measured."""
-    identity, block_size = cost.identity_of(target.model, head, target.device), head.config.block_size
+    identity, block_size = cost.identity_of(target.model, head, target.device), head.config.gamma
     key = str(cost.path_of(identity))
     if key not in _tables:
         stored = cost.load(identity, block_size)
@@ -102,7 +102,7 @@ def _row_counts(rows: int) -> list[int]:
 
 def _contexts(target: Target, head: DSparkHead) -> list[int]:
     known = getattr(target.config, "max_position_embeddings", None) or 2 * CONTEXTS[-1]
-    longest = max(1, known - head.config.block_size - 1)
+    longest = max(1, known - head.config.gamma - 1)
     return sorted({min(context, longest) for context in CONTEXTS})
 
 

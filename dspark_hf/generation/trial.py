@@ -26,7 +26,7 @@ def measure(target: PreTrainedModel, head: DSparkHead, rows: int, contexts: list
 
     In the longer contexts the smallest and the largest sizes stand for those between.
     """
-    block = head.config.block_size
+    block = head.config.gamma
     tables: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     for i, context in enumerate(contexts):
         tokens = range(1, block + 2) if i == 0 else sorted({1, 2, block + 1})
@@ -61,7 +61,7 @@ class Trial:
     def __init__(self, target: PreTrainedModel, head: DSparkHead, rows: int, context: int):
         config = GenerationConfig()
         config._pad_token_tensor = None
-        self.block, self.everybody = head.config.block_size, list(range(rows))
+        self.block, self.everybody = head.config.gamma, list(range(rows))
         self.schedule = Told(Settings(self.block, "constant", None), Experience.fresh(self.block), rows)
         prompts = torch.arange(2 * rows, device=target.device).view(rows, 2) * 7919 % head.config.vocab_size
         nothing = LogitsProcessorList(), StoppingCriteriaList()

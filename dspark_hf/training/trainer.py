@@ -107,8 +107,21 @@ def training_step(
     positions = positions.clamp(max=input_ids.shape[1] - 1).flatten(1)
     aligned = last_hidden.gather(1, positions[..., None].expand(-1, -1, last_hidden.shape[-1]))
     with torch.no_grad():
-        target_logits = tables.lm_head(aligned).unflatten(1, (-1, config.block_size))
+        target_logits = head.base_logits(aligned, tables).unflatten(1, (-1, config.block_size))
     return dspark_losses(draft_logits, target_logits, confidence_logits, labels, supervised, ce_weight)
+
+
+def check_trainable(head: DSparkHead) -> None:
+    """Raise for heads whose blocks differ from those that `blocks` makes."""
+    config = head.config
+    reasons = {
+        "predicts nothing at the anchor (`sample_from_anchor=False`)": not config.sample_from_anchor,
+        "drafts from a part of the vocabulary (`draft_vocab_size`)": config.draft_vocab_size is not None,
+        "has sliding layers (`layer_types`)": "sliding_attention" in config.layer_types,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"The head {reason}; such heads can be decoded with, but not trained here.")
 
 
 def train(
@@ -125,9 +138,11 @@ def train(
     steps; `resume` continues from there. `args.output/log.jsonl` gets a line every ten steps.
 
     Raises:
-        ValueError: when head and target do not fit, or when there is nothing to resume from.
+        ValueError: when head and target do not fit, when there is nothing to resume from, and for kinds of heads that
+            are only decoded with.
     """
     check_pair(target, head)
+    check_trainable(head)
     accelerator = accelerator or Accelerator()
     set_seed(args.seed)
     target.requires_grad_(False).eval().to(accelerator.device)

@@ -1,0 +1,38 @@
+"""A head in the layout of another trainer."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from transformers import AutoModelForCausalLM
+
+from .. import DSparkHead
+from .common import app, console
+
+
+class Layout(StrEnum):
+    deepspec = "deepspec"
+    speculators = "speculators"
+    specforge = "specforge"
+    modelopt = "modelopt"
+
+
+@app.command()
+def export(
+    head: Annotated[str, typer.Argument(help="A Hub id or a folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.", metavar="DIR")],
+    to: Annotated[Layout, typer.Option(help="Layout to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Target: a Hub id or a folder; for layouts that hold copies of its tables.")
+    ] = None,
+) -> None:
+    """Write a head for an engine that reads another trainer's layout."""
+    from ..checkpoints.export import export as write
+
+    loaded = DSparkHead.from_pretrained(head, dtype="auto")
+    target = None if model is None else AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    tables = write(loaded, to.value, output, target)
+    console.print(f"head written to {output} in the layout of {to.value}", highlight=False)
+    for name, place in tables.items():
+        console.print(f"[dim]{name}: {place}[/dim]", highlight=False)

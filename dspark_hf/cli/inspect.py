@@ -1,0 +1,24 @@
+"""What a head is."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from .common import app, console
+
+
+@app.command()
+def inspect(
+    head: Annotated[str, typer.Argument(help="A Hub id or a folder.")],
+    model: Annotated[str | None, typer.Option(help="Target to look at it beside: a Hub id or a folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Say what a head is: who trained it, for what, its parts and its memory. Weights are not loaded."""
+    from .. import inspection
+
+    found = inspection.inspect_head(head, model)
+    if as_json:
+        typer.echo(json.dumps(inspection.as_json(found), indent=2))
+    else:
+        console.print(inspection.as_table(found), highlight=False, soft_wrap=True)
