@@ -7,12 +7,10 @@ from typing import Any
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
-from .checkpoints.files import Checkpoint, open_checkpoint
+from .checkpoints.files import TABLES, Checkpoint, open_checkpoint
 from .generation.compatibility import misfits, rope_contradiction
 from .modeling_dspark import DSparkHead
 from .registry import published_heads
-
-TABLES = ("embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,12 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 class DraftAttention(nn.Module):
+    """Attention of a block over context and itself; families differ in norms, in values and in the query scale."""
+
+    RMSNorm = Qwen3RMSNorm
+    # Of queries; 1 / sqrt(head_dim) when `None`.
+    scale: float | None = None
+
     def __init__(self, config: DSparkConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
@@ -36,25 +42,28 @@ class DraftAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.q_norm = self.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = self.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
+
+    def keys_and_values(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[R, n, kv_heads, head_dim] each, before the rotary embedding, from [R, n, d]."""
+        return self.k_norm(self._heads(self.k_proj(source))), self._heads(self.v_proj(source))
 
     def forward(
         self, block: torch.Tensor, context: torch.Tensor, rope: Rope, mask: torch.Tensor, cache: Cache | None
     ) -> torch.Tensor:
         source = torch.cat([context, block], dim=1)
         queries = self.q_norm(self._heads(self.q_proj(block))).transpose(1, 2)
-        keys = self.k_norm(self._heads(self.k_proj(source))).transpose(1, 2)
-        values = self._heads(self.v_proj(source)).transpose(1, 2)
+        keys, values = (x.transpose(1, 2) for x in self.keys_and_values(source))
         size = block.shape[1]
         queries = rotate(queries, (rope[0][:, -size:], rope[1][:, -size:]))
         keys = rotate(keys, rope)
         if cache is not None:
             keys, values = cache.update(keys, values, self.layer_idx)
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 

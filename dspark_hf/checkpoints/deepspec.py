@@ -5,7 +5,7 @@ Its "DFlash" heads are the same class without a sequential and a confidence head
 
 from typing import Any
 
-from .schema import expect, forbid_code, require, rope_of
+from .schema import SIZES, expect, forbid_code, require, rope_of
 from .writing import CALIBRATION, refuse
 
 NAME = "deepspec"
@@ -17,14 +17,7 @@ REQUIRED = (
     "mask_token_id",
     "target_layer_ids",
     "num_target_layers",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
+    *SIZES,
     "markov_rank",
     "enable_confidence_head",
 )

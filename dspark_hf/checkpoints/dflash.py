@@ -8,7 +8,7 @@ block.
 
 from typing import Any
 
-from .schema import agree, default_layer_ids, expect, forbid_code, lookup, require, require_sections, rope_of
+from .schema import SIZES, agree, default_layer_ids, expect, forbid_code, lookup, require, require_sections, rope_of
 from .writing import qwen3_keys, refuse, slides
 
 NAME = "dflash"
@@ -18,14 +18,7 @@ CODE = "dflash.DFlashDraftModel"
 PREFIXES: dict[str, str] = {}
 REQUIRED = (
     "num_target_layers",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
+    *SIZES,
     "dflash_config.mask_token_id",
 )
 NAMES = {

@@ -9,11 +9,12 @@ from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
+from ..generation.compatibility import misfits
 from ..modeling_dspark import DSparkHead
 from . import CannotExpress, deepspec, modelopt, specforge, speculators
+from .files import TABLES
 
 LAYOUTS = {layout.NAME: layout for layout in (deepspec, speculators, specforge, modelopt)}
-TABLES = ("embed_tokens.weight", "lm_head.weight")
 # Layouts that hold the target's embedding and LM head; in the others the target's own are used.
 HOLDS_TABLES = ("deepspec", "speculators")
 
@@ -41,7 +42,9 @@ def export(
     layout, native = LAYOUTS[to], head.config.own_keys() | {"dtype": str(head.dtype).removeprefix("torch.")}
     tensors = head.whole_state_dict()
     if target is not None:
-        _check_target(head, target)
+        problems = misfits(head.config, target.config)
+        if problems:
+            raise ValueError(f"{problems[0]} Pass the target it was made for ({type(target).__name__} was given).")
         native |= _description(target)
     if to in HOLDS_TABLES:
         tensors |= {} if target is None else _missing_tables(head, tensors, target)
@@ -68,17 +71,6 @@ def _published_name(name: str, layout) -> str:
         if name.startswith(own):
             return published + name.removeprefix(own)
     return name
-
-
-def _check_target(head: DSparkHead, target: PreTrainedModel) -> None:
-    text = target.config.get_text_config(decoder=True)
-    for key in ("vocab_size", "hidden_size"):
-        wanted, found = getattr(head.config, key), getattr(text, key)
-        if wanted != found:
-            raise ValueError(
-                f"The head was made for a target of {key} {wanted}, {type(target).__name__} has {found}. Pass the "
-                "target it was made for."
-            )
 
 
 def _description(target: PreTrainedModel) -> dict[str, object]:

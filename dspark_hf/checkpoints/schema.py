@@ -19,6 +19,18 @@ MOST_LAYERS = 256
 
 Config = dict[str, Any]
 
+# What every layout with its keys at top level must say of the draft layers.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+)
+
 
 def lookup(published: Config, path: str) -> Any:
     """The value at a dotted path, `None` where there is none."""

@@ -126,9 +126,9 @@ def tab(engine: Engine, embedded: bool) -> None:
 
     inputs, outputs = [message, history, temperature, top_p, most, stop], [chatbot, history, message, numbers]
     ask = [send.click, message.submit]
-    gr.on(ask, lambda stop: setattr(stop, "requested", False), stop, None, **parts.AT_ONCE)
+    parts.clear(stop, ask)
     gr.on(ask, run, inputs, outputs, **parts.MODEL, show_progress_on=numbers)
-    halt.click(lambda stop: setattr(stop, "requested", True), stop, None, **parts.AT_ONCE)
+    parts.request(stop, halt)
     gr.on(
         [clear.click, chatbot.clear],
         lambda: ([], [], parts.figures(Answer().figures())),

@@ -180,9 +180,9 @@ def tab(engine: Engine) -> None:
             points.append([round(seconds, 1), round(new.speed, 1), name, new.slice.requests, round(new.verified, 1)])
             yield parts.figures(figures(last, new.slice.requests)), frame(points)
 
-    start.click(lambda stop: setattr(stop, "requested", False), stop, None, **parts.AT_ONCE)
+    parts.clear(stop, [start.click])
     start.click(show, [level, stop], [numbers, plot], **parts.MODEL, show_progress_on=numbers)
-    halt.click(lambda stop: setattr(stop, "requested", True), stop, None, **parts.AT_ONCE)
+    parts.request(stop, halt)
     requests.change(
         lambda level, count: setattr(level, "requests", int(count)), [level, requests], None, **parts.AT_ONCE
     )

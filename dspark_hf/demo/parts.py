@@ -1,6 +1,6 @@
 """What the tabs share: how numbers and tokens are shown, and the settings of a generation."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from html import escape
 
 import gradio as gr
@@ -52,6 +52,16 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> li
         texts.append(text)
         pending = []
     return texts
+
+
+def clear(stop: gr.State, starts: list[Callable]) -> None:
+    """Events that start work take back the visitor's wish to stop, an `engine.Stop`; to be wired before the work."""
+    gr.on(starts, lambda stop: setattr(stop, "requested", False), stop, None, **AT_ONCE)
+
+
+def request(stop: gr.State, button: gr.Button, cancels: list | None = None) -> None:
+    """The button wishes the work to stop, and ends the given events."""
+    button.click(lambda stop: setattr(stop, "requested", True), stop, None, cancels=cancels, **AT_ONCE)
 
 
 def max_tokens(most: int, value: int) -> gr.Slider:

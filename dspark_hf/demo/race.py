@@ -186,13 +186,11 @@ def tab(engine: Engine) -> None:
             yield parts.note(text, kind), *_panes(engine, current, plain, dspark)
 
     ask = [start.click, prompt.submit]
-    gr.on(ask, lambda stop: setattr(stop, "requested", False), stop, None, **parts.AT_ONCE)
+    parts.clear(stop, ask)
     measured = gr.on(ask, run, [prompt, most, temperature, stop], outputs, **parts.MODEL, show_progress_on=verdict)
     replayed = measured.success(show_replay, result, outputs[:-1], **parts.FREE)
     replayed_again = again.click(show_replay, result, outputs[:-1], **parts.FREE)
-    halt.click(
-        lambda stop: setattr(stop, "requested", True), stop, None, cancels=[replayed, replayed_again], **parts.AT_ONCE
-    )
+    parts.request(stop, halt, cancels=[replayed, replayed_again])
 
 
 def _pane(title: str, name: str) -> tuple[gr.HTML, gr.Textbox]:

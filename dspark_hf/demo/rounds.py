@@ -261,7 +261,7 @@ def tab(engine: Engine) -> None:
             )
 
     ask, views = [start.click, prompt.submit], [numbers, shown, plot, detail]
-    gr.on(ask, lambda stop: setattr(stop, "requested", False), stop, None, **parts.AT_ONCE)
+    parts.clear(stop, ask)
     gr.on(
         ask,
         generate,
@@ -270,5 +270,5 @@ def tab(engine: Engine) -> None:
         **parts.MODEL,
         show_progress_on=numbers,
     )
-    halt.click(lambda stop: setattr(stop, "requested", True), stop, None, **parts.AT_ONCE)
+    parts.request(stop, halt)
     count.input(view, [told, count], views, **parts.FREE, trigger_mode="always_last")

@@ -89,10 +89,10 @@ class CostTable:
             times = getattr(self, every)
             times *= math.exp(COMMON_SHARE * surprise)
         # A pass of one token a row is what rounds without drafts do, and has nothing in common with the others.
-        alike = slice(0, 1) if kind in ("verify", "packed") and size == 1 else slice(kind in ("verify", "packed"), None)
-        for (i, i_weight), (r, r_weight) in itertools.product(
-            _corners(self.contexts, context), _corners(self.rows, rows)
-        ):
+        alone = 1 if kind in ("verify", "packed") else 0
+        alike = slice(0, 1) if size <= alone else slice(alone, None)
+        corners = itertools.product(_corners(self.contexts, context), _corners(self.rows, rows))
+        for (i, i_weight), (r, r_weight) in corners:
             table[i, r, alike] *= math.exp(OWN_SHARE * i_weight * r_weight * surprise)
 
     # -- Files --------------------------------------------------------------------------------------------------
