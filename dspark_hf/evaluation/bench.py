@@ -1,11 +1,11 @@
 """Speed of decoding methods, measured alternately in one run on the same prompts."""
 
 import copy
-import statistics
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from rich import box
 from rich.table import Table
@@ -16,18 +16,19 @@ from ..generation.stats import DSparkStats, synchronize
 from ..modeling_dspark import DSparkHead
 from .prompts import encode
 
-FEWEST_RUNS = 3
+# Runs of a method over the same prompts, of which the fastest counts: other work on the machine, which comes in bursts,
+# only ever makes a run slower.
+REPEATS = 3
 
 
 @dataclass(frozen=True)
 class Record:
     """One method at one batch size.
 
-    domain: the set of prompts, where there are several. tokens_per_second: median over the runs, all rows together.
-        Each run is taken relative to those of the other methods over the same prompts, so that what slows all of them
-        down, a busy machine or a hard batch, favours none.
-    speedup: of that over plain's. tau: tokens a round of a row. verify_length: drafts verified a round of a row.
-    draft_ms, schedule_ms, verify_ms: mean a round. ceiling: tau * T(1) / (T_verify + T_draft), the speed-up if
+    domain: the set of prompts, where there are several. tokens_per_second: all tokens over all seconds of the fastest
+        run over each batch of prompts, all rows together. noise: by how much the second fastest runs were slower.
+    speedup: of tokens_per_second over plain's. tau: tokens a round of a row. verify_length: drafts verified a round of
+    a row. draft_ms, schedule_ms, verify_ms: mean a round. ceiling: tau * T(1) / (T_verify + T_draft), the speed-up if
     everything but the two model passes were free, with T(1) plain's time a step. identical: whether all outputs
     equalled plain's. Fields that do not apply to a method are `None`.
     """
@@ -35,6 +36,7 @@ class Record:
     method: str
     batch_size: int
     tokens_per_second: float
+    noise: float
     domain: str | None = None
     speedup: float | None = None
     tau: float | None = None
@@ -46,20 +48,26 @@ class Record:
     identical: bool | None = None
 
 
-@dataclass
-class Runs:
-    """Measurements of one method at one batch size; `outputs` are new tokens by batch of prompts."""
+@dataclass(frozen=True)
+class Run:
+    """One method over one batch of prompts. tokens: of all rows, steps: of the longest. outputs: new tokens of every
+    row. stats: where the method drafts with our loop."""
 
-    seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    stats: list[DSparkStats] = field(default_factory=list)
-    outputs: dict[int, list[list[int]]] = field(default_factory=dict)
+    seconds: float
+    outputs: list[list[int]]
+    stats: DSparkStats | None
 
     @property
-    def speeds(self) -> list[float]:
-        """Tokens a second of every run."""
-        return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
+    def tokens(self) -> int:
+        return sum(map(len, self.outputs))
+
+    @property
+    def steps(self) -> int:
+        return max(map(len, self.outputs))
+
+
+# The runs of one method, by batch of prompts.
+Runs = list[list[Run]]
 
 
 def bench(
@@ -71,16 +79,17 @@ def bench(
     methods: list[str],
     max_new_tokens: int = 128,
     domain: str | None = None,
-    most_turns: int | None = None,
+    most_batches: int | None = None,
 ) -> Iterator[Record]:
     """Records of every batch size, as soon as it is measured. Decoding is greedy.
 
-    Batches of prompts are run by every method in turn, in an order that rotates, after one unmeasured run each.
+    Batches of prompts are run by every method in turn, in an order that rotates, after one unmeasured run each. Of the
+    runs of a method over a batch the fastest counts.
 
     Args:
         methods: `plain`; `stock`, transformers' own loop with the same head, at batch 1 only; `dspark`, the head as it
             is set; `load` and `fixed-1`, `fixed-2`, .., the head with that schedule.
-        most_turns: batches of prompts to run at most, `None` for all; fewer than three are run again.
+        most_batches: of prompts, `None` for all of them.
     """
     known = ["plain", "stock", "dspark", "load", *fixed_methods(head)]
     unknown = set(methods) - set(known)
@@ -90,7 +99,7 @@ def bench(
         if not 1 <= size <= len(prompts):
             raise ValueError(f"Batch size {size} needs between 1 and {len(prompts)} prompts, the number given.")
         chosen = [method for method in methods if method != "stock" or size == 1]
-        measured = _measure(model, head, tokenizer, prompts, size, chosen, max_new_tokens, most_turns)
+        measured = _measure(model, head, tokenizer, prompts, size, chosen, max_new_tokens, most_batches)
         yield from _records(measured, size, domain)
 
 
@@ -99,22 +108,25 @@ def fixed_methods(head: DSparkHead) -> list[str]:
     return [f"fixed-{k}" for k in range(1, head.config.gamma + 1)]
 
 
-def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens, most_turns) -> dict[str, Runs]:
-    batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)][:most_turns]
-    inputs = [encode(batch, tokenizer, model.device) for batch in batches]
-    runs = {method: Runs() for method in methods}
-    for method in methods:
-        _run(Runs(), 0, method, model, head, inputs[0], max_new_tokens)
-    turns = max(len(inputs), FEWEST_RUNS)
-    for turn in range(turns):
-        index = turn % len(inputs)
-        for offset in range(len(methods)):
-            method = methods[(turn + offset) % len(methods)]
-            _run(runs[method], index, method, model, head, inputs[index], max_new_tokens)
+def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens, most_batches) -> dict[str, Runs]:
+    batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)][:most_batches]
+    runs: dict[str, Runs] = {method: [] for method in methods}
+    turn = itertools.count()
+    for index, batch in enumerate(batches):
+        inputs = encode(batch, tokenizer, model.device)
+        for own in runs.values():
+            own.append([])
+        # The first runs of all warm up: step times are measured, and what a head is worth is learned.
+        for repeat in range(REPEATS + (index == 0)):
+            first = next(turn) % len(methods)
+            for method in methods[first:] + methods[:first]:
+                run = _run(method, model, head, inputs, max_new_tokens)
+                if index or repeat:
+                    runs[method][-1].append(run)
     return runs
 
 
-def _run(runs: Runs, index: int, method: str, model, head, inputs, max_new_tokens: int) -> None:
+def _run(method: str, model, head, inputs, max_new_tokens: int) -> Run:
     kwargs = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
     synchronize(model.device)
     started = time.perf_counter()
@@ -124,14 +136,10 @@ def _run(runs: Runs, index: int, method: str, model, head, inputs, max_new_token
         with stock_loop() if method == "stock" else schedule_of(head, method):
             output = model.generate(**inputs, assistant_model=head, **kwargs)
     synchronize(model.device)
-    runs.seconds.append(time.perf_counter() - started)
+    seconds = time.perf_counter() - started
     new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-    rows = [until_eos(row, model.generation_config.eos_token_id) for row in new]
-    runs.outputs[index] = rows
-    runs.tokens.append(sum(map(len, rows)))
-    runs.steps.append(max(map(len, rows)))
-    if method not in ("plain", "stock"):
-        runs.stats.append(output.dspark)
+    outputs = [until_eos(row, model.generation_config.eos_token_id) for row in new]
+    return Run(seconds, outputs, getattr(output, "dspark", None))
 
 
 @contextmanager
@@ -154,29 +162,30 @@ def schedule_of(head: DSparkHead, method: str) -> Iterator[None]:
 
 
 def _records(measured: dict[str, Runs], size: int, domain: str | None) -> Iterator[Record]:
-    plain = measured.get("plain")
-    speeds = _speeds(measured)
-    for method, runs in measured.items():
-        speed = speeds[method]
-        fields = {}
+    fastest, second = ({method: _nth(runs, n) for method, runs in measured.items()} for n in (0, 1))
+    plain = fastest.get("plain")
+    for method, runs in fastest.items():
+        speed, fields = _speed(runs), {}
         if plain is not None:
-            fields = {"speedup": speed / speeds["plain"], "identical": runs.outputs == plain.outputs}
-        if runs.stats:
-            fields |= _round_times(runs.stats)
+            same = all(
+                run.outputs == right.outputs for own, right in zip(measured[method], plain, strict=True) for run in own
+            )
+            fields = {"speedup": speed / _speed(plain), "identical": same}
+        if runs[0].stats is not None:
+            fields |= _round_times([run.stats for run in runs])
             if plain is not None:
-                step_ms = 1000 * statistics.median(s / n for s, n in zip(plain.seconds, plain.steps, strict=True))
+                step_ms = 1000 * sum(run.seconds for run in plain) / sum(run.steps for run in plain)
                 fields["ceiling"] = fields["tau"] * step_ms / (fields["draft_ms"] + fields["verify_ms"])
-        yield Record(method, size, speed, domain, **fields)
+        yield Record(method, size, speed, speed / _speed(second[method]) - 1, domain, **fields)
 
 
-def _speeds(measured: dict[str, Runs]) -> dict[str, float]:
-    """Tokens a second of every method; see [`Record`]."""
-    turns = [statistics.mean(speeds) for speeds in zip(*(runs.speeds for runs in measured.values()), strict=True)]
-    typical = statistics.median(turns)
-    return {
-        method: typical * statistics.median(speed / turn for speed, turn in zip(runs.speeds, turns, strict=True))
-        for method, runs in measured.items()
-    }
+def _nth(runs: Runs, n: int) -> list[Run]:
+    """Of every batch of prompts the fastest run but `n`."""
+    return [sorted(own, key=lambda run: run.seconds)[n] for own in runs]
+
+
+def _speed(runs: list[Run]) -> float:
+    return sum(run.tokens for run in runs) / sum(run.seconds for run in runs)
 
 
 def _round_times(stats: list[DSparkStats]) -> dict[str, float]:

@@ -11,8 +11,8 @@ from ..modeling_dspark import DSparkHead
 from .bench import Record, bench, fixed_methods
 from .plots import import_pyplot
 
-# Runs of every method at a batch size: small batches are quick and depend more on their prompts.
-MOST_TURNS, FEWEST_TURNS = 16, 6
+# Batches of prompts at a batch size: small ones are quick and depend more on their prompts.
+MOST_BATCHES, FEWEST_BATCHES = 32, 6
 
 
 def sweep(
@@ -27,10 +27,10 @@ def sweep(
     methods = ["plain", *fixed_methods(head), "load"]
     for domain, prompts in domains.items():
         for size in batch_sizes:
-            turns = max(FEWEST_TURNS, MOST_TURNS // size)
-            # Small sets are gone through again, so that every turn has a full batch.
-            again = prompts * -(-turns * size // len(prompts))
-            yield from bench(model, head, tokenizer, again, [size], methods, max_new_tokens, domain, turns)
+            count = max(FEWEST_BATCHES, MOST_BATCHES // size)
+            # Small sets are gone through again, so that every batch is full.
+            again = prompts * -(-count * size // len(prompts))
+            yield from bench(model, head, tokenizer, again, [size], methods, max_new_tokens, domain, count)
 
 
 def as_table(records: list[Record]) -> Table:

@@ -149,6 +149,7 @@ class SlotCache(Cache):
         super().__init__(layers=[SlotLayer(rows) for _ in range(num_layers)])
         self.lengths = [0] * rows
         self.device = device
+        self.lines = torch.arange(rows, device=device)[:, None]
 
     def expect(self, tokens: int) -> None:
         """Make room for so many tokens a row; more come in all the same, for the price of a copy."""
@@ -167,8 +168,8 @@ class SlotCache(Cache):
     def place_at(self, slots: torch.Tensor, view: int, start: int | None = None, **fields) -> Placement:
         """The next pass writes to the given slots; see [`Placement`]."""
         rows = fields.get("rows")
-        lines = torch.arange(len(slots), device=self.device) if rows is None else rows
-        placement = Placement(slots, start, view, lines=lines[:, None], **fields)
+        lines = self.lines[: len(slots)] if rows is None else rows[:, None]
+        placement = Placement(slots, start, view, lines=lines, **fields)
         for layer in self.layers:
             layer.placement = placement
         return placement

@@ -33,7 +33,7 @@ from .stopping import Stopping
 from .target import Target, TargetPass
 
 # From so many rows on, the drafts of every second round say enough. Of so many rounds the times of one do.
-MANY_ROWS, TIMED = 8, 5
+MANY_ROWS, TIMED = 8, 10
 
 
 @torch.no_grad()
@@ -80,8 +80,8 @@ def generate(
     cache = rounds.past.store(rounds.all_rows, rounds.target.config, assistant_model)
     if not generation_config.return_dict_in_generate:
         return sequences
-    recorded = rounds.recorder.collect()
-    return DSparkGenerateOutput(sequences=sequences, past_key_values=cache, dspark=rounds.stats, **recorded)
+    recorded, stats = rounds.recorder.collect(), rounds.finished_stats()
+    return DSparkGenerateOutput(sequences=sequences, past_key_values=cache, dspark=stats, **recorded)
 
 
 def runs_ahead(device: torch.device) -> bool:
@@ -224,8 +224,24 @@ class Rounds:
                 self.commit(outcome, logits, lengths)
         if self.streamer is not None:
             self.streamer.end()
-        self._finish_stats()
         return self._sequences()
+
+    def finished_stats(self) -> DSparkStats:
+        """The statistics of a call that is over."""
+        stats = self.stats
+        for past in self.history:
+            drafted, expected = past.drafted_and_expected()
+            verified, confidence = past.outcome.lengths.tolist(), past.outcome.confidence.tolist()
+            for i, index in enumerate(past.rows):
+                stats.drafted_lengths[index].append(drafted[i])
+                stats.verified_lengths[index].append(verified[i])
+                stats.expected_lengths[index].append(expected[i])
+                stats.draft_tokens[index].append(past.outcome.tokens[i][1 : 1 + drafted[i]])
+                stats.confidence[index].append(confidence[i][: drafted[i]])
+        self.stopwatch.collect(wait=True)
+        for name, seconds in self.stopwatch.seconds.items():
+            setattr(stats, f"{name}_seconds", seconds)
+        return stats
 
     # -- The steps ----------------------------------------------------------------------------------------------
 
@@ -503,21 +519,6 @@ class Rounds:
             return
         drafts = range(row.columns[-1] + 1, row.columns[-1] + self.passed.features.shape[1])
         self.recorder.record(row.index, r, count, self.passed, logits, [*row.columns, *drafts])
-
-    def _finish_stats(self) -> None:
-        stats = self.stats
-        for past in self.history:
-            drafted, expected = past.drafted_and_expected()
-            verified, confidence = past.outcome.lengths.tolist(), past.outcome.confidence.tolist()
-            for i, index in enumerate(past.rows):
-                stats.drafted_lengths[index].append(drafted[i])
-                stats.verified_lengths[index].append(verified[i])
-                stats.expected_lengths[index].append(expected[i])
-                stats.draft_tokens[index].append(past.outcome.tokens[i][1 : 1 + drafted[i]])
-                stats.confidence[index].append(confidence[i][: drafted[i]])
-        self.stopwatch.collect(wait=True)
-        for name, seconds in self.stopwatch.seconds.items():
-            setattr(self.stats, f"{name}_seconds", seconds)
 
     def _sequences(self) -> torch.Tensor:
         longest = max(len(row.committed) for row in self.all_rows)

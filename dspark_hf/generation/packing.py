@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -115,19 +116,14 @@ def sdpa_attention(
     return ours.packing.pack(_attend(ours, module, query, key, value, attention_mask, *args, **kwargs)), None
 
 
-class _OneGroup:
-    """Stands in for an attention module whose heads have keys of their own."""
-
-    is_causal = False
-
-
-def _attend(ours, module, query, key, value, mask, *args, **kwargs) -> torch.Tensor:
+def _attend(ours, module, query, key, value, mask, dropout=0.0, scaling=None, **kwargs) -> torch.Tensor:
     """[R, n, heads, head_dim]. Heads that share keys are laid side by side as more queries of one head: otherwise
     transformers copies the keys and values of the whole context for each of them."""
     groups, count = query.shape[1] // key.shape[1], query.shape[2]
-    if groups == 1 or count > MOST_GROUPED or mask.shape[1] != 1:
-        return sdpa_attention_forward(module, query, key, value, mask, *args, **kwargs)[0]
+    unusual = kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
+    if groups == 1 or count > MOST_GROUPED or mask.shape[1] != 1 or unusual:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
     grouped = query.reshape(len(query), -1, groups * count, query.shape[3])
-    mask = ours.mask_of_groups(mask, groups)
-    mixed = sdpa_attention_forward(_OneGroup, grouped, key, value, mask, *args, **kwargs)[0].transpose(1, 2)
-    return mixed.unflatten(2, (groups, count)).flatten(1, 2).transpose(1, 2)
+    mask = ours.mask_of_groups(mask, groups) if count > 1 else mask
+    mixed = scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scaling)
+    return mixed.reshape(*query.shape[:3], -1).transpose(1, 2)
