@@ -32,8 +32,8 @@ from .step_times import scheduler_for, store
 from .stopping import Stopping
 from .target import Target, TargetPass
 
-# From so many rows on, the drafts of every second round say enough. Of so many rounds the times of one do.
-MANY_ROWS, TIMED = 8, 10
+# Of so many rounds the times of one say enough.
+TIMED = 10
 
 
 @torch.no_grad()
@@ -270,7 +270,7 @@ class Rounds:
         """Which rows draft, and how many positions."""
         times = self.stopwatch.collect()
         load = self.call.load(self.drafter.head.load_sensor)
-        if self.step is not None and load.others == 0 and self._every(TIMED):
+        if self.step is not None and load.others == 0 and self.stats.rounds % TIMED == 1:
             deciding = times.get("draft", 0.0) + times.get("schedule", 0.0)
             self.scheduler.observe(self.step, deciding, times["verify"] + times.get("other", 0.0))
         self.stats.load.append(load.total)
@@ -353,7 +353,7 @@ class Rounds:
         self.step = Step(len(plan.rows), lengths.drafted, self.waiting, rows, tokens, lengths.packed, context)
         drafting, estimates = self._drafting(plan), self.scheduler.estimates
         self.history.append(Past(self._row_indices(), drafting, lengths, outcome, estimates.corrections))
-        if plan.rows and (len(self.rows) < MANY_ROWS or self._every(2)):
+        if plan.rows:
             confidence, verified = outcome.confidence[drafting], outcome.lengths[drafting]
             if lengths.survival is not None:
                 survival = lengths.survival[drafting]
@@ -439,10 +439,6 @@ class Rounds:
 
     def _row_indices(self) -> list[int]:
         return [row.index for row in self.rows]
-
-    def _every(self, rounds: int) -> bool:
-        """Whether this round is one of every so many."""
-        return self.stats.rounds % rounds == 1
 
     def _rooms(self) -> list[int]:
         return [self._room(row) for row in self.rows]

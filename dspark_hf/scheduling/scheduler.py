@@ -19,7 +19,7 @@ from .load import Load
 
 SCHEDULES = ("load", "constant")
 # Rounds without a draft before a call, or a row among others that draft, is tried again, at most.
-MOST_PATIENCE, ROW_PATIENCE = 256, 16
+MOST_PATIENCE, ROW_PATIENCE = 256, 8
 # What deciding in the middle of a draft, and packing, have to bring to be worth their own cost.
 STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
 # How much sooner than without drafts a batch must be expected to end for drafting to begin, and to go on; and how much
@@ -27,15 +27,17 @@ STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
 BEGIN_AT, GO_ON_AT, CHANGE_AT = 1.01, 0.95, 1.03
 # A row whose drafts have kept less than this share of what their confidence promised does not draft even to end with
 # the others; a promise is so many tokens.
-HOPELESS, PROMISE = 0.1, 2.0
+HOPELESS, PROMISE = 0.05, 6.0
 # Rows that try whether drafts have come to be worth their cost.
 PROBING = 4
 POWERS = [1 << i for i in range(16)]
 # Confidence that is worth less than this share of what it says.
 DISTRUSTED = 0.7
-# Rounds that a plan is used for. Where drafts bring less than this, one plan in so many does without: what a step
-# costs is only known of steps that are taken.
-PLAN_LASTS, LOOK_EVERY, LOOKS_LIKE = 4, 12, 1.08
+# Rounds that a plan is used for: at first, and at most, as one that is found right again lasts twice as long.
+PLAN_LASTS, PLAN_LASTS_AT_MOST = 4, 16
+# Where drafts bring less than this, one plan in so many does without: what a step costs is only known of steps that are
+# taken.
+LOOK_EVERY, LOOKS_LIKE = 12, 1.08
 
 
 @dataclass(frozen=True)
@@ -206,9 +208,9 @@ class LoadSchedule(ConstantSchedule):
         super().__init__(settings, shared, rows)
         self.table, self.greedy, self.packs, self.runs_ahead = table, greedy, packs, runs_ahead
         self.idle = np.zeros(rows, dtype=int)
-        # The last plan, the load it was made for, and in how many rounds it has been used. idle: rounds that each row
-        # had gone without a draft then.
-        self.last, self.situation, self.age = NO_DRAFT, None, 0
+        # The last plan, the load it was made for, in how many rounds it has been used, and for how many it is good.
+        # idle: rounds that each row had gone without a draft then.
+        self.last, self.situation, self.age, self.lasts = NO_DRAFT, None, 0, PLAN_LASTS
         self.plans = 0
 
     def plan(self, rooms, context, load, waiting=0):
@@ -224,7 +226,7 @@ class LoadSchedule(ConstantSchedule):
 
     def _is_out_of_date(self, limit: int, load: Load) -> bool:
         if self.last.rows:
-            return self.age > PLAN_LASTS or self.last.probe or limit < self.last.most
+            return self.age > self.lasts or self.last.probe or limit < self.last.most
         return self.estimates.shared.rested > self.estimates.shared.patience or load != self.situation
 
     def _renew(self, rooms: np.ndarray, context: int, load: Load, waiting: int) -> None:
@@ -244,6 +246,8 @@ class LoadSchedule(ConstantSchedule):
             plan = Plan(sorted(rested.tolist()), 1, 1, self.packs, len(rested), probe=True)
         if plan.rows:
             shared.rested = 0
+        confirmed = (plan.rows, plan.length) == (self.last.rows, self.last.length)
+        self.lasts = min(2 * self.lasts, PLAN_LASTS_AT_MOST) if confirmed else PLAN_LASTS
         self.last, self.situation, self.age = plan, load, 0
 
     def walk(self, plan):
@@ -289,7 +293,7 @@ class LoadSchedule(ConstantSchedule):
 
     def keep(self, rows):
         super().keep(rows)
-        self.idle = self.idle[rows]
+        self.idle, self.lasts = self.idle[rows], PLAN_LASTS
         drafting = set(self.last.rows)
         self.last = replace(self.last, rows=[i for i, row in enumerate(rows) if row in drafting])
 
@@ -313,7 +317,8 @@ class LoadSchedule(ConstantSchedule):
             worth = worth * (worth >= self.settings.threshold)
         if rows == 1:
             return self._of_one(worth[:, 0], costs)
-        length = self._first_to_end(rooms, self.estimates.mean * allowed, context, busy, waiting)
+        mean = self.estimates.mean * allowed
+        length = self._first_to_end(rooms, mean, context, busy, waiting)
         if length == 0:
             return NO_DRAFT
         everybody, packed = list(range(rows)), False
@@ -324,7 +329,7 @@ class LoadSchedule(ConstantSchedule):
             if best > PACKING_PAYS * theta:
                 theta, length, budget, packed = best, its_length, round(count), True
         plan = Plan(everybody, length, length, packed, budget, theta, costs=costs)
-        return replace(plan, rows=self._without_losers(plan, worth, rooms, context, busy))
+        return replace(plan, rows=self._without_losers(plan, mean, rooms, context, busy))
 
     def _first_to_end(self, rooms: np.ndarray, survival: np.ndarray, context: int, busy: float, waiting: int) -> int:
         """Drafts to verify of each row, for the batch to end soonest; see `horizon`."""
@@ -363,12 +368,12 @@ class LoadSchedule(ConstantSchedule):
                 plan = replace(plan, most=max(most, length), theta=stopping, walk=walk.tolist())
         return plan if plan.theta > 1 / costs.verify[0] else NO_DRAFT
 
-    def _without_losers(self, plan: Plan, worth: np.ndarray, rooms: np.ndarray, context: int, busy: float) -> list[int]:
+    def _without_losers(self, plan: Plan, mean: np.ndarray, rooms: np.ndarray, context: int, busy: float) -> list[int]:
         """The rows of the plan whose drafts bring more than drafting them costs, those that would end after all others
         without drafts and are not hopeless, and those that have rested for long.
 
         Args:
-            worth: [H, R, G], survival of all rows in earlier rounds.
+            mean: [R, G], survival of the drafts of all rows in earlier rounds.
         """
         rows = np.array(plan.rows)
         if len(rows) == 1:
@@ -376,7 +381,7 @@ class LoadSchedule(ConstantSchedule):
         fewer = len(rows) // 2
         seconds = plan.costs.draft - self.table.seconds("draft", fewer * busy, context)
         price = plan.theta * seconds[plan.length - 1] / (len(rows) - fewer)
-        value = worth[:, rows, : plan.length].sum(axis=2).mean(axis=0)
+        value = mean[rows, : plan.length].sum(axis=1)
         promised, kept = self.estimates.expected[rows], self.estimates.accepted[rows]
         hopeless = (promised > PROMISE) & (kept < HOPELESS * promised)
         late = (rooms[rows] + 1 > ((rooms[rows] + 1) / (1 + value)).max()) & ~hopeless
