@@ -79,7 +79,6 @@ def bench(
     methods: list[str],
     max_new_tokens: int = 128,
     domain: str | None = None,
-    most_batches: int | None = None,
 ) -> Iterator[Record]:
     """Records of every batch size, as soon as it is measured. Decoding is greedy.
 
@@ -89,7 +88,6 @@ def bench(
     Args:
         methods: `plain`; `stock`, transformers' own loop with the same head, at batch 1 only; `dspark`, the head as it
             is set; `load` and `fixed-1`, `fixed-2`, .., the head with that schedule.
-        most_batches: of prompts, `None` for all of them.
     """
     known = ["plain", "stock", "dspark", "load", *fixed_methods(head)]
     unknown = set(methods) - set(known)
@@ -99,7 +97,7 @@ def bench(
         if not 1 <= size <= len(prompts):
             raise ValueError(f"Batch size {size} needs between 1 and {len(prompts)} prompts, the number given.")
         chosen = [method for method in methods if method != "stock" or size == 1]
-        measured = _measure(model, head, tokenizer, prompts, size, chosen, max_new_tokens, most_batches)
+        measured = _measure(model, head, tokenizer, prompts, size, chosen, max_new_tokens)
         yield from _records(measured, size, domain)
 
 
@@ -108,8 +106,8 @@ def fixed_methods(head: DSparkHead) -> list[str]:
     return [f"fixed-{k}" for k in range(1, head.config.gamma + 1)]
 
 
-def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens, most_batches) -> dict[str, Runs]:
-    batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)][:most_batches]
+def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens) -> dict[str, Runs]:
+    batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)]
     runs: dict[str, Runs] = {method: [] for method in methods}
     turn = itertools.count()
     for index, batch in enumerate(batches):

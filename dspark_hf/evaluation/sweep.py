@@ -1,5 +1,6 @@
 """Throughput against batch size: plain decoding, every fixed length, and the load schedule, on the same prompts."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from ..modeling_dspark import DSparkHead
 from .bench import Record, bench, fixed_methods
 from .plots import import_pyplot
 
-# Batches of prompts at a batch size: small ones are quick and depend more on their prompts.
-MOST_BATCHES, FEWEST_BATCHES = 32, 6
+# Batches of prompts at batch size 1, and fewer at larger ones, which take longer and depend less on their prompts.
+BATCHES = 32
 
 
 def sweep(
@@ -27,10 +28,19 @@ def sweep(
     methods = ["plain", *fixed_methods(head), "load"]
     for domain, prompts in domains.items():
         for size in batch_sizes:
-            count = max(FEWEST_BATCHES, MOST_BATCHES // size)
-            # Small sets are gone through again, so that every batch is full.
-            again = prompts * -(-count * size // len(prompts))
-            yield from bench(model, head, tokenizer, again, [size], methods, max_new_tokens, domain, count)
+            count = round(BATCHES / size**0.5)
+            yield from bench(
+                model, head, tokenizer, _drawn(prompts, count * size), [size], methods, max_new_tokens, domain
+            )
+
+
+def _drawn(prompts: list[str], count: int) -> list[str]:
+    """So many of the prompts; where there are fewer all again and again, in another order each time, so that batches
+    differ."""
+    order, drawn = random.Random(0), list(prompts)
+    while len(drawn) < count:
+        drawn += order.sample(prompts, len(prompts))
+    return drawn[:count]
 
 
 def as_table(records: list[Record]) -> Table:
