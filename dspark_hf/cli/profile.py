@@ -21,17 +21,16 @@ def profile(
     """Show what a step costs on this machine, which is what the load schedule goes by; measured if it is not stored."""
     from ..evaluation import profile as shown
     from ..evaluation.plots import import_pyplot
-    from ..generation.step_times import forget, step_times
+    from ..generation.step_times import forget, prepare
     from ..generation.target import Target
 
     if plot is not None:
         import_pyplot()
     target, draft_head, _ = load(model, head, dtype)
-    runner = Target(target, draft_head.config.target_layer_ids)
     if again:
-        forget(runner, draft_head)
+        forget(Target(target, draft_head.config.target_layer_ids), draft_head)
     with console.status("measuring what is not stored"):
-        table = step_times(runner, draft_head, rows)
+        table = prepare(target, draft_head, rows)
     for part in shown.as_tables(table):
         console.print(part)
     console.print(f"[dim]{table.identity['device']}, {target.dtype}, stored in {table.path}[/dim]", highlight=False)

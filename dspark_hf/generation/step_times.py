@@ -12,6 +12,7 @@ from ..scheduling import cost
 from ..scheduling.cost import CostTable
 from ..scheduling.estimates import Experience
 from ..scheduling.scheduler import ConstantSchedule, LoadSchedule, Settings
+from .compatibility import check_pair
 from .drafting import Drafter
 from .target import Target
 
@@ -75,6 +76,16 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
             table.extend(n, {kind: np.min([turn[kind] for turn in measured], axis=0) for kind in cost.KINDS})
         table.save()
     return table
+
+
+def prepare(model: PreTrainedModel, head: DSparkHead, rows: int) -> CostTable:
+    """The pair's table before any call: what the first call of `rows` rows would measure is measured now.
+
+    Raises:
+        ValueError: when the head cannot draft for the model.
+    """
+    check_pair(model, head)
+    return step_times(Target(model, head.config.target_layer_ids), head, rows)
 
 
 def _table(target: Target, head: DSparkHead) -> CostTable:
