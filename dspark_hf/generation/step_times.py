@@ -71,9 +71,15 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
         # Rounds are timed by running them, and to run them takes a scheduler.
         from .trial import measure
 
-        turns = [[measure(target.model, head, n, table.contexts) for n in missing] for _ in range(TURNS)]
-        for n, measured in zip(missing, zip(*turns, strict=True), strict=True):
-            table.extend(n, {kind: np.min([turn[kind] for turn in measured], axis=0) for kind in cost.KINDS})
+        # What is known was measured at another time, and has moved since: the last of it is measured again, to compare.
+        counts = [*table.rows[-1:], *missing]
+        turns = [[measure(target.model, head, n, table.contexts) for n in counts] for _ in range(TURNS)]
+        for n, measured in zip(counts, zip(*turns, strict=True), strict=True):
+            least = {kind: np.min([turn[kind] for turn in measured], axis=0) for kind in cost.KINDS}
+            if n in table.rows:
+                table.bring_to(n, least)
+            else:
+                table.extend(n, least)
         table.save()
     return table
 
