@@ -29,7 +29,9 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Picture of the sweep, such as sweep.png.")] = None,
     max_new_tokens: MaxNewTokens = 128,
     limit: Limit = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the records to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the records to this file, as they come.")
+    ] = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Measure plain decoding, transformers' stock assisted loop and DSpark on the same prompts, alternately.
@@ -59,11 +61,12 @@ def bench(
     with console.status("measuring") as status:
         for record in measured:
             records.append(record)
+            if json_file is not None:
+                # What is measured is kept, should the rest be cut off.
+                write_json(json_file, speed.as_json(records))
             status.update(f"measured {record.domain or ''} {record.method} at batch {record.batch_size}")
     console.print(tables.as_table(records))
     device = torch.cuda.get_device_name() if target.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     console.print(f"[dim]{sets}, {max_new_tokens} new tokens, {target.dtype}, {device}[/dim]", highlight=False)
     if plot is not None:
         sweep.plot(records, plot)
-    if json_file is not None:
-        write_json(json_file, speed.as_json(records))
