@@ -3,7 +3,6 @@
 import time
 from weakref import WeakKeyDictionary
 
-import numpy as np
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -22,9 +21,8 @@ logger = logging.get_logger(__name__)
 CONTEXTS = (128, 512)
 # Rows are measured at powers of two up to this; beyond, times go on as between the last two.
 MOST_ROWS = 64
-# Everything is gone through in several turns, and the least counts: a disturbance lasts a while and only adds. (Times
-# of several sizes were right to each other within 3 % so, and within 5 to 9 % by the median.)
-TURNS = 4
+# Everything is gone through in several turns.
+TURNS = 5
 # Between two writes of a table that generation has moved along.
 SECONDS_BETWEEN_WRITES = 60
 
@@ -69,17 +67,16 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
     if missing:
         logger.info(f"Measuring the step times of {type(target.model).__name__} for batches of {missing} rows.")
         # Rounds are timed by running them, and to run them takes a scheduler.
-        from .trial import measure
+        from .trial import measure, settled
 
         # What is known was measured at another time, and has moved since: the last of it is measured again, to compare.
         counts = [*table.rows[-1:], *missing]
         turns = [[measure(target.model, head, n, table.contexts) for n in counts] for _ in range(TURNS)]
         for n, measured in zip(counts, zip(*turns, strict=True), strict=True):
-            least = {kind: np.min([turn[kind] for turn in measured], axis=0) for kind in cost.KINDS}
             if n in table.rows:
-                table.bring_to(n, least)
+                table.bring_to(n, settled(measured))
             else:
-                table.extend(n, least)
+                table.extend(n, settled(measured))
         table.save()
     return table
 

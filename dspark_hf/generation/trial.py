@@ -4,6 +4,7 @@ A pass that is timed alone finds its weights in the processor's cache, and nothi
 on two CPU cores such times were 13 to 50 % too low for rounds that draft, and right for those that do not.
 """
 
+import statistics
 import time
 from collections import defaultdict
 
@@ -22,7 +23,7 @@ from .stats import synchronize
 @torch.no_grad()
 def measure(target: PreTrainedModel, head: DSparkHead, rows: int, contexts: list[int]) -> dict[str, np.ndarray]:
     """Seconds of every kind of step (see [`CostTable`]), [contexts, sizes] each, for a number of rows. It takes
-    several calls to tell what disturbed the machine for a moment.
+    several calls to tell what disturbed the machine for a moment; see [`settled`].
 
     In the longer contexts the smallest and the largest sizes stand for those between.
     """
@@ -40,6 +41,18 @@ def measure(target: PreTrainedModel, head: DSparkHead, rows: int, contexts: list
             longer = measured - tables[kind][0][[size - 1 for size in sizes]]
             tables[kind].append(tables[kind][0] + np.interp(range(1, most + 1), sizes, longer).clip(min=0))
     return {kind: np.stack(measured) for kind, measured in tables.items()}
+
+
+def settled(turns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """One time for every one that was measured in several turns: the median, with all turns brought to the same pace.
+
+    A shared or throttled machine changes its pace for seconds to minutes, and a moment of another pace makes a size
+    look dear beside those measured in the next.
+    """
+    logs = {kind: np.log([turn[kind] for turn in turns]) for kind in KINDS}
+    surprise = [(own - np.median(own, axis=0)).reshape(len(turns), -1) for own in logs.values()]
+    pace = np.median(np.concatenate(surprise, axis=1), axis=1)[:, None, None]
+    return {kind: np.exp(np.median(own - pace, axis=0)) for kind, own in logs.items()}
 
 
 class Told(ConstantSchedule):
@@ -81,19 +94,23 @@ class Trial:
     def seconds(self, tokens: range | list[int]) -> dict[str, dict[int, float]]:
         """Of each kind of step by size, for rounds that verify so many tokens a row."""
         found: dict[str, dict[int, float]] = defaultdict(dict)
+        undrafted = []
         for count in tokens:
-            draft, found["verify"][count] = self._second([count - 1] * len(self.lengths), False)
-            if count > 1:
-                found["draft"][count - 1] = draft
+            # Every other time is weighed against that of a round without drafts, which had better be right.
+            undrafted.append(self._second([0] * len(self.lengths), False)[1])
+            if count == 1:
+                continue
+            found["draft"][count - 1], found["verify"][count] = self._second([count - 1] * len(self.lengths), False)
             found["packed"][count] = found["verify"][count]
-            if self.rounds.target.packs and 1 < count <= self.block and len(self.lengths) > 1:
+            if self.rounds.target.packs and count <= self.block and len(self.lengths) > 1:
                 found["packed"][count] = self._second(self._uneven(count), True)[1]
+        found["verify"][1] = found["packed"][1] = statistics.median(undrafted)
         features = self.rounds.passed.features
         unread = max(1, min(self.lengths) - self.block - 1)
-        self.rounds.drafter.remember(
-            features.new_ones(len(features), unread, features.shape[2]), [unread] * len(features)
-        )
-        found["start"][1], _ = self._round([1] * len(features), False)
+        for _ in range(2):
+            unseen = features.new_ones(len(features), unread, features.shape[2])
+            self.rounds.drafter.remember(unseen, [unread] * len(features))
+            found["start"][1], _ = self._round([1] * len(features), False)
         return found
 
     def _second(self, lengths: list[int], packed: bool) -> tuple[float, float]:
