@@ -22,7 +22,7 @@ CONTEXTS = (128, 512)
 # Rows are measured at powers of two up to this; beyond, times go on as between the last two.
 MOST_ROWS = 64
 # Everything is gone through in several turns.
-TURNS = 5
+TURNS = 4
 # Between two writes of a table that generation has moved along.
 SECONDS_BETWEEN_WRITES = 60
 
