@@ -212,7 +212,19 @@ def test_turns_of_another_pace_and_a_disturbed_size_leave_the_times_right_to_eac
     right = {kind: np.exp(random.normal(size=(2, size))) for kind, size in cost.sizes_of(7).items()}
     turns = [{kind: pace * own for kind, own in right.items()} for pace in (1.0, 1.2, 1.4, 1.6, 1.8)]
     # By the median alone this one would come out a seventh too high.
-    turns[0]["verify"][0, 3] *= 5
+    turns[0]["draft"][0, 3] *= 5
     found = trial.settled(turns)
-    for kind, own in right.items():
-        np.testing.assert_allclose(found[kind], 1.4 * own, rtol=1e-9)
+    for kind in ("verify", "packed", "start"):
+        np.testing.assert_allclose(found[kind], 1.4 * right[kind], rtol=1e-9)
+    assert found["draft"][0, 3] == pytest.approx(1.4 * right["draft"][0, 3], rel=0.05)
+
+
+def test_times_are_straightened_by_as_much_as_noise_explains():
+    random = np.random.default_rng(0)
+    line, steps = np.linspace(1, 1.3, 7), np.array([1, 1, 1, 1, 2, 2, 2])
+    noisy = line * np.exp(random.normal(scale=0.05, size=(200, 7)))
+    straight = np.array([trial.straightened(times, 0.05**2) for times in noisy])
+    assert np.diff(straight).std() < 0.6 * np.diff(noisy).std()
+    assert straight.mean(axis=0) == pytest.approx(line, rel=0.02)
+    np.testing.assert_allclose(trial.straightened(steps, 0.01**2), steps, rtol=0.01)
+    np.testing.assert_array_equal(trial.straightened(steps, 0.0), steps)

@@ -23,8 +23,9 @@ MOST_PATIENCE, ROW_PATIENCE = 256, 8
 # What deciding in the middle of a draft, and packing, have to bring to be worth their own cost.
 STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
 # How much sooner than without drafts a batch must be expected to end for drafting to begin, and to go on; and how much
-# sooner than with the present length for it to be changed. To go to and fro costs more than either.
-BEGIN_AT, GO_ON_AT, CHANGE_AT = 1.01, 0.95, 1.03
+# sooner than with the present length for it to be changed. To go to and fro costs more than either, and what drafts
+# cost is only seen while they are made: where neither is clearly better, they are.
+BEGIN_AT, GO_ON_AT, CHANGE_AT = 0.98, 0.95, 1.03
 # A row whose drafts have kept less than this share of what their confidence promised does not draft even to end with
 # the others; a promise is so many tokens.
 HOPELESS, PROMISE = 0.05, 6.0
