@@ -29,8 +29,8 @@ BEGIN_AT, GO_ON_AT, CHANGE_AT = 0.98, 0.95, 1.03
 # A row whose drafts have kept less than this share of what their confidence promised does not draft even to end with
 # the others; a promise is so many tokens.
 HOPELESS, PROMISE = 0.05, 6.0
-# Rows that try whether drafts have come to be worth their cost.
-PROBING = 4
+# Rows that try whether drafts have come to be worth their cost; each has all its context to read first.
+PROBING = 1
 POWERS = [1 << i for i in range(16)]
 # Confidence that is worth less than this share of what it says.
 DISTRUSTED = 0.7
