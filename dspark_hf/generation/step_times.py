@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 CONTEXTS = (128, 512)
 # Rows are measured at powers of two up to this; beyond, times go on as between the last two.
 MOST_ROWS = 64
-# Everything is gone through in several turns.
+# Everything is gone through in several turns, far enough apart that what disturbs one leaves others alone.
 TURNS = 4
 # Between two writes of a table that generation has moved along.
 SECONDS_BETWEEN_WRITES = 60

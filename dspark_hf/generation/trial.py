@@ -59,10 +59,11 @@ def settled(turns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     pace = np.median(np.concatenate(surprise, axis=1), axis=1)[:, None, None]
     times = {}
     for kind, own in logs.items():
-        times[kind] = np.exp(np.median(own - pace, axis=0))
+        own -= pace
+        times[kind] = np.exp(np.median(own, axis=0))
         # A round without drafts is another thing than one with few.
         drafted = slice(1, None) if kind in ("verify", "packed") else slice(None)
-        noise = MEDIANS_VARY * np.var(own - pace, axis=0).mean() / len(turns)
+        noise = MEDIANS_VARY * np.var(own, axis=0).mean() / len(turns)
         times[kind][:, drafted] = [straightened(line, noise) for line in times[kind][:, drafted]]
     return times
 
