@@ -18,7 +18,7 @@ from .target import Target
 logger = logging.get_logger(__name__)
 
 # Tokens of context at which step times are measured, or as many as the target knows positions for.
-CONTEXTS = (128, 512)
+CONTEXTS = (192, 512)
 # Rows are measured at powers of two up to this; beyond, times go on as between the last two.
 MOST_ROWS = 64
 # Everything is gone through in several turns, far enough apart that what disturbs one leaves others alone.

@@ -25,7 +25,7 @@ STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
 # How much sooner than without drafts a batch must be expected to end for drafting to begin, and to go on; and how much
 # sooner than with the present length for it to be changed. To go to and fro costs more than either, and what drafts
 # cost is only seen while they are made: where neither is clearly better, they are.
-BEGIN_AT, GO_ON_AT, CHANGE_AT = 0.98, 0.95, 1.03
+BEGIN_AT, GO_ON_AT, CHANGE_AT = 0.96, 0.93, 1.03
 # A row whose drafts have kept less than this share of what their confidence promised does not draft even to end with
 # the others; a promise is so many tokens.
 HOPELESS, PROMISE = 0.05, 6.0
@@ -341,12 +341,10 @@ class LoadSchedule(ConstantSchedule):
         ends = seconds_to_end(rooms + 1, survival, self.estimates.shared.hazard, np.array(counts), seconds)
         if waiting:
             ends[1:] += self.table.catching_up(len(rooms) * busy, waiting)
-        best = int(ends.argmin())
+        best = 1 + int(ends[1:].argmin())
         drafts = bool(self.last.rows) and not self.last.probe
-        if best == 0 or ends[0] < BEGIN_AT * ends[best]:
-            best = 1 + int(ends[1:].argmin())
-            if not drafts or ends[0] < GO_ON_AT * ends[best]:
-                return 0
+        if ends[0] < (GO_ON_AT if drafts else BEGIN_AT) * ends[best]:
+            return 0
         if drafts and ends[self.last.length] < CHANGE_AT * ends[best]:
             best = min(self.last.length, int(rooms.max()))
         self.plans += 1
