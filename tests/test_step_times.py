@@ -47,7 +47,7 @@ def pair():
 def test_measured_once_and_stored(folder, monkeypatch):
     target, head = pair()
     table = step_times.step_times(target, head, 3)
-    assert table.rows == [1, 2, 4] and table.contexts == [128, 251]
+    assert table.rows == [1, 2, 4] and table.contexts == [192, 251]
     for kind, sizes in cost.sizes_of(4).items():
         times = getattr(table, kind)
         assert times.shape == (2, 3, sizes) and (times > 0).all() and (times < 1).all()
