@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import dspark_hf
 from dspark_hf.cli import app, main
 from dspark_hf.embedded import FOLDER
-from dspark_hf.evaluation.bench import Record
+from dspark_hf.evaluation.bench import Record, Run, _is_settled
 from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode, read_prompts
 
 PROMPT = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How many pencils are left?"
@@ -203,3 +203,14 @@ def test_a_sweep_compares_load_with_every_fixed_length(tmp_path):
 )
 def test_errors_of_the_scheduler_commands(args, message):
     assert message in fails(*args)
+
+
+def test_runs_are_repeated_until_the_fastest_agree():
+    def runs(*seconds):
+        return [Run(s, [], None) for s in seconds]
+
+    assert not _is_settled([[], []])
+    assert not _is_settled([runs(1.0, 1.0)])
+    assert _is_settled([runs(1.0, 2.0, 1.02), runs(2.0, 2.0, 1.99)])
+    assert not _is_settled([runs(1.0, 2.0, 1.1), runs(1.0, 1.0, 1.0)])
+    assert _is_settled([runs(1.0, 2.0, 1.1, 1.2, 1.3, 1.4), runs(*[1.0] * 6)])

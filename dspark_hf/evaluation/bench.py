@@ -16,9 +16,10 @@ from ..generation.stats import DSparkStats, synchronize
 from ..modeling_dspark import DSparkHead
 from .prompts import encode
 
-# Runs of a method over the same prompts, of which the fastest counts: other work on the machine, which comes in bursts,
-# only ever makes a run slower.
-REPEATS = 3
+# Of a method's runs over the same prompts the fastest counts: other work on the machine, which comes in bursts, only
+# ever makes a run slower. Prompts are run so often, or until the two fastest runs of every method agree: a method must
+# not come out best for having met fewer bursts than the others.
+FEWEST_RUNS, MOST_RUNS, AGREED = 3, 6, 1.03
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def bench(
 ) -> Iterator[Record]:
     """Records of every batch size, as soon as it is measured. Decoding is greedy.
 
-    Batches of prompts are run by every method in turn, in an order that rotates, after one unmeasured run each. Of the
-    runs of a method over a batch the fastest counts.
+    Batches of prompts are run by every method in turn, in an order that rotates, after one unmeasured run each, at
+    least three times and until the two fastest runs of every method agree within 3 %, or six times. The fastest counts.
 
     Args:
         methods: `plain`; `stock`, transformers' own loop with the same head, at batch 1 only; `dspark`, the head as it
@@ -110,18 +111,32 @@ def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens) -> 
     batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)]
     runs: dict[str, Runs] = {method: [] for method in methods}
     turn = itertools.count()
+
+    def run_all(inputs) -> dict[str, Run]:
+        first = next(turn) % len(methods)
+        order = methods[first:] + methods[:first]
+        return {method: _run(method, model, head, inputs, max_new_tokens) for method in order}
+
     for index, batch in enumerate(batches):
         inputs = encode(batch, tokenizer, model.device)
-        for own in runs.values():
-            own.append([])
-        # The first runs of all warm up: step times are measured, and what a head is worth is learned.
-        for repeat in range(REPEATS + (index == 0)):
-            first = next(turn) % len(methods)
-            for method in methods[first:] + methods[:first]:
-                run = _run(method, model, head, inputs, max_new_tokens)
-                if index or repeat:
-                    runs[method][-1].append(run)
+        if index == 0:
+            # To warm up: step times are measured, and what a head is worth is learned.
+            run_all(inputs)
+        for of_method in runs.values():
+            of_method.append([])
+        while not _is_settled([of_method[-1] for of_method in runs.values()]):
+            for method, run in run_all(inputs).items():
+                runs[method][-1].append(run)
     return runs
+
+
+def _is_settled(runs: Runs) -> bool:
+    """Whether the runs of every method over a batch of prompts say how fast it is."""
+    count = len(runs[0])
+    if count < FEWEST_RUNS or count == MOST_RUNS:
+        return count == MOST_RUNS
+    fastest, second = (_nth(runs, n) for n in (0, 1))
+    return all(b.seconds < AGREED * a.seconds for a, b in zip(fastest, second, strict=True))
 
 
 def _run(method: str, model, head, inputs, max_new_tokens: int) -> Run:
@@ -178,7 +193,7 @@ def _records(measured: dict[str, Runs], size: int, domain: str | None) -> Iterat
 
 
 def _nth(runs: Runs, n: int) -> list[Run]:
-    """Of every batch of prompts the fastest run but `n`."""
+    """Of every list the fastest run but `n`."""
     return [sorted(own, key=lambda run: run.seconds)[n] for own in runs]
 
 
