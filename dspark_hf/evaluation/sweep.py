@@ -13,7 +13,7 @@ from .bench import Record, bench, fixed_methods
 from .plots import import_pyplot
 
 # Batches of prompts at batch size 1, and fewer at larger ones, which take longer and depend less on their prompts.
-BATCHES = 16
+BATCHES = 12
 
 
 def sweep(

@@ -35,7 +35,7 @@ POWERS = [1 << i for i in range(16)]
 # Confidence that is worth less than this share of what it says.
 DISTRUSTED = 0.7
 # Rounds that a plan is used for: at first, and at most, as one that is found right again lasts twice as long.
-PLAN_LASTS, PLAN_LASTS_AT_MOST = 6, 24
+PLAN_LASTS, PLAN_LASTS_AT_MOST = 6, 16
 # Where drafts bring less than this, one plan in so many does without: what a step costs is only known of steps that are
 # taken.
 LOOK_EVERY, LOOKS_LIKE = 12, 1.08
@@ -294,7 +294,9 @@ class LoadSchedule(ConstantSchedule):
 
     def keep(self, rows):
         super().keep(rows)
-        self.idle, self.lasts = self.idle[rows], PLAN_LASTS
+        self.idle = self.idle[rows]
+        if self.situation is not None and 2 * len(rows) <= self.situation.rows:
+            self.lasts = PLAN_LASTS
         drafting = set(self.last.rows)
         self.last = replace(self.last, rows=[i for i, row in enumerate(rows) if row in drafting])
 
