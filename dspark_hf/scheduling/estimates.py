@@ -27,14 +27,14 @@ class Experience:
     """What is known of a head with one target, shared by all rows and calls.
 
     tested[k], accepted[k]: drafts at position k that were verified after all before them were accepted, and those of
-    them that were accepted. expected: the sum of their confidences. last_rate: accepted of the tested drafts of the
+    them that were accepted. expected[k]: the sum of their confidences. last_rate: accepted of the tested drafts of the
     last round that had any. patience: rounds to wait before drafting is tried again where it does not pay; rested: how
     many have gone by. ends, tokens: rows that ended before their length limit, and tokens committed by all rows.
     """
 
     tested: np.ndarray
     accepted: np.ndarray
-    expected: float = 0.0
+    expected: np.ndarray
     patience: int = 1
     rested: int = 0
     last_rate: float = 0.0
@@ -43,7 +43,7 @@ class Experience:
 
     @classmethod
     def fresh(cls, block_size: int) -> "Experience":
-        return cls(np.zeros(block_size), np.zeros(block_size))
+        return cls(*np.zeros((3, block_size)))
 
     @property
     def confidence(self) -> np.ndarray:
@@ -58,7 +58,7 @@ class Experience:
     @property
     def correction(self) -> float:
         """Accepted drafts over those that the confidence promised."""
-        return (self.accepted.sum() + PRIOR) / (self.expected + PRIOR)
+        return (self.accepted.sum() + PRIOR) / (self.expected.sum() + PRIOR)
 
     @property
     def hazard(self) -> float:
@@ -71,16 +71,17 @@ class Experience:
         self.ends = fade * self.ends + (not at_limit)
         self.tokens = fade * self.tokens + tokens
 
-    def learn(self, tested: np.ndarray, accepted: np.ndarray, expected: float) -> None:
-        """Add a round: counts of the drafted positions, and the sum of tested confidences."""
+    def learn(self, tested: np.ndarray, accepted: np.ndarray, expected: np.ndarray) -> None:
+        """Add a round: counts of the drafted positions, and sums of their tested confidences.
+
+        What is known of positions that were not drafted is kept: believed to be as good as a first guess again, they
+        would be drafted again and again.
+        """
         drafted, count = len(tested), int(tested.sum())
         self.last_rate = accepted.sum() / max(1, count)
         fade = 0.5 ** (count / POOL_HALF_LIFE)
-        self.tested *= fade
-        self.tested[:drafted] += tested
-        self.accepted *= fade
-        self.accepted[:drafted] += accepted
-        self.expected = fade * self.expected + float(expected)
+        for known, new in ((self.tested, tested), (self.accepted, accepted), (self.expected, expected)):
+            known[:drafted] = fade * known[:drafted] + new
 
 
 class RowEstimates:
@@ -118,8 +119,8 @@ class RowEstimates:
             lengths, accepted: [n], drafts verified and drafts accepted.
         """
         tested = np.arange(confidence.shape[1]) < np.minimum(accepted + 1, lengths)[:, None]
-        expected = (confidence * tested).sum(axis=1)
-        self.expected[rows] = ROW_FADE * self.expected[rows] + expected
+        promised = confidence * tested
+        self.expected[rows] = ROW_FADE * self.expected[rows] + promised.sum(axis=1)
         self.accepted[rows] = ROW_FADE * self.accepted[rows] + accepted
         curves = self._whole(survival)
         if len(self.recent) > 1:
@@ -128,7 +129,7 @@ class RowEstimates:
         self.mean[rows] += (1 - ROW_FADE) * (curves - self.mean[rows])
         counts = tested.sum(axis=0)
         passed = (accepted[:, None] > np.arange(confidence.shape[1])).sum(axis=0)
-        self.shared.learn(counts, passed, expected.sum())
+        self.shared.learn(counts, passed, promised.sum(axis=0))
         pool = self.shared.correction
         self.corrections = pool * (self.accepted + PRIOR) / (pool * self.expected + PRIOR)
 

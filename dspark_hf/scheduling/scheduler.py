@@ -26,6 +26,9 @@ STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
 # sooner than with the present length for it to be changed. To go to and fro costs more than either, and what drafts
 # cost is only seen while they are made: where neither is clearly better, they are.
 BEGIN_AT, GO_ON_AT, CHANGE_AT = 0.96, 0.93, 1.03
+# Of lengths that end about as soon as the best the shortest is taken: rows differ by more than is known of them, and
+# the one that a batch ends with is mostly one for which longer drafts do little.
+AS_GOOD = 1.01
 # A row whose drafts have kept less than this share of what their confidence promised does not draft even to end with
 # the others; a promise is so many tokens.
 HOPELESS, PROMISE = 0.05, 6.0
@@ -343,7 +346,7 @@ class LoadSchedule(ConstantSchedule):
         ends = seconds_to_end(rooms + 1, survival, self.estimates.shared.hazard, np.array(counts), seconds)
         if waiting:
             ends[1:] += self.table.catching_up(len(rooms) * busy, waiting)
-        best = 1 + int(ends[1:].argmin())
+        best = 1 + int((ends[1:] <= AS_GOOD * ends[1:].min()).argmax())
         drafts = bool(self.last.rows) and not self.last.probe
         if ends[0] < (GO_ON_AT if drafts else BEGIN_AT) * ends[best]:
             return 0
