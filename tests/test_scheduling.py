@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from dspark_hf.generation.acceptance import accept_sampled
 from dspark_hf.generation.step_times import experience_of
+from dspark_hf.scheduling import scheduler
 from dspark_hf.scheduling.algorithm import admit, best_length, cut, smoothed, survival
 from dspark_hf.scheduling.cost import KINDS
 from dspark_hf.scheduling.estimates import Experience, RowEstimates
@@ -439,3 +440,20 @@ def test_statistics_of_a_schedule(pair, drafting_pays):
     expected = sum(map(sum, stats.expected_lengths)) / rounds_of_rows
     assert expected == pytest.approx(stats.tau, rel=0.25)
     assert stats.schedule_seconds > 0
+
+
+@pytest.mark.parametrize("undrafted, length", [(0.98, 2), (0.94, 0)])
+def test_drafting_begins_where_neither_is_clearly_better(monkeypatch, undrafted, length):
+    """With the shortest of the lengths that are about as good as the best."""
+    ends = np.array([undrafted, 1.1, 1.005, 1.0, 1.1])
+    monkeypatch.setattr(scheduler, "seconds_to_end", lambda *args: ends.copy())
+    assert load_schedule(4).plan([40] * 4, 128, Load(4, 0)).length == length
+
+
+def test_what_is_known_of_positions_is_kept_while_they_are_not_drafted():
+    shared = Experience.fresh(3)
+    shared.learn(np.array([100, 80, 60]), np.array([80, 60, 20]), np.array([80.0, 60.0, 20.0]))
+    last = shared.confidence[2]
+    for _ in range(100):
+        shared.learn(np.array([16]), np.array([8]), np.array([8.0]))
+    assert shared.confidence[2] == last and shared.confidence[0] == pytest.approx(0.5, abs=0.02)

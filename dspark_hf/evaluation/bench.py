@@ -133,8 +133,10 @@ def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens) -> 
 def _is_settled(runs: Runs) -> bool:
     """Whether the runs of every method over a batch of prompts say how fast it is."""
     count = len(runs[0])
-    if count < FEWEST_RUNS or count == MOST_RUNS:
-        return count == MOST_RUNS
+    if count < FEWEST_RUNS:
+        return False
+    if count == MOST_RUNS:
+        return True
     fastest, second = (_nth(runs, n) for n in (0, 1))
     return all(b.seconds < AGREED * a.seconds for a, b in zip(fastest, second, strict=True))
 

@@ -298,6 +298,7 @@ class LoadSchedule(ConstantSchedule):
     def keep(self, rows):
         super().keep(rows)
         self.idle = self.idle[rows]
+        # Where many are gone another length may be right; a plan outlives a row.
         if self.situation is not None and 2 * len(rows) <= self.situation.rows:
             self.lasts = PLAN_LASTS
         drafting = set(self.last.rows)
