@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import dspark_hf
 from dspark_hf.cli import app, main
 from dspark_hf.embedded import FOLDER
-from dspark_hf.evaluation.bench import Record, Run, _is_settled
+from dspark_hf.evaluation.bench import Record, Run, _is_settled, _records
 from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode, read_prompts
 
 PROMPT = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How many pencils are left?"
@@ -214,3 +214,16 @@ def test_runs_are_repeated_until_the_fastest_agree():
     assert _is_settled([runs(1.0, 2.0, 1.02), runs(2.0, 2.0, 1.99)])
     assert not _is_settled([runs(1.0, 2.0, 1.1), runs(1.0, 1.0, 1.0)])
     assert _is_settled([runs(1.0, 2.0, 1.1, 1.2, 1.3, 1.4), runs(*[1.0] * 6)])
+
+
+def test_the_two_fastest_runs_count():
+    def runs(*seconds):
+        return [Run(s, [[1, 2, 3]], None) for s in seconds]
+
+    measured = {"plain": [runs(4.0, 2.0, 1.0), runs(1.0, 9.0, 2.0)], "other": [runs(1.0, 1.0, 5.0) for _ in range(2)]}
+    plain, other = _records(measured, 1, None)
+    assert plain.tokens_per_second == pytest.approx(12 / 6)
+    assert plain.noise == pytest.approx(1.0)
+    assert other.speedup == pytest.approx(6 / 4) and other.identical
+    measured["other"][1][2] = Run(5.0, [[1, 2, 4]], None)
+    assert not list(_records(measured, 1, None))[1].identical

@@ -23,12 +23,12 @@ MOST_PATIENCE, ROW_PATIENCE = 256, 8
 # What deciding in the middle of a draft, and packing, have to bring to be worth their own cost.
 STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
 # How much sooner than without drafts a batch must be expected to end for drafting to begin, and to go on; and how much
-# sooner than with the present length for it to be changed. To go to and fro costs more than either, and what drafts
-# cost is only seen while they are made: where neither is clearly better, they are.
-BEGIN_AT, GO_ON_AT, CHANGE_AT = 0.96, 0.93, 1.03
+# sooner than with the present length for a longer one to be tried. To go to and fro costs more than either, and what
+# drafts cost is only seen while they are made: where neither is clearly better, they are.
+BEGIN_AT, GO_ON_AT, LENGTHEN_AT = 0.96, 0.93, 1.03
 # Of lengths that end about as soon as the best the shortest is taken: rows differ by more than is known of them, and
 # the one that a batch ends with is mostly one for which longer drafts do little.
-AS_GOOD = 1.01
+AS_GOOD = 1.02
 # A row whose drafts have kept less than this share of what their confidence promised does not draft even to end with
 # the others; a promise is so many tokens.
 HOPELESS, PROMISE = 0.05, 6.0
@@ -351,8 +351,8 @@ class LoadSchedule(ConstantSchedule):
         drafts = bool(self.last.rows) and not self.last.probe
         if ends[0] < (GO_ON_AT if drafts else BEGIN_AT) * ends[best]:
             return 0
-        if drafts and ends[self.last.length] < CHANGE_AT * ends[best]:
-            best = min(self.last.length, int(rooms.max()))
+        if drafts and self.last.length < best and ends[self.last.length] < LENGTHEN_AT * ends[best]:
+            best = self.last.length
         self.plans += 1
         looks = self.plans % LOOK_EVERY == 0 and ends[0] < LOOKS_LIKE * ends[best]
         return 0 if looks else best
