@@ -4,6 +4,7 @@ A pass that is timed alone finds its weights in the processor's cache, and nothi
 on two CPU cores such times were 13 to 50 % too low for rounds that draft, and right for those that do not.
 """
 
+import random
 import time
 from collections import defaultdict
 
@@ -18,8 +19,8 @@ from ..scheduling.scheduler import NO_DRAFT, ConstantSchedule, Plan, Settings
 from .loop import Rounds
 from .stats import synchronize
 
-# Rounds of a shape in a turn. With a single one, lengths of 1 and 7 looked 16 % apart at batch 1 that were 5 % apart in
-# generation.
+# Rounds of a shape in a turn, of which the quickest counts. With a single one, lengths of 1 and 7 looked 16 % apart at
+# batch 1 that were 5 % apart in generation.
 ROUNDS = 3
 # The variance of a median over that of a mean.
 MEDIANS_VARY = 1.57
@@ -30,13 +31,15 @@ def measure(target: PreTrainedModel, head: DSparkHead, rows: int, contexts: list
     """Seconds of every kind of step (see [`CostTable`]), [contexts, sizes] each, for a number of rows. It takes
     several calls to tell what disturbed the machine for a moment; see [`settled`].
 
-    In the longer contexts the smallest and the largest sizes stand for those between.
+    In the longer contexts the smallest and the largest sizes stand for those between. Sizes come in random order: a
+    machine that slows down on the way would make what comes last look dear in every call.
     """
+    draw = random.Random()
     block = head.config.gamma
     tables: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     for i, context in enumerate(contexts):
-        tokens = range(1, block + 2) if i == 0 else sorted({1, 2, block + 1})
-        seconds = Trial(target, head, rows, context).seconds(tokens)
+        tokens = list(range(1, block + 2)) if i == 0 else sorted({1, 2, block + 1})
+        seconds = Trial(target, head, rows, context).seconds(draw.sample(tokens, len(tokens)))
         for kind, most in sizes_of(block).items():
             sizes = sorted(seconds[kind])
             measured = np.array([seconds[kind][size] for size in sizes])
@@ -118,19 +121,20 @@ class Trial:
                 layer.keys.fill_(1)
                 layer.values.fill_(1)
 
-    def seconds(self, tokens: range | list[int]) -> dict[str, dict[int, float]]:
+    def seconds(self, tokens: list[int]) -> dict[str, dict[int, float]]:
         """Of each kind of step by size, for rounds that verify so many tokens a row."""
         found: dict[str, dict[int, float]] = defaultdict(dict)
         undrafted = []
         for count in tokens:
             # Every other time is weighed against that of a round without drafts, which had better be right.
-            undrafted.append(self._typical([0] * len(self.lengths), False)[1])
+            undrafted.append(self._undisturbed([0] * len(self.lengths), False)[1])
             if count == 1:
                 continue
-            found["draft"][count - 1], found["verify"][count] = self._typical([count - 1] * len(self.lengths), False)
+            even = [count - 1] * len(self.lengths)
+            found["draft"][count - 1], found["verify"][count] = self._undisturbed(even, False)
             found["packed"][count] = found["verify"][count]
             if self.rounds.target.packs and count <= self.block and len(self.lengths) > 1:
-                found["packed"][count] = self._typical(self._uneven(count), True)[1]
+                found["packed"][count] = self._undisturbed(self._uneven(count), True)[1]
         found["verify"][1] = found["packed"][1] = np.median(undrafted).item()
         features = self.rounds.passed.features
         unread = max(1, min(self.lengths) - self.block - 1)
@@ -140,11 +144,11 @@ class Trial:
             found["start"][1], _ = self._round([1] * len(features), False)
         return found
 
-    def _typical(self, lengths: list[int], packed: bool) -> list[float]:
-        """The medians of some rounds after a first: rounds of a shape come many in a row, and the first of them finds
+    def _undisturbed(self, lengths: list[int], packed: bool) -> tuple[float, float]:
+        """The quickest of some rounds after a first: rounds of a shape come many in a row, and the first of them finds
         no memory of its size."""
         self._round(lengths, packed)
-        return np.median([self._round(lengths, packed) for _ in range(ROUNDS)], axis=0).tolist()
+        return min((self._round(lengths, packed) for _ in range(ROUNDS)), key=sum)
 
     def _uneven(self, count: int) -> list[int]:
         """As many drafts as `count` tokens a row leave room for: the first rows have as many as they can."""

@@ -28,7 +28,7 @@ STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
 BEGIN_AT, GO_ON_AT, LENGTHEN_AT = 0.96, 0.93, 1.03
 # Of lengths that end about as soon as the best the shortest is taken: rows differ by more than is known of them, and
 # the one that a batch ends with is mostly one for which longer drafts do little.
-AS_GOOD = 1.02
+AS_GOOD = 1.01
 # A row whose drafts have kept less than this share of what their confidence promised does not draft even to end with
 # the others; a promise is so many tokens.
 HOPELESS, PROMISE = 0.05, 6.0
@@ -347,20 +347,31 @@ class LoadSchedule(ConstantSchedule):
         ends = seconds_to_end(rooms + 1, survival, self.estimates.shared.hazard, np.array(counts), seconds)
         if waiting:
             ends[1:] += self.table.catching_up(len(rooms) * busy, waiting)
-        best = 1 + int((ends[1:] <= AS_GOOD * ends[1:].min()).argmax())
-        drafts = bool(self.last.rows) and not self.last.probe
-        if ends[0] < (GO_ON_AT if drafts else BEGIN_AT) * ends[best]:
+        best = self._length(ends[1:])
+        if ends[0] < (GO_ON_AT if self._drafts else BEGIN_AT) * ends[best]:
             return 0
-        if drafts and self.last.length < best and ends[self.last.length] < LENGTHEN_AT * ends[best]:
-            best = self.last.length
         self.plans += 1
         looks = self.plans % LOOK_EVERY == 0 and ends[0] < LOOKS_LIKE * ends[best]
         return 0 if looks else best
 
+    def _length(self, seconds: np.ndarray) -> int:
+        """The drafts to make where 1, 2, .. G of them take so many `seconds` [G] for the same."""
+        best = 1 + int((seconds <= AS_GOOD * seconds.min()).argmax())
+        present = self.last.length
+        stays = self._drafts and present < best and seconds[present - 1] < LENGTHEN_AT * seconds[best - 1]
+        return present if stays else best
+
+    @property
+    def _drafts(self) -> bool:
+        """Whether the last plan was to draft, and not only to see how drafts fare."""
+        return bool(self.last.rows) and not self.last.probe
+
     def _of_one(self, worth: np.ndarray, costs: Costs) -> Plan:
         """The plan of highest Theta for a single row, whose survival [H, G] is a sample of what is to come; no draft
         where that is as good."""
-        theta, length, _ = best_length(worth.mean(axis=0)[None, None], 1, costs.draft, costs.verify, 1)
+        rates = (1 + worth.mean(axis=0).cumsum()) / (costs.draft + costs.verify[1:])
+        length = self._length(1 / rates)
+        theta = rates[length - 1]
         plan = Plan([0], length, length, budget=length, theta=theta, costs=costs)
         if not self.runs_ahead:
             walk = _walk(costs)
