@@ -457,3 +457,19 @@ def test_what_is_known_of_positions_is_kept_while_they_are_not_drafted():
     for _ in range(100):
         shared.learn(np.array([16]), np.array([8]), np.array([8.0]))
     assert shared.confidence[2] == last and shared.confidence[0] == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "present, seconds, length",
+    [
+        (0, [1.2, 1.009, 1.0, 1.1], 2),  # of equals the shortest
+        (2, [1.2, 1.02, 1.0, 1.1], 2),  # which is kept while a longer one is hardly better
+        (2, [1.2, 1.04, 1.0, 1.1], 3),
+        (4, [1.2, 1.04, 1.0, 1.005], 3),  # a shorter one is taken at once
+    ],
+)
+def test_lengths_change_down_at_once_and_up_where_it_pays(present, seconds, length):
+    schedule = load_schedule(2)
+    if present:
+        schedule.last = Plan([0, 1], present, present)
+    assert schedule._length(np.array(seconds)) == length

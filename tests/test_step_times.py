@@ -219,6 +219,13 @@ def test_turns_of_another_pace_and_a_disturbed_size_leave_the_times_right_to_eac
     assert found["draft"][0, 3] == pytest.approx(1.4 * right["draft"][0, 3], rel=0.05)
 
 
+def test_of_rounds_of_a_shape_the_quickest_counts_but_never_the_first():
+    seconds = iter([(0.1, 0.1), (2.0, 9.0), (3.0, 4.0), (2.5, 5.5)])
+    measuring = trial.Trial.__new__(trial.Trial)
+    measuring._round = lambda lengths, packed: next(seconds)
+    assert measuring._undisturbed([3], False) == (3.0, 4.0)
+
+
 def test_times_are_straightened_by_as_much_as_noise_explains():
     random = np.random.default_rng(0)
     line, steps = np.linspace(1, 1.3, 7), np.array([1, 1, 1, 1, 2, 2, 2])
