@@ -20,7 +20,7 @@ from .loop import Rounds
 from .stats import synchronize
 
 # Rounds of a shape in a turn, of which the quicker counts. With a single one, lengths of 1 and 7 looked 16 % apart at
-# batch 1 that were 5 % apart in generation; a third would make what is found no surer.
+# batch 1 that were 5 % apart in generation; a third makes what is found hardly surer.
 ROUNDS = 2
 # The variance of a median over that of a mean.
 MEDIANS_VARY = 1.57

@@ -26,8 +26,8 @@ STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
 # sooner than with the present length for a longer one to be tried. To go to and fro costs more than either, and what
 # drafts cost is only seen while they are made: where neither is clearly better, they are.
 BEGIN_AT, GO_ON_AT, LENGTHEN_AT = 0.96, 0.93, 1.03
-# Of lengths that end about as soon as the best the shortest is taken: rows differ by more than is known of them, and
-# the one that a batch ends with is mostly one for which longer drafts do little.
+# Of lengths about as good as the best the shortest is taken. In a batch rows differ by more than is known of them, and
+# the one that it ends with is mostly one for which longer drafts do little; for a single row it is what wastes least.
 AS_GOOD = 1.01
 # A row whose drafts have kept less than this share of what their confidence promised does not draft even to end with
 # the others; a promise is so many tokens.
@@ -367,8 +367,8 @@ class LoadSchedule(ConstantSchedule):
         return bool(self.last.rows) and not self.last.probe
 
     def _of_one(self, worth: np.ndarray, costs: Costs) -> Plan:
-        """The plan of highest Theta for a single row, whose survival [H, G] is a sample of what is to come; no draft
-        where that is as good."""
+        """The plan of about the highest Theta for a single row, whose survival [H, G] is a sample of what is to come;
+        no draft where that is as good."""
         rates = (1 + worth.mean(axis=0).cumsum()) / (costs.draft + costs.verify[1:])
         length = self._length(1 / rates)
         theta = rates[length - 1]
