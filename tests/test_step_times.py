@@ -234,6 +234,16 @@ def test_of_rounds_of_a_shape_the_quicker_counts_but_never_the_first():
     assert measuring._undisturbed([3], False) == (3.0, 4.0)
 
 
+def test_a_disturbed_round_leaves_packed_times_positive():
+    measuring = trial.Trial.__new__(trial.Trial)
+    measuring.block, measuring.lengths = 4, [20, 20]
+    measuring._undisturbed = lambda lengths, packed: (0.0, 1.0)
+    found = {"verify": {2: 9.0, 3: 1.0, 4: 2.0, 5: 2.0}}
+    found["packed"] = dict(found["verify"])
+    measuring._pack(found)
+    assert found["packed"] == pytest.approx({2: 1.0, 3: (1 / 9 + 1 / 2) / 2, 4: 1.0, 5: 2.0})
+
+
 def test_times_are_straightened_by_as_much_as_noise_explains():
     random = np.random.default_rng(0)
     line, steps = np.linspace(1, 1.3, 7), np.array([1, 1, 1, 1, 2, 2, 2])

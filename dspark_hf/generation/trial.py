@@ -151,12 +151,15 @@ class Trial:
         return min((self._round(lengths, packed) for _ in range(ROUNDS)), key=sum)
 
     def _pack(self, found: dict[str, dict[int, float]]) -> None:
-        """Times of packed passes: how much longer they take than even ones of as many tokens, for few and for many."""
+        """Times of packed passes: how many times those of even ones of as many tokens, for few tokens and for many.
+
+        A factor, as a difference between two times, one of them disturbed, can be more than a third time.
+        """
         sizes = [size for size in found["verify"] if 2 <= size <= self.block]
         ends = sorted({min(sizes), max(sizes)})
-        longer = [self._undisturbed(self._uneven(size), True)[1] - found["verify"][size] for size in ends]
+        factors = [self._undisturbed(self._uneven(size), True)[1] / found["verify"][size] for size in ends]
         for size in sizes:
-            found["packed"][size] += np.interp(size, ends, longer)
+            found["packed"][size] *= np.interp(size, ends, factors)
 
     def _uneven(self, count: int) -> list[int]:
         """As many drafts as `count` tokens a row leave room for: the first rows have as many as they can."""
