@@ -1,6 +1,8 @@
 """Step times: measured once, stored, moved along by what generation sees, and never trusted when damaged."""
 
 import json
+from types import SimpleNamespace
+from unittest.mock import Mock
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -47,10 +49,10 @@ def pair():
 def test_measured_once_and_stored(folder, monkeypatch):
     target, head = pair()
     table = step_times.step_times(target, head, 3)
-    assert table.rows == [1, 2, 4] and table.contexts == [192, 251]
+    assert table.rows == [1, 4] and table.contexts == [192, 251]
     for kind, sizes in cost.sizes_of(4).items():
         times = getattr(table, kind)
-        assert times.shape == (2, 3, sizes) and (times > 0).all() and (times < 1).all()
+        assert times.shape == (2, 2, sizes) and (times > 0).all() and (times < 1).all()
     monkeypatch.setattr(trial, "measure", None)
     assert step_times.step_times(target, head, 2) is table
     forget_tables(monkeypatch)
@@ -63,7 +65,9 @@ def test_larger_batches_are_added(folder):
     first = step_times.step_times(target, head, 1)
     before = first.verify.copy()
     assert first.rows == [1, 2]
-    assert step_times.step_times(target, head, 7).rows == [1, 2, 4, 8]
+    assert step_times.step_times(target, head, 7).rows == [1, 2, 8]
+    assert step_times._row_counts(64) == [1, 4, 16, 64] == step_times._row_counts(1000)
+    assert step_times._row_counts(32) == [1, 8, 32]
     moved = first.verify[:, :2] / before
     assert np.allclose(moved, moved[0, 0]), "what was known moves as a whole, to be of one time with what is added"
 
@@ -236,12 +240,28 @@ def test_of_rounds_of_a_shape_the_quicker_counts_but_never_the_first():
 
 def test_a_disturbed_round_leaves_packed_times_positive():
     measuring = trial.Trial.__new__(trial.Trial)
-    measuring.block, measuring.lengths = 4, [20, 20]
+    measuring.block, measuring.lengths, measuring.rounds = 4, [20, 20], SimpleNamespace(target=Mock(packs=True))
     measuring._undisturbed = lambda lengths, packed: (0.0, 1.0)
-    found = {"verify": {2: 9.0, 3: 1.0, 4: 2.0, 5: 2.0}}
-    found["packed"] = dict(found["verify"])
-    measuring._pack(found)
-    assert found["packed"] == pytest.approx({2: 1.0, 3: (1 / 9 + 1 / 2) / 2, 4: 1.0, 5: 2.0})
+    factors = measuring.packing({1: 1.0, 2: 9.0, 3: 1.0, 4: 2.0, 5: 2.0})
+    assert factors == pytest.approx([1.0, 1 / 9, (1 / 9 + 1 / 2) / 2, 1 / 2, 1.0])
+
+
+def test_not_every_size_of_a_long_block_is_measured():
+    assert trial._sizes(8) == [1, 2, 3, 4, 6, 8] and trial._sizes(2) == [1, 2]
+    assert trial._sizes(16) == [1, 2, 3, 4, 6, 8, 12, 16] and trial._sizes(11)[-3:] == [6, 8, 11]
+
+
+@pytest.mark.parametrize("noise, turns", [(0.0, 2), (0.005, 2), (0.1, 4)])
+def test_turns_go_on_until_they_agree(folder, monkeypatch, noise, turns):
+    random, calls = np.random.default_rng(0), []
+
+    def measured(model, head, rows, contexts):
+        calls.append(rows)
+        return {kind: np.exp(random.normal(scale=noise, size=(2, n))) for kind, n in cost.sizes_of(4).items()}
+
+    monkeypatch.setattr(trial, "measure", measured)
+    step_times.step_times(*pair(), 2)
+    assert calls == [1, 2] * turns
 
 
 def test_times_are_straightened_by_as_much_as_noise_explains():

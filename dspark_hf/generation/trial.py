@@ -24,6 +24,8 @@ from .stats import synchronize
 ROUNDS = 2
 # The variance of a median over that of a mean.
 MEDIANS_VARY = 1.57
+# Standard error, of logarithms, of times that turns agree about.
+AGREED = 0.01
 
 
 @torch.no_grad()
@@ -31,24 +33,36 @@ def measure(target: PreTrainedModel, head: DSparkHead, rows: int, contexts: list
     """Seconds of every kind of step (see [`CostTable`]), [contexts, sizes] each, for a number of rows. It takes
     several calls to tell what disturbed the machine for a moment; see [`settled`].
 
-    In the longer contexts the smallest and the largest sizes stand for those between. Sizes come in random order: a
-    machine that slows down on the way would make what comes last look dear in every call.
+    In the longer contexts the smallest and the largest sizes stand for those between, and packed passes are as much
+    dearer than even ones as in the first. Sizes come in random order: a machine that slows down on the way would make
+    what comes last look dear in every call.
     """
     draw = random.Random()
     block = head.config.gamma
-    tables: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+    tables: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS if kind != "packed"}
     for i, context in enumerate(contexts):
-        tokens = list(range(1, block + 2)) if i == 0 else sorted({1, 2, block + 1})
-        seconds = Trial(target, head, rows, context).seconds(draw.sample(tokens, len(tokens)))
-        for kind, most in sizes_of(block).items():
+        trial = Trial(target, head, rows, context)
+        tokens = _sizes(block + 1) if i == 0 else sorted({1, 2, block + 1})
+        seconds = trial.seconds(draw.sample(tokens, len(tokens)))
+        if i == 0:
+            dearer = trial.packing(seconds["verify"])
+        for kind, lines in tables.items():
             sizes = sorted(seconds[kind])
             measured = np.array([seconds[kind][size] for size in sizes])
+            every = range(1, sizes_of(block)[kind] + 1)
             if i == 0:
-                tables[kind].append(measured)
+                lines.append(np.interp(every, sizes, measured))
                 continue
-            longer = measured - tables[kind][0][[size - 1 for size in sizes]]
-            tables[kind].append(tables[kind][0] + np.interp(range(1, most + 1), sizes, longer).clip(min=0))
-    return {kind: np.stack(measured) for kind, measured in tables.items()}
+            longer = measured - lines[0][[size - 1 for size in sizes]]
+            lines.append(lines[0] + np.interp(every, sizes, longer).clip(min=0))
+    times = {kind: np.stack(lines) for kind, lines in tables.items()}
+    return times | {"packed": times["verify"] * dearer}
+
+
+def _sizes(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12 .. up to `most`: of long blocks not every size is worth its own rounds."""
+    powers = [1 << i for i in range(most.bit_length())]
+    return sorted({most, *(size for power in powers for size in (power, power * 3 // 2) if size < most)})
 
 
 def settled(turns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -57,18 +71,28 @@ def settled(turns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     A shared or throttled machine changes its pace for seconds to minutes, and a moment of another pace makes a size
     look dear beside those measured in the next. What is left of that is taken out by [`straightened`].
     """
-    logs = {kind: np.log([turn[kind] for turn in turns]) for kind in KINDS}
-    surprise = [(own - np.median(own, axis=0)).reshape(len(turns), -1) for own in logs.values()]
-    pace = np.median(np.concatenate(surprise, axis=1), axis=1)[:, None, None]
     times = {}
-    for kind, own in logs.items():
-        own -= pace
+    for kind, own in _at_one_pace(turns).items():
         times[kind] = np.exp(np.median(own, axis=0))
         # A round without drafts is another thing than one with few.
         drafted = slice(1, None) if kind in ("verify", "packed") else slice(None)
         noise = MEDIANS_VARY * np.var(own, axis=0).mean() / len(turns)
         times[kind][:, drafted] = [straightened(line, noise) for line in times[kind][:, drafted]]
     return times
+
+
+def agree(turns: list[dict[str, np.ndarray]]) -> bool:
+    """Whether the mean of the turns has a standard error that no decision depends on."""
+    variances = [np.var(own, axis=0, ddof=1).ravel() for own in _at_one_pace(turns).values()]
+    return np.concatenate(variances).mean() < len(turns) * AGREED**2
+
+
+def _at_one_pace(turns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Logarithms [turns, contexts, sizes] of the times of every kind."""
+    logs = {kind: np.log([turn[kind] for turn in turns]) for kind in KINDS}
+    surprise = [(own - np.median(own, axis=0)).reshape(len(turns), -1) for own in logs.values()]
+    pace = np.median(np.concatenate(surprise, axis=1), axis=1)[:, None, None]
+    return {kind: own - pace for kind, own in logs.items()}
 
 
 def straightened(times: np.ndarray, noise: float) -> np.ndarray:
@@ -132,10 +156,7 @@ class Trial:
             if count > 1:
                 even = [count - 1] * len(self.lengths)
                 found["draft"][count - 1], found["verify"][count] = self._undisturbed(even, False)
-        found["packed"] = dict(found["verify"])
-        if self.rounds.target.packs and len(self.lengths) > 1 and self.block > 1:
-            self._pack(found)
-        found["verify"][1] = found["packed"][1] = np.median(undrafted).item()
+        found["verify"][1] = np.median(undrafted).item()
         features = self.rounds.passed.features
         unread = max(1, min(self.lengths) - self.block - 1)
         for _ in range(2):
@@ -150,16 +171,19 @@ class Trial:
         self._round(lengths, packed)
         return min((self._round(lengths, packed) for _ in range(ROUNDS)), key=sum)
 
-    def _pack(self, found: dict[str, dict[int, float]]) -> None:
-        """Times of packed passes: how many times those of even ones of as many tokens, for few tokens and for many.
+    def packing(self, even: dict[int, float]) -> np.ndarray:
+        """[block + 1] how many times the seconds of `even` passes those of packed ones of as many tokens are, by size;
+        measured for few tokens and for many.
 
         A factor, as a difference between two times, one of them disturbed, can be more than a third time.
         """
-        sizes = [size for size in found["verify"] if 2 <= size <= self.block]
-        ends = sorted({min(sizes), max(sizes)})
-        factors = [self._undisturbed(self._uneven(size), True)[1] / found["verify"][size] for size in ends]
-        for size in sizes:
-            found["packed"][size] *= np.interp(size, ends, factors)
+        factors = np.ones(self.block + 1)
+        if not self.rounds.target.packs or len(self.lengths) < 2 or self.block < 2:
+            return factors
+        ends = sorted({2, max(size for size in even if size <= self.block)})
+        measured = [self._undisturbed(self._uneven(size), True)[1] / even[size] for size in ends]
+        factors[1:-1] = np.interp(range(2, self.block + 1), ends, measured)
+        return factors
 
     def _uneven(self, count: int) -> list[int]:
         """As many drafts as `count` tokens a row leave room for: the first rows have as many as they can."""
