@@ -450,6 +450,15 @@ def test_drafting_begins_where_neither_is_clearly_better(monkeypatch, undrafted,
     assert load_schedule(4).plan([40] * 4, 128, Load(4, 0)).length == length
 
 
+@pytest.mark.parametrize("undrafted, length", [(0.98, 0), (1.01, 2)])
+def test_after_a_rest_drafting_begins_again_only_where_it_is_better(monkeypatch, undrafted, length):
+    ends = np.array([undrafted, 1.1, 1.005, 1.0, 1.1])
+    monkeypatch.setattr(scheduler, "seconds_to_end", lambda *args: ends.copy())
+    schedule = load_schedule(4)
+    schedule.situation = Load(5, 0)
+    assert schedule.plan([40] * 4, 128, Load(4, 0)).length == length
+
+
 def test_what_is_known_of_positions_is_kept_while_they_are_not_drafted():
     shared = Experience.fresh(3)
     shared.learn(np.array([100, 80, 60]), np.array([80, 60, 20]), np.array([80.0, 60.0, 20.0]))

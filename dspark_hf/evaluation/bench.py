@@ -18,8 +18,9 @@ from .prompts import encode
 
 # Of a method's runs over the same prompts the fastest count, as other work on the machine, which comes in bursts, only
 # ever makes a run slower: two of them, as a single one may be a lucky one and the best of many methods mostly is. They
-# are run so often, or until the two agree: a method must not come out best for having met fewer bursts than others.
-FEWEST_RUNS, MOST_RUNS, AGREED = 3, 8, 1.03
+# are run on, at most so often more, until the two agree: a method must not come out best for having met fewer bursts
+# than others.
+MORE_RUNS, AGREED = 5, 1.03
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,12 @@ def bench(
     methods: list[str],
     max_new_tokens: int = 128,
     domain: str | None = None,
+    runs: int = 3,
 ) -> Iterator[Record]:
     """Records of every batch size, as soon as it is measured. Decoding is greedy.
 
-    Batches of prompts are run by every method in turn, in random order, after one unmeasured run each, at least
-    three times and until the two fastest runs of every method agree within 3 %, or eight times. These two count.
+    Batches of prompts are run by every method in turn, in random order, after one unmeasured run each: `runs` times at
+    least, and up to five times more until the two fastest runs of every method agree within 3 %. These two count.
 
     Args:
         methods: `plain`; `stock`, transformers' own loop with the same head, at batch 1 only; `dspark`, the head as it
@@ -98,7 +100,7 @@ def bench(
         if not 1 <= size <= len(prompts):
             raise ValueError(f"Batch size {size} needs between 1 and {len(prompts)} prompts, the number given.")
         chosen = [method for method in methods if method != "stock" or size == 1]
-        measured = _measure(model, head, tokenizer, prompts, size, chosen, max_new_tokens)
+        measured = _measure(model, head, tokenizer, prompts, size, chosen, max_new_tokens, runs)
         yield from _records(measured, size, domain)
 
 
@@ -107,7 +109,7 @@ def fixed_methods(head: DSparkHead) -> list[str]:
     return [f"fixed-{k}" for k in range(1, head.config.gamma + 1)]
 
 
-def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens) -> dict[str, Runs]:
+def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens, fewest) -> dict[str, Runs]:
     batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)]
     runs: dict[str, Runs] = {method: [] for method in methods}
     draw = random.Random(0)
@@ -124,18 +126,18 @@ def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens) -> 
             run_all(inputs)
         for of_method in runs.values():
             of_method.append([])
-        while not _is_settled([of_method[-1] for of_method in runs.values()]):
+        while not _is_settled([of_method[-1] for of_method in runs.values()], fewest):
             for method, run in run_all(inputs).items():
                 runs[method][-1].append(run)
     return runs
 
 
-def _is_settled(runs: Runs) -> bool:
+def _is_settled(runs: Runs, fewest: int) -> bool:
     """Whether the runs of every method over a batch of prompts say how fast it is."""
     count = len(runs[0])
-    if count < FEWEST_RUNS:
+    if count < fewest:
         return False
-    if count == MOST_RUNS:
+    if count == fewest + MORE_RUNS:
         return True
     return all(b.seconds < AGREED * a.seconds for a, b in zip(*_fastest(runs), strict=True))
 

@@ -14,6 +14,8 @@ from .plots import import_pyplot
 
 # Batches of prompts at batch size 1, and fewer at larger ones, which take longer and depend less on their prompts.
 BATCHES = 12
+# Of every method over all batches of a cell, at least: few batches are run more often.
+RUNS = 24
 
 
 def sweep(
@@ -29,9 +31,8 @@ def sweep(
     for domain, prompts in domains.items():
         for size in batch_sizes:
             count = round(BATCHES / size**0.5)
-            yield from bench(
-                model, head, tokenizer, _drawn(prompts, count * size), [size], methods, max_new_tokens, domain
-            )
+            drawn, runs = _drawn(prompts, count * size), max(3, RUNS // count)
+            yield from bench(model, head, tokenizer, drawn, [size], methods, max_new_tokens, domain, runs)
 
 
 def _drawn(prompts: list[str], count: int) -> list[str]:

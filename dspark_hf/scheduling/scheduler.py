@@ -22,10 +22,11 @@ SCHEDULES = ("load", "constant")
 MOST_PATIENCE, ROW_PATIENCE = 256, 8
 # What deciding in the middle of a draft, and packing, have to bring to be worth their own cost.
 STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
-# How much sooner than without drafts a batch must be expected to end for drafting to begin, and to go on; and how much
-# sooner than with the present length for a longer one to be tried. To go to and fro costs more than either, and what
-# drafts cost is only seen while they are made: where neither is clearly better, they are.
-BEGIN_AT, GO_ON_AT, LENGTHEN_AT = 0.96, 0.93, 1.03
+# How much sooner than without drafts a batch must be expected to end for drafting to begin with a call, to go on, and
+# to begin again after a rest; and how much sooner than with the present length for a longer one to be tried. To go to
+# and fro costs more than either, and what drafts cost is only seen while they are made: where neither is clearly
+# better, a call goes on as it began, with drafts.
+BEGIN_AT, GO_ON_AT, BEGIN_AGAIN_AT, LENGTHEN_AT = 0.96, 0.93, 1.0, 1.03
 # Of lengths about as good as the best the shortest is taken. In a batch rows differ by more than is known of them, and
 # the one that it ends with is mostly one for which longer drafts do little; for a single row it is what wastes least.
 AS_GOOD = 1.01
@@ -348,7 +349,7 @@ class LoadSchedule(ConstantSchedule):
         if waiting:
             ends[1:] += self.table.catching_up(len(rooms) * busy, waiting)
         best = self._length(ends[1:])
-        if ends[0] < (GO_ON_AT if self._drafts else BEGIN_AT) * ends[best]:
+        if ends[0] < self._pays_at * ends[best]:
             return 0
         self.plans += 1
         looks = self.plans % LOOK_EVERY == 0 and ends[0] < LOOKS_LIKE * ends[best]
@@ -365,6 +366,13 @@ class LoadSchedule(ConstantSchedule):
     def _drafts(self) -> bool:
         """Whether the last plan was to draft, and not only to see how drafts fare."""
         return bool(self.last.rows) and not self.last.probe
+
+    @property
+    def _pays_at(self) -> float:
+        """How much sooner than without drafts a batch must end with them."""
+        if self._drafts:
+            return GO_ON_AT
+        return BEGIN_AT if self.situation is None else BEGIN_AGAIN_AT
 
     def _of_one(self, worth: np.ndarray, costs: Costs) -> Plan:
         """The plan of about the highest Theta for a single row, whose survival [H, G] is a sample of what is to come;
