@@ -1,6 +1,7 @@
 """The step times of a pair on its device, and the scheduler that uses them."""
 
 import time
+from collections import defaultdict
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
@@ -21,9 +22,8 @@ logger = logging.get_logger(__name__)
 CONTEXTS = (192, 512)
 # Rows are measured up to this; beyond, times go on as between the last two.
 MOST_ROWS = 64
-# Everything is gone through in several turns, far enough apart that what disturbs one leaves others alone: two where
-# they agree, as they do on a quiet device, and more where they do not.
-FEWEST_TURNS, MOST_TURNS = 2, 4
+# Everything is gone through again where the quickest rounds differ, as they do on a shared machine.
+TURNS = 2
 # Between two writes of a table that generation has moved along.
 SECONDS_BETWEEN_WRITES = 60
 
@@ -68,21 +68,22 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
     if missing:
         logger.info(f"Measuring the step times of {type(target.model).__name__} for batches of {missing} rows.")
         # Rounds are timed by running them, and to run them takes a scheduler.
-        from .trial import agree, measure, settled
+        from .trial import Samples, agree, measure, settled
 
         # What is known was measured at another time, and has moved since: the last of it is measured again, to compare.
         counts = [*table.rows[-1:], *missing]
-        turns: dict[int, list] = {n: [] for n in counts}
-        for turn in range(MOST_TURNS):
-            if turn >= FEWEST_TURNS and all(map(agree, turns.values())):
+        samples: dict[int, Samples] = {n: defaultdict(list) for n in counts}
+        for _ in range(TURNS):
+            for n, own in samples.items():
+                measure(target.model, head, n, table.contexts, own)
+            if all(map(agree, samples.values())):
                 break
-            for n, measured in turns.items():
-                measured.append(measure(target.model, head, n, table.contexts))
-        for n, measured in turns.items():
+        for n, own in samples.items():
+            measured = settled(own, table.contexts, head.config.gamma)
             if n in table.rows:
-                table.bring_to(n, settled(measured))
+                table.bring_to(n, measured)
             else:
-                table.extend(n, settled(measured))
+                table.extend(n, measured)
         table.save()
     return table
 

@@ -6,57 +6,105 @@ on two CPU cores such times were 13 to 50 % too low for rounds that draft, and r
 
 import random
 import time
-from collections import defaultdict
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from ..modeling_dspark import DSparkHead
-from ..scheduling.cost import KINDS, sizes_of
+from ..scheduling.cost import sizes_of
 from ..scheduling.estimates import Experience
 from ..scheduling.scheduler import NO_DRAFT, ConstantSchedule, Plan, Settings
 from .loop import Rounds
 from .stats import synchronize
 
-# Rounds of a shape in a turn, of which the quicker counts. With a single one, lengths of 1 and 7 looked 16 % apart at
-# batch 1 that were 5 % apart in generation; a third makes what is found hardly surer.
-ROUNDS = 2
-# The variance of a median over that of a mean.
-MEDIANS_VARY = 1.57
-# Standard error, of logarithms, of times that turns agree about.
+# Rounds of every shape in a turn. One of each after the other, as a machine is disturbed for many rounds in a row.
+ROUNDS = 6
+# By how much (root mean square of logarithms) the two quickest rounds of a shape differ where times need no more turns.
 AGREED = 0.01
+
+# Seconds by kind of step, context and size.
+Samples = dict[tuple[str, int, int], list[float]]
 
 
 @torch.no_grad()
-def measure(target: PreTrainedModel, head: DSparkHead, rows: int, contexts: list[int]) -> dict[str, np.ndarray]:
-    """Seconds of every kind of step (see [`CostTable`]), [contexts, sizes] each, for a number of rows. It takes
-    several calls to tell what disturbed the machine for a moment; see [`settled`].
+def measure(target: PreTrainedModel, head: DSparkHead, rows: int, contexts: list[int], samples: Samples) -> None:
+    """Add a turn of rounds for a number of rows. It takes several to tell what disturbed the machine for a moment.
 
-    In the longer contexts the smallest and the largest sizes stand for those between, and packed passes are as much
-    dearer than even ones as in the first. Sizes come in random order: a machine that slows down on the way would make
-    what comes last look dear in every call.
+    In the longer contexts the smallest and the largest sizes stand for those between, and packed passes are not
+    measured. Sizes come in random order: a machine that slows down on the way would make what comes last look dear.
     """
-    draw = random.Random()
-    block = head.config.gamma
-    tables: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS if kind != "packed"}
-    for i, context in enumerate(contexts):
-        trial = Trial(target, head, rows, context)
-        tokens = _sizes(block + 1) if i == 0 else sorted({1, 2, block + 1})
-        seconds = trial.seconds(draw.sample(tokens, len(tokens)))
-        if i == 0:
-            dearer = trial.packing(seconds["verify"])
-        for kind, lines in tables.items():
-            sizes = sorted(seconds[kind])
-            measured = np.array([seconds[kind][size] for size in sizes])
-            every = range(1, sizes_of(block)[kind] + 1)
-            if i == 0:
+    block, draw = head.config.gamma, random.Random()
+    for context in contexts:
+        trial, first = Trial(target, head, rows, context), context == contexts[0]
+        sizes = _sizes(block + 1) if first else sorted({1, 2, block + 1})
+        shapes = [(size, False) for size in sizes]
+        if first and trial.packs:
+            shapes += [(size, True) for size in _packed_sizes(sizes)]
+        for _ in range(ROUNDS):
+            for size, packed in draw.sample(shapes, len(shapes)):
+                draft, verify = trial.seconds(size, packed)
+                samples["packed" if packed else "verify", context, size].append(verify)
+                if size > 1 and not packed:
+                    samples["draft", context, size - 1].append(draft)
+        for _ in range(2):
+            samples["start", context, 1].append(trial.seconds_to_start())
+
+
+def settled(samples: Samples, contexts: list[int], block: int) -> dict[str, np.ndarray]:
+    """Seconds of every kind of step (see [`CostTable`]), [contexts, sizes] each.
+
+    Of every shape the two quickest rounds count, as what disturbs a machine only ever makes a round slower: on a shared
+    one the slope over sizes then has a third of the error that it has with medians. What is left is taken out by
+    [`straightened`].
+    """
+    seconds, noise = {shape: _quickest(own).mean() for shape, own in samples.items()}, _noise(samples)
+    times: dict[str, np.ndarray] = {}
+    for kind in ("verify", "draft", "start"):
+        lines: list[np.ndarray] = []
+        every = range(1, sizes_of(block)[kind] + 1)
+        for context in contexts:
+            sizes = sorted(size for k, c, size in seconds if (k, c) == (kind, context))
+            measured = np.array([seconds[kind, context, size] for size in sizes])
+            if not lines:
+                # A round without drafts is another thing than one with few.
+                drafted = slice(1, None) if kind == "verify" else slice(None)
+                measured[drafted] = straightened(np.array(sizes)[drafted], measured[drafted], noise)
                 lines.append(np.interp(every, sizes, measured))
-                continue
-            longer = measured - lines[0][[size - 1 for size in sizes]]
-            lines.append(lines[0] + np.interp(every, sizes, longer).clip(min=0))
-    times = {kind: np.stack(lines) for kind, lines in tables.items()}
-    return times | {"packed": times["verify"] * dearer}
+            else:
+                longer = measured - lines[0][np.array(sizes) - 1]
+                lines.append(lines[0] + np.interp(every, sizes, longer).clip(min=0))
+        times[kind] = np.stack(lines)
+    return times | {"packed": times["verify"] * _packing(seconds, contexts[0], block)}
+
+
+def _packing(seconds: dict[tuple[str, int, int], float], context: int, block: int) -> np.ndarray:
+    """[block + 1] how many times the seconds of an even pass those of a packed one of as many tokens are, by size.
+
+    A factor, as a difference between two times, one of them disturbed, can be more than a third time.
+    """
+    factors = np.ones(block + 1)
+    sizes = sorted(size for kind, _, size in seconds if kind == "packed")
+    if sizes:
+        measured = [seconds["packed", context, size] / seconds["verify", context, size] for size in sizes]
+        factors[1:-1] = np.interp(range(2, block + 1), sizes, measured)
+    return factors
+
+
+def agree(samples: Samples) -> bool:
+    """Whether the quickest rounds of all shapes differ by nothing that a decision depends on."""
+    return _noise(samples) < AGREED**2
+
+
+def _noise(samples: Samples) -> float:
+    """Variance of the logarithm of a time, as far as the two quickest rounds of every shape tell."""
+    pairs = [_quickest(own) for (kind, _, _), own in samples.items() if kind != "start"]
+    return float(np.mean([np.log(b / a) ** 2 for a, b in pairs]))
+
+
+def _quickest(seconds: list[float]) -> np.ndarray:
+    """[2]"""
+    return np.sort(seconds)[:2]
 
 
 def _sizes(most: int) -> list[int]:
@@ -65,44 +113,18 @@ def _sizes(most: int) -> list[int]:
     return sorted({most, *(size for power in powers for size in (power, power * 3 // 2) if size < most)})
 
 
-def settled(turns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """One time for every one that was measured in several turns: the median, with all turns brought to the same pace.
-
-    A shared or throttled machine changes its pace for seconds to minutes, and a moment of another pace makes a size
-    look dear beside those measured in the next. What is left of that is taken out by [`straightened`].
-    """
-    times = {}
-    for kind, own in _at_one_pace(turns).items():
-        times[kind] = np.exp(np.median(own, axis=0))
-        # A round without drafts is another thing than one with few.
-        drafted = slice(1, None) if kind in ("verify", "packed") else slice(None)
-        noise = MEDIANS_VARY * np.var(own, axis=0).mean() / len(turns)
-        times[kind][:, drafted] = [straightened(line, noise) for line in times[kind][:, drafted]]
-    return times
+def _packed_sizes(sizes: list[int]) -> list[int]:
+    """Few tokens and many, but not whole blocks, which leave nothing to pack."""
+    return sorted({2, sizes[-2]}) if len(sizes) > 2 else []
 
 
-def agree(turns: list[dict[str, np.ndarray]]) -> bool:
-    """Whether the mean of the turns has a standard error that no decision depends on."""
-    variances = [np.var(own, axis=0, ddof=1).ravel() for own in _at_one_pace(turns).values()]
-    return np.concatenate(variances).mean() < len(turns) * AGREED**2
+def straightened(sizes: np.ndarray, times: np.ndarray, noise: float) -> np.ndarray:
+    """Times [N] of `sizes` [N], as near to a straight line as `noise`, the variance of their logarithm, explains.
 
-
-def _at_one_pace(turns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Logarithms [turns, contexts, sizes] of the times of every kind."""
-    logs = {kind: np.log([turn[kind] for turn in turns]) for kind in KINDS}
-    surprise = [(own - np.median(own, axis=0)).reshape(len(turns), -1) for own in logs.values()]
-    pace = np.median(np.concatenate(surprise, axis=1), axis=1)[:, None, None]
-    return {kind: own - pace for kind, own in logs.items()}
-
-
-def straightened(times: np.ndarray, noise: float) -> np.ndarray:
-    """Times [N] by size, brought as near to a straight line as `noise`, the variance of their logarithm, explains.
-
-    Where turns agree, as on a GPU, the steps that they show are kept.
+    Where the quickest rounds agree, as on a GPU, the steps that they show are kept.
     """
     if len(times) < 3:
         return times
-    sizes = np.arange(len(times))
     line = np.polynomial.Polynomial.fit(sizes, times, 1)(sizes)
     off = times / line - 1
     variance = (off**2).sum() / (len(times) - 2)
@@ -145,45 +167,24 @@ class Trial:
                 layer.keys.fill_(1)
                 layer.values.fill_(1)
 
-    def seconds(self, tokens: list[int]) -> dict[str, dict[int, float]]:
-        """Of each kind of step by size, for rounds that verify so many tokens a row."""
-        found: dict[str, dict[int, float]] = defaultdict(dict)
-        undrafted = []
-        for i, count in enumerate(tokens):
-            if i % 2 == 0:
-                # All other times are weighed against that of a round without drafts, which had better be right.
-                undrafted.append(self._undisturbed([0] * len(self.lengths), False)[1])
-            if count > 1:
-                even = [count - 1] * len(self.lengths)
-                found["draft"][count - 1], found["verify"][count] = self._undisturbed(even, False)
-        found["verify"][1] = np.median(undrafted).item()
+    @property
+    def packs(self) -> bool:
+        """Whether passes of uneven lengths can be packed."""
+        return self.rounds.target.packs and len(self.lengths) > 1
+
+    def seconds(self, size: int, packed: bool) -> tuple[float, float]:
+        """Of a round that verifies `size` tokens a row, evenly or unevenly spread: until the drafts are there, and of
+        everything behind them."""
+        return self._round(self._uneven(size) if packed else [size - 1] * len(self.lengths), packed)
+
+    def seconds_to_start(self) -> float:
+        """Of a draft of one position when all the context has yet to be read."""
         features = self.rounds.passed.features
         unread = max(1, min(self.lengths) - self.block - 1)
-        for _ in range(2):
-            unseen = features.new_ones(len(features), unread, features.shape[2])
-            self.rounds.drafter.remember(unseen, [unread] * len(features))
-            found["start"][1], _ = self._round([1] * len(features), False)
-        return found
-
-    def _undisturbed(self, lengths: list[int], packed: bool) -> tuple[float, float]:
-        """The quicker of two rounds after a first: rounds of a shape come many in a row, and the first of them finds
-        no memory of its size."""
-        self._round(lengths, packed)
-        return min((self._round(lengths, packed) for _ in range(ROUNDS)), key=sum)
-
-    def packing(self, even: dict[int, float]) -> np.ndarray:
-        """[block + 1] how many times the seconds of `even` passes those of packed ones of as many tokens are, by size;
-        measured for few tokens and for many.
-
-        A factor, as a difference between two times, one of them disturbed, can be more than a third time.
-        """
-        factors = np.ones(self.block + 1)
-        if not self.rounds.target.packs or len(self.lengths) < 2 or self.block < 2:
-            return factors
-        ends = sorted({2, max(size for size in even if size <= self.block)})
-        measured = [self._undisturbed(self._uneven(size), True)[1] / even[size] for size in ends]
-        factors[1:-1] = np.interp(range(2, self.block + 1), ends, measured)
-        return factors
+        self.rounds.drafter.remember(
+            features.new_ones(len(features), unread, features.shape[2]), [unread] * len(features)
+        )
+        return self._round([1] * len(features), False)[0]
 
     def _uneven(self, count: int) -> list[int]:
         """As many drafts as `count` tokens a row leave room for: the first rows have as many as they can."""
