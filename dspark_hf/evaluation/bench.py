@@ -20,7 +20,7 @@ from .prompts import encode
 # ever makes a run slower: two of them, as a single one may be a lucky one and the best of many methods mostly is. They
 # are run on, at most so often more, until the two agree: a method must not come out best for having met fewer bursts
 # than others.
-MORE_RUNS, AGREED = 5, 1.03
+MORE_RUNS, AGREED = 3, 1.03
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def bench(
     """Records of every batch size, as soon as it is measured. Decoding is greedy.
 
     Batches of prompts are run by every method in turn, in random order, after one unmeasured run each: `runs` times at
-    least, and up to five times more until the two fastest runs of every method agree within 3 %. These two count.
+    least, and up to three times more until the two fastest runs of every method agree within 3 %. These two count.
 
     Args:
         methods: `plain`; `stock`, transformers' own loop with the same head, at batch 1 only; `dspark`, the head as it

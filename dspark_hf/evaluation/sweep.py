@@ -13,7 +13,7 @@ from .bench import Record, bench, fixed_methods
 from .plots import import_pyplot
 
 # Batches of prompts at batch size 1, and fewer at larger ones, which take longer and depend less on their prompts.
-BATCHES = 12
+BATCHES, FEWEST_BATCHES = 8, 2
 # Of every method over all batches of a cell, at least: few batches are run more often.
 RUNS = 24
 
@@ -30,8 +30,8 @@ def sweep(
     methods = ["plain", *fixed_methods(head), "load"]
     for domain, prompts in domains.items():
         for size in batch_sizes:
-            count = round(BATCHES / size**0.5)
-            drawn, runs = _drawn(prompts, count * size), max(3, RUNS // count)
+            count = max(FEWEST_BATCHES, round(BATCHES / size**0.5))
+            drawn, runs = _drawn(prompts, count * size), RUNS // count
             yield from bench(model, head, tokenizer, drawn, [size], methods, max_new_tokens, domain, runs)
 
 
