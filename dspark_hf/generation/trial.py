@@ -55,8 +55,8 @@ def settled(samples: Samples, contexts: list[int], block: int) -> dict[str, np.n
     """Seconds of every kind of step (see [`CostTable`]), [contexts, sizes] each.
 
     Of every shape the two quickest rounds count, as what disturbs a machine only ever makes a round slower: on a shared
-    one the slope over sizes then has a third of the error that it has with medians. What is left is taken out by
-    [`straightened`].
+    one the slope over sizes then has a third to a half of the error that it has with medians. What is left is taken out
+    by [`straightened`].
     """
     seconds, noise = {shape: _quickest(own).mean() for shape, own in samples.items()}, _noise(samples)
     times: dict[str, np.ndarray] = {}
