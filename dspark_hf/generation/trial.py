@@ -23,7 +23,8 @@ ROUNDS = 6
 # By how much (root mean square of logarithms) the two quickest rounds of a shape differ where times need no more turns.
 AGREED = 0.01
 
-# Seconds by kind of step, context and size.
+# By kind of step, context and size: seconds, and those of every round.
+Seconds = dict[tuple[str, int, int], float]
 Samples = dict[tuple[str, int, int], list[float]]
 
 
@@ -59,26 +60,29 @@ def settled(samples: Samples, contexts: list[int], block: int) -> dict[str, np.n
     by [`straightened`].
     """
     seconds, noise = {shape: _quickest(own).mean() for shape, own in samples.items()}, _noise(samples)
-    times: dict[str, np.ndarray] = {}
-    for kind in ("verify", "draft", "start"):
-        lines: list[np.ndarray] = []
-        every = range(1, sizes_of(block)[kind] + 1)
-        for context in contexts:
-            sizes = sorted(size for k, c, size in seconds if (k, c) == (kind, context))
-            measured = np.array([seconds[kind, context, size] for size in sizes])
-            if not lines:
-                # A round without drafts is another thing than one with few.
-                drafted = slice(1, None) if kind == "verify" else slice(None)
-                measured[drafted] = straightened(np.array(sizes)[drafted], measured[drafted], noise)
-                lines.append(np.interp(every, sizes, measured))
-            else:
-                longer = measured - lines[0][np.array(sizes) - 1]
-                lines.append(lines[0] + np.interp(every, sizes, longer).clip(min=0))
-        times[kind] = np.stack(lines)
+    times = {kind: _times(seconds, kind, contexts, block, noise) for kind in ("verify", "draft", "start")}
     return times | {"packed": times["verify"] * _packing(seconds, contexts[0], block)}
 
 
-def _packing(seconds: dict[tuple[str, int, int], float], context: int, block: int) -> np.ndarray:
+def _times(seconds: Seconds, kind: str, contexts: list[int], block: int, noise: float) -> np.ndarray:
+    """[contexts, sizes] of a kind of step: a line over sizes, and what longer contexts add to it."""
+    lines: list[np.ndarray] = []
+    every = range(1, sizes_of(block)[kind] + 1)
+    for context in contexts:
+        sizes = sorted(size for k, c, size in seconds if (k, c) == (kind, context))
+        measured = np.array([seconds[kind, context, size] for size in sizes])
+        if not lines:
+            # A round without drafts is another thing than one with few.
+            drafted = slice(1, None) if kind == "verify" else slice(None)
+            measured[drafted] = straightened(np.array(sizes)[drafted], measured[drafted], noise)
+            lines.append(np.interp(every, sizes, measured))
+        else:
+            longer = measured - lines[0][np.array(sizes) - 1]
+            lines.append(lines[0] + np.interp(every, sizes, longer).clip(min=0))
+    return np.stack(lines)
+
+
+def _packing(seconds: Seconds, context: int, block: int) -> np.ndarray:
     """[block + 1] how many times the seconds of an even pass those of a packed one of as many tokens are, by size.
 
     A factor, as a difference between two times, one of them disturbed, can be more than a third time.
@@ -132,9 +136,8 @@ def straightened(sizes: np.ndarray, times: np.ndarray, noise: float) -> np.ndarr
 
 
 class Told(ConstantSchedule):
-    """Plans and verifies what it is told to."""
+    """Verifies what it is told to."""
 
-    next: Plan
     lengths: np.ndarray
 
     def choose(self, plan: Plan, survival: np.ndarray, rooms: list[int]) -> np.ndarray:
