@@ -28,7 +28,9 @@ from dspark_hf.generation.processors import BlockProcessors
 from dspark_hf.generation.step_times import experience_of
 from dspark_hf.generation.target import Target
 from dspark_hf.scheduling.cost import CostTable, sizes_of
-from dspark_hf.scheduling.scheduler import NO_DRAFT, ConstantSchedule, Plan, Settings
+from dspark_hf.scheduling.plan import NO_DRAFT, Plan
+from dspark_hf.scheduling.scheduler import ConstantSchedule
+from dspark_hf.scheduling.settings import Settings
 
 HERE = Path(__file__).parent
 FIXTURES = HERE / "fixtures"

@@ -18,7 +18,9 @@ from dspark_hf.scheduling.cost import KINDS
 from dspark_hf.scheduling.estimates import Experience, RowEstimates
 from dspark_hf.scheduling.horizon import seconds_to_end
 from dspark_hf.scheduling.load import Load
-from dspark_hf.scheduling.scheduler import PROBING, Costs, LoadSchedule, Plan, Settings, _walk
+from dspark_hf.scheduling.plan import Costs, Plan
+from dspark_hf.scheduling.scheduler import PROBING, LoadSchedule, _walk
+from dspark_hf.scheduling.settings import Settings
 
 CONFIDENCE = hnp.arrays(float, st.tuples(st.integers(1, 4), st.integers(1, 4)), elements=st.floats(0.01, 0.99))
 

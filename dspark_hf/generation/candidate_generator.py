@@ -8,7 +8,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.utils import ModelOutput
 
 from ..modeling_dspark import DSparkHead
-from ..scheduling.scheduler import Settings
+from ..scheduling.settings import Settings
 from .drafting import Drafter
 from .hidden_states import indices_of, request_for
 from .processors import BlockProcessors

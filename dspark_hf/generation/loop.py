@@ -17,7 +17,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 from ..modeling_dspark import DraftBlock, DSparkHead, GoesOn
 from ..scheduling.estimates import corrected
 from ..scheduling.load import Call, in_flight
-from ..scheduling.scheduler import Plan, Step
+from ..scheduling.plan import Plan, Step
 from .acceptance import Verdict, accept_greedy, accept_sampled
 from .batch import Row, read_rows
 from .cache import on_device

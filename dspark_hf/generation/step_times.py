@@ -11,7 +11,8 @@ from ..modeling_dspark import DSparkHead
 from ..scheduling import cost
 from ..scheduling.cost import CostTable
 from ..scheduling.estimates import Experience
-from ..scheduling.scheduler import ConstantSchedule, LoadSchedule, Settings
+from ..scheduling.scheduler import ConstantSchedule, LoadSchedule
+from ..scheduling.settings import Settings
 from .compatibility import check_pair
 from .drafting import Drafter
 from .target import Target

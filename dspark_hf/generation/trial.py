@@ -14,7 +14,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from ..modeling_dspark import DSparkHead
 from ..scheduling.cost import sizes_of
 from ..scheduling.estimates import Experience
-from ..scheduling.scheduler import NO_DRAFT, ConstantSchedule, Plan, Settings
+from ..scheduling.plan import NO_DRAFT, Plan
+from ..scheduling.scheduler import ConstantSchedule
+from ..scheduling.settings import Settings
 from .loop import Rounds
 from .stats import synchronize
 

@@ -5,19 +5,19 @@ The head's `generation_config` says which of the two schedules runs: "load" weig
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from .algorithm import admit, at_size, best_length, cut, smoothed
 from .cost import CostTable
 from .estimates import LEAST_CERTAIN, MOST_CERTAIN, Experience, RowEstimates
 from .horizon import seconds_to_end
 from .load import Load
+from .plan import NO_DRAFT, Costs, Plan, Step
+from .settings import Settings
 
-SCHEDULES = ("load", "constant")
 # Rounds without a draft before a call, or a row among others that draft, is tried again, at most.
 MOST_PATIENCE, ROW_PATIENCE = 256, 8
 # What deciding in the middle of a draft, and packing, have to bring to be worth their own cost.
@@ -43,91 +43,6 @@ PLAN_LASTS, PLAN_LASTS_AT_MOST = 6, 16
 # Where drafts bring less than this, one plan in so many does without: what a step costs is only known of steps that are
 # taken.
 LOOK_EVERY, LOOKS_LIKE = 12, 1.08
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The switch, as a head's `generation_config` has it.
-
-    most: positions to draft at most. schedule: "load" or "constant". threshold: drafts whose survival is lower are not
-    verified; `None` for no such limit.
-    """
-
-    most: int
-    schedule: str
-    threshold: float | None
-
-    @classmethod
-    def read(cls, config: GenerationConfig, block_size: int) -> "Settings":
-        """Raises ValueError for values that mean nothing to a DSpark head."""
-        most = block_size if config.num_assistant_tokens is None else config.num_assistant_tokens
-        schedule = config.num_assistant_tokens_schedule or "load"
-        threshold = config.assistant_confidence_threshold
-        if not isinstance(most, int) or most < 1:
-            raise ValueError(
-                f"`head.generation_config.num_assistant_tokens` must be 1 or more, got {most!r}. To decode without "
-                "drafts leave out `assistant_model`."
-            )
-        if schedule not in SCHEDULES:
-            raise ValueError(
-                f"`head.generation_config.num_assistant_tokens_schedule` must be one of {', '.join(SCHEDULES)}, got "
-                f"{schedule!r}."
-            )
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(
-                f"`head.generation_config.assistant_confidence_threshold` must be between 0 and 1, got {threshold!r}."
-            )
-        return cls(min(most, block_size), schedule, threshold)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of this round's possible steps. verify, packed: [block + 1] for 1, 2, .. tokens a row, evenly and
-    unevenly spread. draft: [block] for 1, 2, .. positions, by all rows."""
-
-    verify: np.ndarray
-    packed: np.ndarray
-    draft: np.ndarray
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to draft, decided before the draft.
-
-    rows: those that draft. length: positions to draft; where drafting may stop at any of them, how many are expected.
-    most: the limit then, else the same. packed: whether rows may verify different lengths. budget: drafts of all rows
-    that are worth verifying, by what earlier rounds were like; theta: tokens a second then. probe: whether
-    this is only to see how drafts fare. costs: what the plan was made with.
-    walk: [block + 1] smoothed seconds of a round that drafts and verifies 0, 1, .. positions, where it may stop early.
-    """
-
-    rows: list[int]
-    length: int
-    most: int
-    packed: bool = False
-    budget: int = 0
-    theta: float = 0.0
-    probe: bool = False
-    costs: Costs | None = None
-    walk: list[float] | None = None
-
-
-NO_DRAFT = Plan([], 0, 0)
-
-
-@dataclass(frozen=True)
-class Step:
-    """The shape of a round: `drafting` rows drafted `drafted` positions, after the head had read `waiting` tokens of
-    each (0 for those of a round or two); a pass verified `tokens` tokens of `rows` rows, the longest of which holds
-    `context` tokens; `packed` as in [`Plan`]."""
-
-    drafting: int
-    drafted: int
-    waiting: int
-    rows: int
-    tokens: int
-    packed: bool
-    context: int
 
 
 class ConstantSchedule:

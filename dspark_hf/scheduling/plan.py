@@ -1,0 +1,55 @@
+"""What a schedule and the decoding loop tell each other: what a round shall do, and what it was."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of this round's possible steps. verify, packed: [block + 1] for 1, 2, .. tokens a row, evenly and
+    unevenly spread. draft: [block] for 1, 2, .. positions, by all rows."""
+
+    verify: np.ndarray
+    packed: np.ndarray
+    draft: np.ndarray
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to draft, decided before the draft.
+
+    rows: those that draft. length: positions to draft; where drafting may stop at any of them, how many are expected.
+    most: the limit then, else the same. packed: whether rows may verify different lengths. budget: drafts of all rows
+    that are worth verifying, by what earlier rounds were like; theta: tokens a second then. probe: whether
+    this is only to see how drafts fare. costs: what the plan was made with.
+    walk: [block + 1] smoothed seconds of a round that drafts and verifies 0, 1, .. positions, where it may stop early.
+    """
+
+    rows: list[int]
+    length: int
+    most: int
+    packed: bool = False
+    budget: int = 0
+    theta: float = 0.0
+    probe: bool = False
+    costs: Costs | None = None
+    walk: list[float] | None = None
+
+
+NO_DRAFT = Plan([], 0, 0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The shape of a round: `drafting` rows drafted `drafted` positions, after the head had read `waiting` tokens of
+    each (0 for those of a round or two); a pass verified `tokens` tokens of `rows` rows, the longest of which holds
+    `context` tokens; `packed` as in [`Plan`]."""
+
+    drafting: int
+    drafted: int
+    waiting: int
+    rows: int
+    tokens: int
+    packed: bool
+    context: int
