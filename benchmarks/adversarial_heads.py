@@ -3,18 +3,20 @@
     python benchmarks/adversarial_heads.py [--batch-sizes 1,16] [--repeats 6]
 
 Two heads for the embedded target: one of random weights, and the embedded one made to draft a token that the target
-never writes, so that every draft fails while its confidence stays what it was. A turn is plain, head, head, plain. Over
-several batches of prompts; the fastest turn of each counts, as other work on the machine only ever makes one slower.
+never writes, so that every draft fails while its confidence stays what it was. A turn is plain, head, head, plain;
+several turns of several batches of prompts, compared as `dspark-hf bench` does.
 """
 
 import argparse
 import time
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import dspark_hf
+from dspark_hf.evaluation.bench import beside_each_other
 from dspark_hf.evaluation.prompts import domain_prompts, encode
 
 # Of prompts.
@@ -69,7 +71,8 @@ def main(args: argparse.Namespace) -> None:
             plain, ours = 0.0, 0.0
             for inputs in batches:
                 turns = [turn(target, head, inputs, args.tokens) for _ in range(args.repeats)]
-                plain, ours = plain + min(p for p, _ in turns), ours + min(o for _, o in turns)
+                seconds, _ = beside_each_other(np.array(turns))
+                plain, ours = plain + seconds[0], ours + seconds[1]
             table.add_row(name, str(size), f"{plain:.3f}", f"{ours:.3f}", f"{plain / ours:.3f}")
     Console().print(table)
 

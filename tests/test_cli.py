@@ -9,6 +9,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from conftest import GSM8K_SAMPLE
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 import dspark_hf
 from dspark_hf.cli import app, main
 from dspark_hf.embedded import FOLDER
-from dspark_hf.evaluation.bench import Record, Run, _is_settled, _records
+from dspark_hf.evaluation.bench import Record, Run, _records, beside_each_other
 from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode, read_prompts
 
 PROMPT = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How many pencils are left?"
@@ -205,25 +206,27 @@ def test_errors_of_the_scheduler_commands(args, message):
     assert message in fails(*args)
 
 
-def test_runs_are_repeated_until_the_fastest_agree():
-    def runs(*seconds):
-        return [Run(s, [], None) for s in seconds]
+def test_methods_are_compared_within_their_turns():
+    random = np.random.default_rng(0)
+    right = np.array([1.0, 0.5, 0.7])
+    slow = random.choice([1.0, 1.5], size=(12, 1))
+    seconds = right * slow * np.exp(random.normal(scale=0.005, size=(12, 3)))
+    seconds[2, 0], seconds[7, 1] = 9.0, 0.1
+    found, noise = beside_each_other(seconds)
+    np.testing.assert_allclose(found / found[0], right, rtol=0.01)
+    assert seconds[:, 0].min() < found[0] < 1.6
+    assert (noise < 0.01).all()
 
-    assert not _is_settled([[], []], 3)
-    assert not _is_settled([runs(1.0, 1.0)], 3)
-    assert _is_settled([runs(1.0, 2.0, 1.02), runs(2.0, 2.0, 1.99)], 3)
-    assert not _is_settled([runs(1.0, 2.0, 1.1), runs(1.0, 1.0, 1.0)], 3)
-    assert _is_settled([runs(1.0, 2.0, 1.1, 1.2, 1.3, 1.4), runs(*[1.0] * 6)], 3)
 
-
-def test_the_two_fastest_runs_count():
+def test_speeds_are_those_of_all_tokens():
     def runs(*seconds):
         return [Run(s, [[1, 2, 3]], None) for s in seconds]
 
-    measured = {"plain": [runs(4.0, 2.0, 1.0), runs(1.0, 9.0, 2.0)], "other": [runs(1.0, 1.0, 5.0) for _ in range(2)]}
+    plain, other = [runs(4.0, 2.0, 2.0), runs(6.0, 6.0, 6.0)], [runs(2.0, 1.0, 1.0), runs(3.0, 3.0, 3.0)]
+    measured = {"plain": plain, "other": other}
     plain, other = _records(measured, 1, None)
-    assert plain.tokens_per_second == pytest.approx(12 / 6)
-    assert plain.noise == pytest.approx(1.0)
-    assert other.speedup == pytest.approx(6 / 4) and other.identical
-    measured["other"][1][2] = Run(5.0, [[1, 2, 4]], None)
+    assert plain.tokens_per_second == pytest.approx(6 / 8)
+    assert plain.noise == pytest.approx(0.0)
+    assert other.speedup == pytest.approx(2) and other.identical
+    measured["other"][1][2] = Run(3.0, [[1, 2, 4]], None)
     assert not list(_records(measured, 1, None))[1].identical

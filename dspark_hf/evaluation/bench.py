@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
+import numpy as np
 from rich import box
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,19 +17,16 @@ from ..generation.stats import DSparkStats, synchronize
 from ..modeling_dspark import DSparkHead
 from .prompts import encode
 
-# Of a method's runs over the same prompts the fastest count, as other work on the machine, which comes in bursts, only
-# ever makes a run slower: two of them, as a single one may be a lucky one and the best of many methods mostly is. They
-# are run on, at most so often more, until the two agree: a method must not come out best for having met fewer bursts
-# than others.
-MORE_RUNS, AGREED = 3, 1.03
+# Rounds of median polish; it mostly settles in three.
+POLISHED = 10
 
 
 @dataclass(frozen=True)
 class Record:
     """One method at one batch size.
 
-    domain: the set of prompts, where there are several. tokens_per_second: all tokens over all seconds of the two
-        fastest runs over each batch of prompts, all rows together. noise: by how much the second were slower.
+    domain: the set of prompts, where there are several. tokens_per_second: all tokens over all seconds, as in
+        [`beside_each_other`], all rows together. noise: by how much a run is typically off them.
     speedup: of tokens_per_second over plain's. tau: tokens a round of a row. verify_length: drafts verified a round of
     a row. draft_ms, schedule_ms, verify_ms: mean a round. ceiling: tau * T(1) / (T_verify + T_draft), the speed-up if
     everything but the two model passes were free, with T(1) plain's time a step. identical: whether all outputs
@@ -68,7 +66,7 @@ class Run:
         return max(map(len, self.outputs))
 
 
-# The runs of one method, by batch of prompts.
+# The runs of one method, by batch of prompts and turn.
 Runs = list[list[Run]]
 
 
@@ -85,8 +83,8 @@ def bench(
 ) -> Iterator[Record]:
     """Records of every batch size, as soon as it is measured. Decoding is greedy.
 
-    Batches of prompts are run by every method in turn, in random order, after one unmeasured run each: `runs` times at
-    least, and up to three times more until the two fastest runs of every method agree within 3 %. These two count.
+    A turn is one run of every method over a batch of prompts, in random order; `runs` turns a batch, after one that is
+    not measured.
 
     Args:
         methods: `plain`; `stock`, transformers' own loop with the same head, at batch 1 only; `dspark`, the head as it
@@ -109,7 +107,7 @@ def fixed_methods(head: DSparkHead) -> list[str]:
     return [f"fixed-{k}" for k in range(1, head.config.gamma + 1)]
 
 
-def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens, fewest) -> dict[str, Runs]:
+def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens, turns) -> dict[str, Runs]:
     batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)]
     runs: dict[str, Runs] = {method: [] for method in methods}
     draw = random.Random(0)
@@ -126,20 +124,10 @@ def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens, few
             run_all(inputs)
         for of_method in runs.values():
             of_method.append([])
-        while not _is_settled([of_method[-1] for of_method in runs.values()], fewest):
+        for _ in range(turns):
             for method, run in run_all(inputs).items():
                 runs[method][-1].append(run)
     return runs
-
-
-def _is_settled(runs: Runs, fewest: int) -> bool:
-    """Whether the runs of every method over a batch of prompts say how fast it is."""
-    count = len(runs[0])
-    if count < fewest:
-        return False
-    if count == fewest + MORE_RUNS:
-        return True
-    return all(b.seconds < AGREED * a.seconds for a, b in zip(*_fastest(runs), strict=True))
 
 
 def _run(method: str, model, head, inputs, max_new_tokens: int) -> Run:
@@ -178,30 +166,41 @@ def schedule_of(head: DSparkHead, method: str) -> Iterator[None]:
 
 
 def _records(measured: dict[str, Runs], size: int, domain: str | None) -> Iterator[Record]:
+    # [batches, turns, methods]
+    times = np.array([[[run.seconds for run in own] for own in runs] for runs in measured.values()]).transpose(1, 2, 0)
+    seconds, noise = (np.array(of_batches) for of_batches in zip(*map(beside_each_other, times), strict=True))
+    tokens = [sum(run.tokens for own in runs for run in own) / len(runs[0]) for runs in measured.values()]
+    speeds = dict(zip(measured, tokens / seconds.sum(axis=0), strict=True))
     plain = measured.get("plain")
-    plain_fastest = sum(_fastest(plain), []) if plain else None
-    for method, runs in measured.items():
-        first, second = _fastest(runs)
-        counted, fields = first + second, {}
+    steps = sum(plain or [], [])
+    for index, (method, runs) in enumerate(measured.items()):
+        fields, every = {}, sum(runs, [])
         if plain:
             same = all(run.outputs == right[0].outputs for own, right in zip(runs, plain, strict=True) for run in own)
-            fields = {"speedup": _speed(counted) / _speed(plain_fastest), "identical": same}
-        if counted[0].stats is not None:
-            fields |= _round_times([run.stats for run in counted])
+            fields = {"speedup": float(speeds[method] / speeds["plain"]), "identical": same}
+        if every[0].stats is not None:
+            fields |= _round_times([run.stats for run in every])
             if plain:
-                step_ms = 1000 * sum(run.seconds for run in plain_fastest) / sum(run.steps for run in plain_fastest)
+                step_ms = 1000 * sum(run.seconds for run in steps) / sum(run.steps for run in steps)
                 fields["ceiling"] = fields["tau"] * step_ms / (fields["draft_ms"] + fields["verify_ms"])
-        yield Record(method, size, _speed(counted), _speed(first) / _speed(second) - 1, domain, **fields)
+        yield Record(method, size, float(speeds[method]), float(noise[:, index].mean()), domain, **fields)
 
 
-def _fastest(runs: Runs) -> tuple[list[Run], list[Run]]:
-    """The fastest and the second fastest run of every list."""
-    ordered = [sorted(own, key=lambda run: run.seconds) for own in runs]
-    return [own[0] for own in ordered], [own[1] for own in ordered]
+def beside_each_other(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What each method takes beside the others, from the seconds [turns, methods] of its runs.
 
+    Other work on a machine slows a single run or, for minutes, all of them. Tukey's median polish takes out both: the
+    logarithm of a run's seconds is that of its turn, plus that of its method, plus a rest whose medians over turns and
+    over methods are zero.
 
-def _speed(runs: list[Run]) -> float:
-    return sum(run.tokens for run in runs) / sum(run.seconds for run in runs)
+    Returns:
+        [methods] seconds, at the pace of the median turn; [methods] median of the rests' absolute values.
+    """
+    times, method = np.log(seconds), np.zeros(seconds.shape[1])
+    for _ in range(POLISHED):
+        turn = np.median(times - method, axis=1, keepdims=True)
+        method = np.median(times - turn, axis=0)
+    return np.exp(np.median(turn) + method), np.median(np.abs(times - turn - method), axis=0)
 
 
 def _round_times(stats: list[DSparkStats]) -> dict[str, float]:
