@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import dspark_hf
 from dspark_hf.cli import app, main
 from dspark_hf.embedded import FOLDER
-from dspark_hf.evaluation.bench import Record, Run, _records, beside_each_other
+from dspark_hf.evaluation.bench import Record, Run, _is_sure, _records, beside_each_other
 from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode, read_prompts
 
 PROMPT = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How many pencils are left?"
@@ -212,10 +212,25 @@ def test_methods_are_compared_within_their_turns():
     slow = random.choice([1.0, 1.5], size=(12, 1))
     seconds = right * slow * np.exp(random.normal(scale=0.005, size=(12, 3)))
     seconds[2, 0], seconds[7, 1] = 9.0, 0.1
-    found, noise = beside_each_other(seconds)
+    found, errors = beside_each_other(seconds)
     np.testing.assert_allclose(found / found[0], right, rtol=0.01)
     assert seconds[:, 0].min() < found[0] < 1.6
-    assert (noise < 0.01).all()
+    assert (errors < 0.005).all()
+
+
+def test_standard_errors_are_those_of_repeated_measurements():
+    random = np.random.default_rng(0)
+    measured = [beside_each_other(np.exp(random.normal(scale=0.05, size=(24, 9)))) for _ in range(200)]
+    seconds, errors = (np.array(values) for values in zip(*measured, strict=True))
+    beside = np.log(seconds) - np.log(seconds).mean(axis=1, keepdims=True)
+    assert errors.mean() == pytest.approx(beside.std(), rel=0.15)
+
+
+@pytest.mark.parametrize("scale, batches, sure", [(0.01, 1, True), (0.08, 1, False), (0.08, 8, True)])
+def test_turns_go_on_until_speeds_are_sure(scale, batches, sure):
+    random = np.random.default_rng(0)
+    runs = [[Run(float(s), [], None) for s in np.exp(random.normal(scale=scale, size=24))] for _ in range(3)]
+    assert _is_sure(runs, batches) == sure
 
 
 def test_speeds_are_those_of_all_tokens():

@@ -3,7 +3,7 @@
 import copy
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -19,6 +19,10 @@ from .prompts import encode
 
 # Rounds of median polish; it mostly settles in three.
 POLISHED = 10
+# Of a median, over the median of absolute deviations and the root of the count, for normal deviations.
+STANDARD_ERROR = 1.86
+# The standard error of a speed, as a share of it, above which turns go on.
+SURE = 0.01
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Record:
     """One method at one batch size.
 
     domain: the set of prompts, where there are several. tokens_per_second: all tokens over all seconds, as in
-        [`beside_each_other`], all rows together. noise: by how much a run is typically off them.
+        [`beside_each_other`], all rows together. noise: its standard error beside the other methods, a share of it.
     speedup: of tokens_per_second over plain's. tau: tokens a round of a row. verify_length: drafts verified a round of
     a row. draft_ms, schedule_ms, verify_ms: mean a round. ceiling: tau * T(1) / (T_verify + T_draft), the speed-up if
     everything but the two model passes were free, with T(1) plain's time a step. identical: whether all outputs
@@ -83,8 +87,8 @@ def bench(
 ) -> Iterator[Record]:
     """Records of every batch size, as soon as it is measured. Decoding is greedy.
 
-    A turn is one run of every method over a batch of prompts, in random order; `runs` turns a batch, after one that is
-    not measured.
+    A turn is one run of every method over a batch of prompts, in random order. After one that is not measured there are
+    `runs` turns of every batch, and up to twice as many where a method's speed is not yet known within 1 %.
 
     Args:
         methods: `plain`; `stock`, transformers' own loop with the same head, at batch 1 only; `dspark`, the head as it
@@ -124,10 +128,17 @@ def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens, tur
             run_all(inputs)
         for of_method in runs.values():
             of_method.append([])
-        for _ in range(turns):
+        present = [of_method[-1] for of_method in runs.values()]
+        while len(present[0]) < turns or (len(present[0]) < 2 * turns and not _is_sure(present, len(batches))):
             for method, run in run_all(inputs).items():
                 runs[method][-1].append(run)
     return runs
+
+
+def _is_sure(runs: Runs, batches: int) -> bool:
+    """Whether the runs [methods, turns] over one of so many batches say well enough how fast every method is."""
+    _, errors = _compared(runs)
+    return errors.max() < SURE * batches**0.5
 
 
 def _run(method: str, model, head, inputs, max_new_tokens: int) -> Run:
@@ -166,10 +177,11 @@ def schedule_of(head: DSparkHead, method: str) -> Iterator[None]:
 
 
 def _records(measured: dict[str, Runs], size: int, domain: str | None) -> Iterator[Record]:
-    # [batches, turns, methods]
-    times = np.array([[[run.seconds for run in own] for own in runs] for runs in measured.values()]).transpose(1, 2, 0)
-    seconds, noise = (np.array(of_batches) for of_batches in zip(*map(beside_each_other, times), strict=True))
-    tokens = [sum(run.tokens for own in runs for run in own) / len(runs[0]) for runs in measured.values()]
+    compared = [_compared(runs) for runs in zip(*measured.values(), strict=True)]
+    # [batches, methods]
+    seconds, errors = (np.array(of_batches) for of_batches in zip(*compared, strict=True))
+    noise = ((seconds * errors) ** 2).sum(axis=0) ** 0.5 / seconds.sum(axis=0)
+    tokens = [sum(np.mean([run.tokens for run in own]) for own in runs) for runs in measured.values()]
     speeds = dict(zip(measured, tokens / seconds.sum(axis=0), strict=True))
     plain = measured.get("plain")
     steps = sum(plain or [], [])
@@ -183,7 +195,7 @@ def _records(measured: dict[str, Runs], size: int, domain: str | None) -> Iterat
             if plain:
                 step_ms = 1000 * sum(run.seconds for run in steps) / sum(run.steps for run in steps)
                 fields["ceiling"] = fields["tau"] * step_ms / (fields["draft_ms"] + fields["verify_ms"])
-        yield Record(method, size, float(speeds[method]), float(noise[:, index].mean()), domain, **fields)
+        yield Record(method, size, float(speeds[method]), float(noise[index]), domain, **fields)
 
 
 def beside_each_other(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -194,13 +206,20 @@ def beside_each_other(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     over methods are zero.
 
     Returns:
-        [methods] seconds, at the pace of the median turn; [methods] median of the rests' absolute values.
+        [methods] seconds, at the pace of the median turn; [methods] standard errors of their logarithms, by the median
+        of the rests' absolute values.
     """
     times, method = np.log(seconds), np.zeros(seconds.shape[1])
     for _ in range(POLISHED):
         turn = np.median(times - method, axis=1, keepdims=True)
         method = np.median(times - turn, axis=0)
-    return np.exp(np.median(turn) + method), np.median(np.abs(times - turn - method), axis=0)
+    errors = STANDARD_ERROR * np.median(np.abs(times - turn - method), axis=0) / len(seconds) ** 0.5
+    return np.exp(np.median(turn) + method), errors
+
+
+def _compared(runs: Iterable[list[Run]]) -> tuple[np.ndarray, np.ndarray]:
+    """The runs [methods, turns] over one batch beside each other."""
+    return beside_each_other(np.array([[run.seconds for run in own] for own in runs]).T)
 
 
 def _round_times(stats: list[DSparkStats]) -> dict[str, float]:

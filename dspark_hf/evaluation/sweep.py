@@ -14,7 +14,7 @@ from .plots import import_pyplot
 
 # Batches of prompts at batch size 1, and fewer at larger ones, which take longer and depend less on their prompts.
 BATCHES, FEWEST_BATCHES = 8, 2
-# Of every method over all batches of a cell: few batches are run more often.
+# Of every method over all batches of a cell, at least: few batches are run more often.
 RUNS = 24
 
 
