@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import dspark_hf
 from dspark_hf.cli import app, main
 from dspark_hf.embedded import FOLDER
-from dspark_hf.evaluation.bench import Record, Run, _is_sure, _records, beside_each_other
+from dspark_hf.evaluation.bench import Record, Run, _is_settled, _records, beside_each_other
 from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode, read_prompts
 
 PROMPT = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How many pencils are left?"
@@ -230,7 +230,18 @@ def test_standard_errors_are_those_of_repeated_measurements():
 def test_turns_go_on_until_speeds_are_sure(scale, batches, sure):
     random = np.random.default_rng(0)
     runs = [[Run(float(s), [], None) for s in np.exp(random.normal(scale=scale, size=24))] for _ in range(3)]
-    assert _is_sure(runs, batches) == sure
+    assert _is_settled(runs, 13, batches) == sure
+
+
+def test_turns_are_as_many_as_asked_and_at_most_twice_as_many():
+    def runs(*seconds):
+        return [[Run(s, [], None) for s in seconds], [Run(1.0, [], None) for _ in seconds]]
+
+    assert not _is_settled([[], []], 3, 1)
+    assert not _is_settled(runs(1.0, 1.0), 3, 1)
+    assert _is_settled(runs(1.0, 1.0, 1.0), 3, 1)
+    assert not _is_settled(runs(1.0, 2.0, 3.0, 4.0, 5.0), 3, 1)
+    assert _is_settled(runs(1.0, 2.0, 3.0, 4.0, 5.0, 6.0), 3, 1)
 
 
 def test_speeds_are_those_of_all_tokens():

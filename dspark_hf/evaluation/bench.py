@@ -129,14 +129,20 @@ def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens, tur
         for of_method in runs.values():
             of_method.append([])
         present = [of_method[-1] for of_method in runs.values()]
-        while len(present[0]) < turns or (len(present[0]) < 2 * turns and not _is_sure(present, len(batches))):
+        while not _is_settled(present, turns, len(batches)):
             for method, run in run_all(inputs).items():
                 runs[method][-1].append(run)
     return runs
 
 
-def _is_sure(runs: Runs, batches: int) -> bool:
-    """Whether the runs [methods, turns] over one of so many batches say well enough how fast every method is."""
+def _is_settled(runs: Runs, fewest: int, batches: int) -> bool:
+    """Whether the runs [methods, turns] over one of so many batches say well enough how fast every method is, or are
+    twice as many as the fewest."""
+    count = len(runs[0])
+    if count < fewest:
+        return False
+    if count == 2 * fewest:
+        return True
     _, errors = _compared(runs)
     return errors.max() < SURE * batches**0.5
 
@@ -184,7 +190,7 @@ def _records(measured: dict[str, Runs], size: int, domain: str | None) -> Iterat
     tokens = [sum(np.mean([run.tokens for run in own]) for own in runs) for runs in measured.values()]
     speeds = dict(zip(measured, tokens / seconds.sum(axis=0), strict=True))
     plain = measured.get("plain")
-    steps = sum(plain or [], [])
+    of_plain = sum(plain or [], [])
     for index, (method, runs) in enumerate(measured.items()):
         fields, every = {}, sum(runs, [])
         if plain:
@@ -193,7 +199,7 @@ def _records(measured: dict[str, Runs], size: int, domain: str | None) -> Iterat
         if every[0].stats is not None:
             fields |= _round_times([run.stats for run in every])
             if plain:
-                step_ms = 1000 * sum(run.seconds for run in steps) / sum(run.steps for run in steps)
+                step_ms = 1000 * sum(run.seconds for run in of_plain) / sum(run.steps for run in of_plain)
                 fields["ceiling"] = fields["tau"] * step_ms / (fields["draft_ms"] + fields["verify_ms"])
         yield Record(method, size, float(speeds[method]), float(noise[index]), domain, **fields)
 
