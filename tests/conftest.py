@@ -133,7 +133,7 @@ class Case:
         """Greedy drafts behind the anchors at the given positions of prompt i and its output."""
         text, features = torch.tensor(self.prompts[i]["generate_ids"]), self.features(i, target, head)
         drafter, seen, found = Drafter(head, target, 1), 0, []
-        select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None, [0])
+        select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None)
         for start in starts:
             drafter.remember(features[:, seen:start], [start - seen])
             found.append(drafter.draft(text[start, None], head.config.gamma, select).tokens[0].tolist())

@@ -30,8 +30,7 @@ def committed(rounds, seed=0):
 
 
 def block(drafter, rows=None, anchors=(3, 5, 7, 9), **kwargs):
-    chosen = range(ROWS) if rows is None else rows
-    select = BlockProcessors(LogitsProcessorList(), True).drafting(None, list(chosen))
+    select = BlockProcessors(LogitsProcessorList(), True).drafting(None)
     torch.manual_seed(1)
     return drafter.draft(torch.tensor(anchors), 3, select, rows, **kwargs)
 
@@ -73,7 +72,7 @@ def test_rows_that_leave_take_what_waits_along(pair):
         fewer.remember(features.clone(), counts)
     fewer.keep([1, 3])
     expected = block(whole)
-    select = BlockProcessors(LogitsProcessorList(), True).drafting(None, [0, 1])
+    select = BlockProcessors(LogitsProcessorList(), True).drafting(None)
     found = fewer.draft(torch.tensor([5, 9]), 3, select)
     close(found.logits[:, 0], expected.logits[[1, 3], 0])
 
@@ -111,7 +110,7 @@ def test_stopping_early_saves_the_positions_behind(pair, stop, monkeypatch):
         seen.append(logits)
         return len(seen) <= stop
 
-    select = BlockProcessors(LogitsProcessorList(), True).drafting(None, list(range(ROWS)))
+    select = BlockProcessors(LogitsProcessorList(), True).drafting(None)
     torch.manual_seed(1)
     found = drafter.draft(torch.tensor((3, 5, 7, 9)), 1, select, None, goes_on, 3)
     assert found.tokens.tolist() == expected.tokens[:, :stop].tolist()

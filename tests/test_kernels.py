@@ -58,7 +58,7 @@ def test_drafts_of_every_sequential_head(launches, monkeypatch, kind, sample):
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(3, head.config.block_size, head.config.hidden_size, generator=g)
     anchors, tables = torch.tensor([1, 5, 9]), head.share_tables(target)
-    select = BlockProcessors(LogitsProcessorList(), sample).drafting(None, [0, 1, 2])
+    select = BlockProcessors(LogitsProcessorList(), sample).drafting(None)
     with torch.no_grad():
         found = head.sample_block(hidden, anchors, tables, 3, select)
         assert "sequential" in launches

@@ -134,7 +134,7 @@ def rounds_of(case, i: int) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def check_rounds(target, head, prompt, expected, features):
     drafter, seen = Drafter(head, target, 1), 0
-    select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None, [0])
+    select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None)
     for r, start in enumerate(expected["start"].tolist()):
         anchor = torch.tensor([prompt["generate_ids"][start]])
         assert anchor.item() == expected["anchor_id"][r]

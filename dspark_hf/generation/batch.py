@@ -1,9 +1,13 @@
 """The rows of a batch: what each was given, what it has committed, and where its tokens lie in plain's layout."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+from .releases import CACHE
 
 
 @dataclass
@@ -12,8 +16,8 @@ class Row:
 
     index: place in the batch. given: its `input_ids` as plain generate holds them, padding included. prompt: the
     tokens of it that are neither padding nor cached. prompt_columns: columns of cached and prompt tokens in the layout
-    of plain generate (one column a token, padding included). cached: how many of them are cached. committed: new
-    tokens so far. told_to_end: whether a stopping criterion has asked for the end (only kept where rows end together).
+    of plain generate (one column a token, padding included). cached: how many of them are cached. width: columns of
+    cache and prompt together. committed: new tokens so far. ended: whether there will be no more.
     """
 
     index: int
@@ -23,7 +27,7 @@ class Row:
     cached: int
     width: int
     committed: list[int] = field(default_factory=list)
-    told_to_end: bool = False
+    ended: bool = False
 
     @property
     def sequence(self) -> list[int]:
@@ -36,9 +40,43 @@ class Row:
         return len(self.given) + len(self.committed)
 
     @property
+    def anchor_column(self) -> int:
+        """Column of the last token."""
+        return self.width + len(self.committed) - 1 if self.committed else self.prompt_columns[-1]
+
+    @property
+    def tokens(self) -> list[int]:
+        """All its tokens without padding; needs them to have been given, cached ones too."""
+        return [self.given[column] for column in self.prompt_columns] + self.committed
+
+    @property
     def columns(self) -> list[int]:
         """Column of every token, new ones included."""
         return self.prompt_columns + list(range(self.width, self.width + len(self.committed)))
+
+
+class Streaming:
+    """Hands tokens to the caller's streamer: of a single row what each round commits, of a batch as plain `generate`
+    does, one token of every row at a time, [R], ended rows padded."""
+
+    def __init__(self, streamer: Any, rows: list[Row], pad: int):
+        self.streamer, self.rows, self.pad = streamer, rows, pad
+        self.given = 0
+
+    def put(self) -> None:
+        """Give what has become complete."""
+        longest = max(len(row.committed) for row in self.rows)
+        ready = min((len(row.committed) for row in self.rows if not row.ended), default=longest)
+        tokens = [row.committed[self.given : ready] for row in self.rows]
+        if len(self.rows) == 1:
+            self.streamer.put(torch.tensor(tokens[0]))
+        else:
+            for column in itertools.islice(itertools.zip_longest(*tokens, fillvalue=self.pad), ready - self.given):
+                self.streamer.put(torch.tensor(column))
+        self.given = ready
+
+    def end(self) -> None:
+        self.streamer.end()
 
 
 def read_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cached: int, width: int) -> list[Row]:
@@ -60,7 +98,7 @@ def read_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cach
         if known == len(columns):
             raise ValueError(
                 f"Prompt {index} of the batch has no tokens to go on from: its attention mask lets through "
-                f"{len(columns)}, of which {known} are in `past_key_values` already."
+                f"{len(columns)}, of which {known} are in `{CACHE}` already."
             )
         rows.append(Row(index, given, [given[c - offset] for c in columns[known:]], columns, known, width))
     return rows

@@ -63,6 +63,6 @@ class DSparkCandidateGenerator(CandidateGenerator):
         block = self.drafter.draft(
             input_ids[:, -1],
             min(self.most, room),
-            self.processors.drafting([input_ids[0]], [0]),
+            self.processors.drafting([input_ids[0]]),
         )
         return torch.cat([input_ids, block.tokens.to(input_ids.device)], dim=1), block.logits

@@ -9,6 +9,7 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
+from .releases import CACHE
 
 logger = logging.get_logger(__name__)
 
@@ -16,7 +17,10 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 RECURRENT_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "dspark")
 # Inputs of `generate` that the rounds make themselves.
-HANDLED_INPUTS = {"inputs_tensor", "position_ids", "cache_position", "logits_to_keep"}
+HANDLED_INPUTS = {
+    "input_ids", "attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache", CACHE,
+    "inputs_embeds", "output_attentions", "output_hidden_states", "inputs_tensor", "tokenizer", "assistant_tokenizer",
+}  # fmt: skip
 # Architectures without `position_ids` whose position bias counts the cache's columns, which are each row's positions.
 POSITIONS_FROM_COLUMNS = {"mpt"}
 
@@ -127,21 +131,60 @@ def check_mode(mode: GenerationMode, config: GenerationConfig) -> None:
         )
 
 
-def check_inputs(model_kwargs: dict[str, Any]) -> None:
-    """Raise for inputs that the rounds cannot start from."""
+def check_inputs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The scalars among the inputs of a call, which every pass of the target is given.
+
+    Raises:
+        ValueError: for inputs that the rounds cannot start from, or do not forward.
+    """
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("A DSpark head needs token ids: pass `input_ids` instead of `inputs_embeds`.")
-    for name, value in model_kwargs.items():
-        if (
-            not torch.is_tensor(value)
-            or name in HANDLED_INPUTS
-            or (name.endswith("token_type_ids") and not value.any())
-        ):
-            continue
+    name = _unknown_input(model_kwargs)
+    if name is not None:
         raise ValueError(
-            f"The rounds of a DSpark head do not pass `{name}` on to the model. Leave it out, or leave out "
-            "`assistant_model`."
+            f"DSpark decoding does not forward `{name}` to the model. Leave it out, or leave out `assistant_model`."
         )
+    return {name: value for name, value in model_kwargs.items() if name not in HANDLED_INPUTS and _is_scalar(value)}
+
+
+def reason_for_plain(target: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> str | None:
+    """Why a call is decoded without its head, a clause; `None` where nothing speaks against the head.
+
+    That is so where the model, or PEFT around it, makes something else of a step than a pass over tokens: what
+    `prepare_inputs_for_generation` would run is seen by asking it for the first step.
+    """
+    given, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
+    first = target.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+    prepared = first.get(CACHE)
+    if first.get("inputs_embeds") is not None or (prepared is not given and prepared is not None):
+        return "prompts of virtual tokens (PEFT's prompt and prefix tuning) change every step"
+    added = _unknown_input({name: value for name, value in first.items() if name not in model_kwargs})
+    if added is not None:
+        return f"`prepare_inputs_for_generation` of {type(target).__name__} adds `{added}` to every step"
+    if len(input_ids) > 1 and any(map(_has_adapter_names, target.modules())):
+        return "`adapter_names` gives each row of the batch an adapter of its own"
+    columns = input_ids.shape[1] if mask is None else mask.shape[1]
+    if getattr(given, "_is_user_defined", False) and columns < given.get_seq_length():
+        return f"the attention mask covers {columns} tokens, fewer than the cache holds"
+    return None
+
+
+def _unknown_input(inputs: dict[str, Any]) -> str | None:
+    """The first of a step's inputs that the rounds neither make themselves nor forward."""
+    for name, value in inputs.items():
+        nothing = value is None or (name.endswith("token_type_ids") and torch.is_tensor(value) and not value.any())
+        if not (nothing or name in HANDLED_INPUTS or _is_scalar(value)):
+            return name
+    return None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str))
+
+
+def _has_adapter_names(module: torch.nn.Module) -> bool:
+    """Whether PEFT has hung an adapter for each row on the module, as it does for the length of a call."""
+    return any("adapter_names" in getattr(hook, "keywords", ()) for hook in module._forward_pre_hooks.values())
 
 
 def check_positions(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
@@ -158,14 +201,13 @@ def check_positions(position_ids: torch.Tensor | None, attention_mask: torch.Ten
         )
 
 
-def check_prompt(target: PreTrainedModel, length: int) -> None:
-    """Raise when a prompt of `length` tokens is longer than the positions the target knows."""
-    limit = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+def check_prompt(target: PreTrainedModel, limit: int | None, length: int) -> None:
+    """Raise when `length` tokens of a row are more than the `limit` positions that the target has a table of."""
     if limit is not None and length > limit:
         raise ValueError(
-            f"The prompt has {length} tokens, but {type(target).__name__} knows {limit} positions "
+            f"A row has {length} tokens, but {type(target).__name__} knows {limit} positions "
             "(`max_position_embeddings`). Shorten the prompt, for example with `truncation=True, "
-            f"max_length={limit}` in the tokenizer call."
+            f"max_length={limit}` in the tokenizer call, or pass a smaller `max_new_tokens`."
         )
 
 

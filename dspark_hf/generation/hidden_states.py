@@ -4,12 +4,7 @@ Layer ids are DeepSpec's: id i is the output of layer i, -1 the embedding output
 transformers that is index i + 1.
 """
 
-import transformers
-from packaging.version import Version
-
-# Since then `output_hidden_states` takes indices of the full tuple; before, a list meant layer numbers, and the tuple
-# lacked the embedding output. Asking for everything means the same in all versions.
-SELECTS_BY_INDEX = Version(transformers.__version__) >= Version("5.23.0")
+from .releases import SELECTS_BY_INDEX
 
 
 def indices_of(layer_ids: list[int]) -> list[int]:

@@ -5,6 +5,7 @@ anchor, is not yet in the target's cache. The host waits for the device once a r
 """
 
 import itertools
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,21 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 from dspark_kernels import INVALID
-from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import MaxTimeCriteria
 
 from ..modeling_dspark import DraftBlock, DSparkHead, GoesOn
 from ..scheduling.estimates import corrected
 from ..scheduling.load import Call, in_flight
 from ..scheduling.plan import Plan, Step
 from .acceptance import Verdict, accept_greedy, accept_sampled
-from .batch import Row, read_rows
+from .batch import Row, Streaming, read_rows
 from .cache import on_device
 from .compatibility import check_inputs, check_positions, check_prompt
 from .drafting import Drafter
+from .lockstep import Lockstep, is_needed
 from .outputs import Recorder
 from .packing import Packing
 from .past import Continuation
 from .processors import BlockProcessors
+from .releases import CACHE
 from .stats import DSparkGenerateOutput, DSparkStats, Stopwatch
 from .step_times import scheduler_for, store
 from .stopping import Stopping
@@ -44,36 +48,41 @@ def generate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     assistant_model: DSparkHead,
+    synced_gpus: bool = False,
     streamer: Any = None,
-    attention_mask: torch.Tensor | None = None,
-    past_key_values: Cache | None = None,
-    position_ids: torch.Tensor | None = None,
     **model_kwargs,
 ) -> torch.Tensor | DSparkGenerateOutput:
     """The decoding method that `model.generate(..., assistant_model=head)` runs; see [`Rounds`].
 
     Args:
-        input_ids: [R, P], left-padded where prompts differ in length. attention_mask: [R, P], `None` for no padding.
-        position_ids: [R, P]; only those that count the tokens are taken.
-        past_key_values: a cache to continue, which is brought up to date; `generate` passes an empty one otherwise.
+        input_ids: [R, P], left-padded where prompts differ in length.
+        model_kwargs: of these `attention_mask` [R, P], `None` for no padding; `position_ids` [R, P], which must count
+            the tokens; the cache to continue, which is brought up to date (`generate` passes an empty one otherwise);
+            and scalars, which every pass of the target is given. Anything else is refused.
 
     Returns:
         sequences [R, P + new tokens], right-padded where rows ended early, or with `return_dict_in_generate` a
         [`DSparkGenerateOutput`] around them.
     """
-    check_inputs(model_kwargs)
+    options = check_inputs(model_kwargs)
+    began = time.time()
     rounds = Rounds(
         model,
         assistant_model,
         input_ids,
-        attention_mask,
-        position_ids,
-        past_key_values,
+        model_kwargs.get("attention_mask"),
+        model_kwargs.get("position_ids"),
+        model_kwargs.get(CACHE),
         logits_processor,
         stopping_criteria,
         generation_config,
         streamer,
+        options=options,
     )
+    for criterion in stopping_criteria:
+        if type(criterion) is MaxTimeCriteria:
+            # It counts decoding, not the measuring of step times.
+            criterion.initial_timestamp += time.time() - began
     with in_flight(rounds.target.device, len(input_ids)) as rounds.call:
         sequences = rounds.run()
     store(rounds.scheduler)
@@ -81,7 +90,7 @@ def generate(
     if not generation_config.return_dict_in_generate:
         return sequences
     recorded, stats = rounds.recorder.collect(), rounds.finished_stats()
-    return DSparkGenerateOutput(sequences=sequences, past_key_values=cache, dspark=stats, **recorded)
+    return DSparkGenerateOutput(sequences=sequences, dspark=stats, **recorded, **{CACHE: cache})
 
 
 def runs_ahead(device: torch.device) -> bool:
@@ -104,25 +113,37 @@ class Lengths:
     survival: np.ndarray | None
 
 
+NOTHING_DRAFTED = Lengths(None, 0, 0, False, 0, None)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a round came to, on the host but for `next_tokens` [R], the anchors of the next round.
 
-    accepted: of each row, drafts accepted. tokens: [R, 1 + G], the target's own token, and the drafts. lengths, drafts
-    verified. confidence: [R, G].
+    counts: of each row, tokens committed. accepted: drafts accepted. tokens: [R, 1 + G], the last one committed, and
+    the drafts. lengths: drafts verified. confidence: [R, G]. ended: which rows end, where that is decided already.
     """
 
     next_tokens: torch.Tensor
+    counts: list[int]
     accepted: np.ndarray
     tokens: list[list[int]]
     lengths: np.ndarray
     confidence: np.ndarray
+    ended: list[bool] | None = None
+
+    @property
+    def committed(self) -> list[list[int]]:
+        """Tokens committed to each row."""
+        return [[*drafts[: count - 1], last] for count, (last, *drafts) in zip(self.counts, self.tokens, strict=True)]
 
     @classmethod
-    def undrafted(cls, next_tokens: torch.Tensor) -> "Outcome":
+    def undrafted(cls, next_tokens: torch.Tensor, ended: list[bool] | None = None) -> "Outcome":
         """Of a round without drafts."""
-        nothing = np.zeros(len(next_tokens), dtype=int)
-        return cls(next_tokens, nothing, next_tokens[:, None].tolist(), nothing, nothing[:, None][:, :0])
+        rows = len(next_tokens)
+        nothing = np.zeros(rows, dtype=int)
+        tokens = next_tokens[:, None].tolist()
+        return cls(next_tokens, [1] * rows, nothing, tokens, nothing, nothing[:, None][:, :0], ended)
 
 
 @dataclass(frozen=True)
@@ -165,30 +186,34 @@ class Rounds:
         config,
         streamer,
         scheduler=None,
+        options=None,
     ):
         size = len(input_ids)
         self.recorder = Recorder(config, size)
         wants = self.recorder.wants
-        self.target = Target(model, head.config.target_layer_ids, wants("hidden_states"), wants("attentions"))
+        ids = head.config.target_layer_ids
+        self.target = Target(model, ids, wants("hidden_states"), wants("attentions"), options)
         self.drafter = Drafter(head, model, size)
-        self.processors = BlockProcessors(processors, config.do_sample, size)
+        self.processors = BlockProcessors(processors, config.do_sample)
         self.stopping = Stopping(criteria)
-        # Without an end-of-sequence token, plain generate goes on with every row until all have ended. To end where it
-        # does, rows then move together, a token a round.
-        self.lockstep = size > 1 and bool(self.stopping.others) and not self.stopping.eos_ids
-        self.streamer = streamer
         self.pad = config._pad_token_tensor.item() if config._pad_token_tensor is not None else 0
+        self.lockstep: Lockstep | None = None
+        if is_needed(size, processors, self.stopping):
+            ends = bool(self.stopping.eos_ids)
+            self.lockstep = Lockstep(input_ids, processors, criteria, self.pad, ends, wants("scores"))
         self.stats = DSparkStats.empty(size, head.config.gamma)
         self.stopwatch = Stopwatch(self.target.device)
         self.call: Call
 
         self.input_ids = input_ids
-        self.past = Continuation(given, config)
+        self.past = Continuation(given, config, input_ids, attention_mask, self.target.rereads_at)
         if not self.past.cached:
             check_positions(positions, attention_mask)
-        width = self.past.width(input_ids, attention_mask)
-        self.all_rows = self.rows = read_rows(input_ids, attention_mask, self.past.cached, width)
-        check_prompt(model, max(len(row.prompt_columns) for row in self.rows))
+        self.all_rows = self.rows = read_rows(input_ids, attention_mask, self.past.cached, self.past.width)
+        self.streaming = None if streamer is None else Streaming(streamer, self.all_rows, self.pad)
+        # Position of the longest row's token in the same column.
+        self.longest = max(len(row.prompt_columns) for row in self.rows)
+        check_prompt(model, self.target.positions, self.longest)
         self.cache = self.target.new_cache(size)
         self._expect_tokens()
         self.anchors: torch.Tensor
@@ -208,6 +233,7 @@ class Rounds:
             outcome, logits = self.prefill()
         self.commit(outcome, logits)
         while self.rows:
+            self.reread()
             with self.stopwatch.part("schedule"):
                 plan = self.plan()
             with self.stopwatch.part("draft"):
@@ -215,15 +241,15 @@ class Rounds:
             with self.stopwatch.part("schedule"):
                 lengths = self.schedule(plan, block)
             with self.stopwatch.part("verify"):
-                logits = self.verify(block, lengths)
+                logits, drafts = self.verify(block, lengths)
             with self.stopwatch.part("other"):
-                outcome = self.accept(block, lengths, logits)
+                outcome, logits = self.accept(block, lengths, logits, drafts)
             with self.stopwatch.part("schedule"):
                 self.learn(plan, lengths, outcome)
             with self.stopwatch.part("other"):
                 self.commit(outcome, logits, lengths)
-        if self.streamer is not None:
-            self.streamer.end()
+        if self.streaming is not None:
+            self.streaming.end()
         return self._sequences()
 
     def finished_stats(self) -> DSparkStats:
@@ -250,21 +276,40 @@ class Rounds:
         self.past.load(self.rows, self.cache, self.drafter)
         counts = [len(row.prompt) for row in self.rows]
         longest, device = max(counts), self.target.device
-        tokens = on_device([row.prompt + [self.pad] * (longest - len(row.prompt)) for row in self.rows], device)
+        # Filled with a token that any target knows; what padding is called may be none.
+        tokens = on_device([row.prompt + [0] * (longest - len(row.prompt)) for row in self.rows], device)
+        # Plain decoding reads the prompts in one pass.
+        lengths = torch.full_like(tokens, self.longest) if self.target.growing else None
         if self.target.packs and len(set(counts)) > 1:
             packing = Packing.of(on_device(counts, device) - 1, longest, sum(counts))
             last = on_device([end - 1 for end in itertools.accumulate(counts)], device)
-            self.passed = self.target.forward_packed(tokens, self.cache, packing, last)
+            self.passed = self.target.forward_packed(tokens, self.cache, packing, last, lengths)
         else:
             keep = sorted({count - 1 for count in counts})
-            self.passed = self.target.forward(tokens, self.cache, on_device(keep, device))
+            self.passed = self.target.forward(tokens, self.cache, on_device(keep, device), lengths)
             columns = on_device([keep.index(count - 1) for count in counts], device)
             last = self.passed.logits[torch.arange(len(counts), device=device), columns][:, None]
             self.passed = replace(self.passed, logits=last)
         self.cache.commit(counts)
         self.drafter.remember(self.passed.features, counts)
-        logits = self._processed(self.passed.logits, None)
-        return Outcome.undrafted(self.processors.choose(logits[:, 0])), logits
+        return self.accept(None, NOTHING_DRAFTED, self.passed.logits, None)
+
+    def reread(self) -> None:
+        """Where plain decoding would read a text anew with other frequencies, see `rope.rereads_at`, so do we."""
+        border = self.target.rereads_at
+        if border is None or self.past.given_in_part:
+            return
+        crossing = [r for r, row in enumerate(self.rows) if row.anchor_column == border and row.width <= border]
+        if not crossing:
+            return
+        texts = [self.rows[r].tokens[:-1] for r in crossing]
+        longest, device = max(map(len, texts)), self.target.device
+        tokens = on_device([text + [0] * (longest - len(text)) for text in texts], device)
+        lengths = on_device(
+            [len(text) + 1 + self._lag(self.rows[r]) for r, text in zip(crossing, texts, strict=True)], device
+        )
+        lengths = lengths[:, None].expand_as(tokens)
+        self.target.reread(tokens, self.cache, on_device(crossing, device), lengths)
 
     def plan(self) -> Plan:
         """Which rows draft, and how many positions."""
@@ -287,7 +332,7 @@ class Rounds:
         prefixes = self._prefixes()
         if prefixes is not None:
             prefixes = [prefixes[r] for r in plan.rows]
-        select = self.processors.drafting(prefixes, [self.rows[r].index for r in plan.rows])
+        select = self.processors.drafting(prefixes)
         rows = None if everybody else plan.rows
         block = self.drafter.draft(self.anchors, plan.length, select, rows, self._goes_on(plan), plan.most)
         return block if everybody else block.spread(on_device(plan.rows, block.tokens.device), len(self.rows))
@@ -319,32 +364,63 @@ class Rounds:
         packed = plan.packed and total < rows * (1 + most)
         return Lengths(torch.from_numpy(lengths).to(device), most, total, packed, drafted, survival)
 
-    def verify(self, block: DraftBlock | None, lengths: Lengths) -> torch.Tensor:
-        """Processed target logits [R, L+1, V] of the anchor and the drafts behind it, L = lengths.most."""
+    def verify(self, block: DraftBlock | None, lengths: Lengths) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Target logits [R, L+1, V] of the anchor and the drafts behind it, and these drafts [R, L]; L is
+        lengths.most."""
         tokens = self.anchors[:, None]
         if lengths.most:
             tokens = torch.cat([tokens, block.tokens[:, : lengths.most].to(tokens.device)], dim=1)
+        read_at = self._read_at(tokens.shape[1])
         if lengths.packed:
             packing = Packing.of(lengths.of_rows, tokens.shape[1], lengths.total)
-            self.passed = self.target.forward_packed(tokens, self.cache, packing)
+            self.passed = self.target.forward_packed(tokens, self.cache, packing, lengths=read_at)
         else:
-            self.passed = self.target.forward(tokens, self.cache)
-        return self._processed(self.passed.logits, tokens[:, 1:])
+            self.passed = self.target.forward(tokens, self.cache, lengths=read_at)
+        return self.passed.logits, tokens[:, 1:]
 
-    def accept(self, block: DraftBlock | None, lengths: Lengths, logits: torch.Tensor) -> Outcome:
-        """What the target makes of the drafts. Here the host waits for the device, once a round."""
+    def accept(
+        self, block: DraftBlock | None, lengths: Lengths, logits: torch.Tensor, drafts: torch.Tensor | None
+    ) -> tuple[Outcome, torch.Tensor]:
+        """What the target makes of the drafts, and its processed logits [R, L+1, V]. Here the host waits for the
+        device, once a round."""
+        if self.lockstep is not None:
+            return self._accept_in_step(block, lengths, logits, drafts)
+        logits = self.processors(logits, self._prefixes(drafts))
         if block is None:
-            return Outcome.undrafted(self.processors.choose(logits[:, 0]))
+            return Outcome.undrafted(self.processors.choose(logits[:, 0])), logits
         limits = lengths.of_rows
         if lengths.most == 0:
             verdict = Verdict(torch.zeros_like(limits), self.processors.choose(logits[:, 0]))
-            return self._to_host(block, limits, verdict)
-        drafts = block.tokens[:, : lengths.most].to(logits.device)
-        if block.logits is None:
-            verdict = accept_greedy(logits, drafts, limits)
         else:
-            verdict = accept_sampled(logits, drafts, block.logits[:, : lengths.most].to(logits.device), limits)
-        return self._to_host(block, limits, verdict)
+            verdict = _verdict(logits, drafts, block.logits, limits)
+        return self._to_host(block, limits, verdict), logits
+
+    def _accept_in_step(self, block, lengths, logits, drafts) -> tuple[Outcome, torch.Tensor]:
+        """The same, a token of every row after the other, see `lockstep`. All rows commit as many."""
+        rows = on_device(self._row_indices(), logits.device)
+        limits = torch.zeros_like(rows) if lengths.of_rows is None else lengths.of_rows
+        accepted, columns = torch.zeros_like(rows), []
+        for j in range(logits.shape[1]):
+            columns.append(self.lockstep.process(logits[:, j], rows))
+            if j < lengths.most:
+                sampled_from = None if block.logits is None else block.logits[:, j : j + 1]
+                # What would come behind an accepted token is not asked yet.
+                twice = torch.stack([columns[-1], columns[-1]], dim=1)
+                verdict = _verdict(twice, drafts[:, j : j + 1], sampled_from, (limits > j).to(limits.dtype))
+                goes_on = verdict.accepted
+                tokens = torch.where(goes_on > 0, drafts[:, j], verdict.next_tokens)
+            else:
+                goes_on, tokens = torch.zeros_like(rows), self.processors.choose(columns[-1])
+            self._check_tokens(tokens.cpu().numpy())
+            accepted = accepted + goes_on
+            ended = self.lockstep.append(tokens, rows).tolist()
+            if any(ended) or not goes_on.all():
+                break
+        processed, limits = torch.stack(columns, dim=1), limits.clamp(max=len(columns))
+        if block is None:
+            return Outcome.undrafted(tokens, ended), processed
+        outcome = self._to_host(block, limits, Verdict(accepted, tokens))
+        return replace(outcome, counts=[len(columns)] * len(rows), ended=ended), processed
 
     def learn(self, plan: Plan, lengths: Lengths, outcome: Outcome) -> None:
         """Tell the scheduler what became of the round."""
@@ -366,16 +442,16 @@ class Rounds:
 
         Without `lengths` the token is the prefill's, which belongs to no round.
         """
-        accepted = outcome.accepted.tolist()
         if lengths is not None:
-            counts = [count + 1 for count in accepted]
-            self.cache.commit(counts)
-            self.drafter.remember(self.passed.features, counts)
+            self.cache.commit(outcome.counts)
+            self.drafter.remember(self.passed.features, outcome.counts)
         self.anchors = outcome.next_tokens
-        news = [[*drafts[:count], token] for count, (token, *drafts) in zip(accepted, outcome.tokens, strict=True)]
-        stops = [self.stopping.kept(row, new, self.input_ids.device) for row, new in zip(self.rows, news, strict=True)]
-        if self.lockstep:
-            stops = self._together(stops)
+        accepted, device = outcome.accepted.tolist(), self.input_ids.device
+        if outcome.ended is not None:
+            stops = list(zip(outcome.committed, outcome.ended, strict=True))
+        else:
+            pairs = zip(self.rows, outcome.committed, strict=True)
+            stops = [self.stopping.kept(row, committed, device) for row, committed in pairs]
         for r, (row, (kept, ended)) in enumerate(zip(self.rows, stops, strict=True)):
             if lengths is not None:
                 self.stats.accepted_lengths[row.index].append(len(kept))
@@ -383,23 +459,17 @@ class Rounds:
             if self.recorder.active:
                 self._record(r, row, len(kept), logits)
             row.committed += kept
-            if self.streamer is not None:
-                self.streamer.put(torch.tensor(kept))
+            row.ended = ended
             if ended:
                 shared = self.scheduler.estimates.shared
                 shared.learn_end(len(row.committed), row.length == self.stopping.max_length)
+        if self.streaming is not None:
+            self.streaming.put()
         active = [r for r, (_, ended) in enumerate(stops) if not ended]
         for r, row in enumerate(self.rows):
             if stops[r][1]:
                 self.past.keep_row(r, row, self.cache, self.drafter, copy=bool(active))
         self._keep(active)
-
-    def _together(self, stops: list[tuple[list[int], bool]]) -> list[tuple[list[int], bool]]:
-        """The same tokens, with rows that end only when every row has been told to."""
-        for row, (_, ended) in zip(self.rows, stops, strict=True):
-            row.told_to_end |= ended
-        all_told = all(row.told_to_end for row in self.rows)
-        return [(kept, all_told) for kept, _ in stops]
 
     # -- Helpers ------------------------------------------------------------------------------------------------
 
@@ -418,15 +488,32 @@ class Rounds:
             cache.expect(longest + self.stats.block_size + 1)
 
     def _room(self, row: Row) -> int:
-        """Drafts that row could commit before its length limit, with one place left for the target's own token."""
-        if self.lockstep:
+        """Drafts that row could commit, with one place left for the target's own token."""
+        if self.lockstep is not None and len(self.all_rows) > 1:
+            # Every row would have to accept for one to go on.
             return 0
-        if self.stopping.max_length is None:
-            return self.stats.block_size
-        return self.stopping.max_length - row.length - 1
+        room, position = self.stats.block_size, len(row.columns) - 1
+        if self.stopping.max_length is not None:
+            room = self.stopping.max_length - row.length - 1
+        if self.target.positions is not None:
+            check_prompt(self.target.model, self.target.positions, position + 1)
+            room = min(room, self.target.positions - 1 - position)
+        border = self.target.rereads_at
+        if border is not None and row.anchor_column < border:
+            room = min(room, border - 1 - row.anchor_column)
+        return room
 
-    def _processed(self, logits: torch.Tensor, drafts: torch.Tensor | None) -> torch.Tensor:
-        return self.processors.on_target(logits, self._prefixes(drafts), self._row_indices())
+    def _lag(self, row: Row) -> int:
+        """How far its positions are behind those of the longest row, column by column."""
+        return self.longest - len(row.prompt_columns)
+
+    def _read_at(self, count: int) -> torch.Tensor | None:
+        """[R, count] of the next tokens of every row the length of the longest row when plain decoding reads them;
+        `None` where the target does not go by it."""
+        if not self.target.growing:
+            return None
+        first = [len(row.columns) + self._lag(row) for row in self.rows]
+        return on_device(first, self.target.device)[:, None] + torch.arange(count, device=self.target.device)
 
     def _prefixes(self, drafts: torch.Tensor | None = None) -> list[torch.Tensor] | None:
         """Tokens of every row as plain generate holds them, with drafts behind; `None` when no processor looks."""
@@ -482,7 +569,8 @@ class Rounds:
         table = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
         whole, confidence = table[:, : 3 + drafted].astype(int), table[:, 3 + drafted :]
         self._check_tokens(whole[:, 2])
-        return Outcome(verdict.next_tokens, whole[:, 0], whole[:, 2:].tolist(), whole[:, 1], confidence)
+        accepted, counts = whole[:, 0], (whole[:, 0] + 1).tolist()
+        return Outcome(verdict.next_tokens, counts, accepted, whole[:, 2:].tolist(), whole[:, 1], confidence)
 
     def _check_tokens(self, tokens: np.ndarray) -> None:
         """Raise where logits were no distribution, as no token that follows means anything."""
@@ -520,3 +608,12 @@ class Rounds:
         longest = max(len(row.committed) for row in self.all_rows)
         new = [row.committed + [self.pad] * (longest - len(row.committed)) for row in self.all_rows]
         return torch.cat([self.input_ids, torch.tensor(new, device=self.input_ids.device)], dim=1)
+
+
+def _verdict(
+    target_logits: torch.Tensor, drafts: torch.Tensor, sampled_from: torch.Tensor | None, lengths: torch.Tensor
+) -> Verdict:
+    """Of drafts [R, L] that were the argmax of the head's logits, or were sampled from [R, >= L, V]."""
+    if sampled_from is None:
+        return accept_greedy(target_logits, drafts, lengths)
+    return accept_sampled(target_logits, drafts, sampled_from[:, : drafts.shape[1]].to(target_logits.device), lengths)

@@ -47,13 +47,16 @@ class Recorder:
             columns: where the row's cached tokens and the tokens of the pass lie in plain generate's layout.
         """
         for j in range(count):
+            # Copies: a view would keep what was rejected, and other rows', alive with it.
             if self.wants("scores"):
-                self.scores[row].append(processed[r, j])
+                self.scores[row].append(processed[r, j].clone())
             if self.wants("logits"):
-                self.logits[row].append(passed.logits[r, j])
+                self.logits[row].append(passed.logits[r, j].clone())
         tokens = passed.features.shape[1]
         if self.wants("hidden_states"):
-            self.hidden_states[row] += [tuple(x[r, j : j + 1] for x in passed.hidden_states) for j in range(count)]
+            self.hidden_states[row] += [
+                tuple(x[r, j : j + 1].clone() for x in passed.hidden_states) for j in range(count)
+            ]
         if self.wants("attentions"):
             before = len(columns) - tokens
             self.attentions[row] += [
@@ -80,9 +83,9 @@ class Recorder:
             width: of the prompt that was not cached, padding included.
         """
         if self.wants("scores"):
-            self.scores[row].append(processed[r, 0])
+            self.scores[row].append(processed[r, 0].clone())
         if self.wants("logits"):
-            self.logits[row].append(passed.logits[r, 0])
+            self.logits[row].append(passed.logits[r, 0].clone())
         queries = torch.tensor(columns[-new:]) - (columns[-1] + 1 - width)
         if self.wants("hidden_states"):
             self.hidden_states[row].append(tuple(_placed(x[r, :new], queries, width, 0) for x in passed.hidden_states))
@@ -115,7 +118,7 @@ def _by_token(rows: list[list]):
 def _spread(x: torch.Tensor, columns: Sequence[int]) -> torch.Tensor:
     """[heads, q, keys] with keys in slots -> [heads, q, columns[-1] + 1] with keys at their columns."""
     if len(columns) == columns[-1] + 1:
-        return x
+        return x.clone()
     return _placed(x, torch.tensor(columns), columns[-1] + 1, 2)
 
 

@@ -52,11 +52,12 @@ class Packing:
 class Pass:
     """A pass of the target by our rounds.
 
-    starts: [R], slot of each row's first token. packing: when it is packed.
+    starts: [R], slot of each row's first token. packing: when it is packed. lengths: for targets whose rotary
+    embedding goes by it, of every token the length of the text when plain decoding reads it, [R, n] ([1, B] packed).
     """
 
-    def __init__(self, starts: torch.Tensor, packing: Packing | None):
-        self.starts, self.packing = starts, packing
+    def __init__(self, starts: torch.Tensor, packing: Packing | None, lengths: torch.Tensor | None = None):
+        self.starts, self.packing, self.lengths = starts, packing, lengths
         self.masks: dict[tuple[int, int], torch.Tensor] = {}
 
     def counts(self, width: int) -> torch.Tensor:
@@ -77,9 +78,11 @@ MOST_GROUPED = 16
 
 
 @contextmanager
-def our_pass(starts: torch.Tensor, packing: Packing | None = None) -> Iterator[None]:
+def our_pass(
+    starts: torch.Tensor, packing: Packing | None = None, lengths: torch.Tensor | None = None
+) -> Iterator[None]:
     """Within this context the attention of models takes its queries as our rounds lay them out; see [`Pass`]."""
-    token = _pass.set(Pass(starts, packing))
+    token = _pass.set(Pass(starts, packing, lengths))
     try:
         yield
     finally:

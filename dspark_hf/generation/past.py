@@ -15,6 +15,7 @@ from ..modeling_dspark import DSparkHead
 from .batch import Row
 from .cache import SlotCache
 from .drafting import Drafter
+from .releases import CACHE
 
 States = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -58,7 +59,7 @@ def check_cache(past: Cache) -> None:
         if not dynamic and (type(layer).__name__ != "StaticLayer" or past.get_seq_length()):
             raise ValueError(
                 f"A DSpark head cannot continue from a {type(past).__name__} with {type(layer).__name__} layers. "
-                "Pass a DynamicCache, or leave out `past_key_values`."
+                f"Pass a DynamicCache, or leave out `{CACHE}`."
             )
 
 
@@ -120,28 +121,39 @@ class Continuation:
     """The cache that a call was given, and the one that it returns.
 
     Args:
-        given: what `generate` passes as `past_key_values`; continued when it came from the user.
+        given: the cache that `generate` passes on; continued when it came from the user.
         config: of the call; a cache is kept when it asks for outputs or a cache was given, unless `use_cache` is off.
+        input_ids: [R, P], all tokens or only those that the cache does not hold. attention_mask: of all columns.
+        rereads_at: see `rope.rereads_at`; plain decoding drops a cache that ends before it where the text does not.
+
+    Attributes:
+        width: columns of cache and prompt together. cached: columns that the cache holds. given_in_part: whether
+            `input_ids` lack those.
 
     Raises:
         ValueError: for a cache that cannot be continued.
     """
 
-    def __init__(self, given: Cache | None, config: GenerationConfig):
+    def __init__(
+        self,
+        given: Cache | None,
+        config: GenerationConfig,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rereads_at: int | None = None,
+    ):
         self.given = given if getattr(given, "_is_user_defined", False) else None
         if self.given is not None:
             check_cache(self.given)
-        self.cached = self.given.get_seq_length() if self.given is not None else 0
         # `generate` leaves the width of a mask that it dropped, as nothing in it was masked, here.
-        self.dropped_mask_width = getattr(config, "_mask_length", None)
+        width = getattr(config, "_mask_length", None) or input_ids.shape[1]
+        self.width = width if attention_mask is None else attention_mask.shape[1]
+        self.given_in_part = self.width > input_ids.shape[1]
+        self.cached = self.given.get_seq_length() if self.given is not None else 0
+        if rereads_at is not None and not self.given_in_part and self.cached <= rereads_at < self.width:
+            self.cached = 0
         self.is_kept = config.use_cache and (config.return_dict_in_generate or self.given is not None)
         self.ended: dict[int, RowPast] = {}
-
-    def width(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> int:
-        """Columns of cache and prompt together; `input_ids` may hold all of them or only the new ones."""
-        if attention_mask is not None:
-            return attention_mask.shape[1]
-        return self.dropped_mask_width or input_ids.shape[1]
 
     def load(self, rows: Sequence[Row], slots: SlotCache, drafter: Drafter) -> None:
         """Fill the target's slots, and the head's with what it remembers if the cache is one that we returned."""

@@ -1,17 +1,20 @@
 """Logits processors over a block of positions.
 
-Processors that look only at the logits run once over the whole block; those that look at the tokens before run
-position by position, each with the prefix it would have seen in plain decoding.
+What looks only at the logits runs once over the whole block; what looks at the tokens of its row runs position by
+position, each with the prefix that it would have seen in plain decoding. All else, an application's own processors
+among it, may keep a state, count its calls or tell rows apart by their place: those are only ever called as plain
+decoding calls them, see `lockstep`.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as stock
 
-PREFIX_FREE = (
+OF_LOGITS = {
     stock.EpsilonLogitsWarper,
     stock.EtaLogitsWarper,
     stock.InfNanRemoveLogitsProcessor,
@@ -23,74 +26,71 @@ PREFIX_FREE = (
     stock.TopKLogitsWarper,
     stock.TopPLogitsWarper,
     stock.TypicalLogitsWarper,
-)
-# These keep a state that moves on by one token with every call; a block asks for several positions, some in vain.
-ONE_TOKEN_AT_A_TIME = {
-    stock.UnbatchedClassifierFreeGuidanceLogitsProcessor: "`guidance_scale` (classifier-free guidance)",
-    stock.SynthIDTextWatermarkLogitsProcessor: "`watermarking_config` with SynthID",
+}
+OF_PREFIX = {
+    stock.ExponentialDecayLengthPenalty,
+    stock.ForcedBOSTokenLogitsProcessor,
+    stock.ForcedEOSTokenLogitsProcessor,
+    stock.MinLengthLogitsProcessor,
+    stock.MinNewTokensLengthLogitsProcessor,
+    stock.NoBadWordsLogitsProcessor,
+    stock.NoRepeatNGramLogitsProcessor,
+    stock.RepetitionPenaltyLogitsProcessor,
+    stock.SequenceBiasLogitsProcessor,
+    stock.SuppressTokensAtBeginLogitsProcessor,
+    stock.WatermarkLogitsProcessor,
 }
 
 
+def is_pure(processor: LogitsProcessor) -> bool:
+    """Whether what a processor makes of a row's logits depends on these and on the row's tokens only. An exact type
+    says so: a subclass may do otherwise."""
+    by_place = torch.is_tensor(getattr(processor, "prompt_ignore_length", None))
+    return type(processor) in OF_LOGITS | OF_PREFIX and not by_place
+
+
 class BlockProcessors:
-    """Applies a `LogitsProcessorList` to several positions of several rows.
+    """Applies the pure ones of a `LogitsProcessorList` to several positions of several rows.
 
     Args:
-        processors: the list that `generate` built.
-        do_sample: whether tokens are sampled from the processed logits, or are their argmax.
-        batch_size: of the `generate` call.
+        processors: the list that `generate` built. do_sample: whether tokens are sampled from the processed logits, or
+            are their argmax.
 
-    Raises:
-        ValueError: for processors that can only follow decoding one token at a time.
+    Attributes:
+        needs_prefix: whether one of them looks at the tokens before. temperature: what divides the logits when nothing
+            else is done to them, else `None`.
     """
 
-    def __init__(self, processors: LogitsProcessorList, do_sample: bool, batch_size: int = 1):
-        for processor in processors:
-            if type(processor) in ONE_TOKEN_AT_A_TIME:
-                raise ValueError(
-                    f"{ONE_TOKEN_AT_A_TIME[type(processor)]} keeps a state that advances with every single token, so "
-                    "it cannot work with the blocks of a DSpark head. Leave it out, or leave out `assistant_model`."
-                )
-        self.processors = processors
+    def __init__(self, processors: LogitsProcessorList, do_sample: bool):
+        pure = [processor for processor in processors if is_pure(processor)]
         self.do_sample = do_sample
-        self.batch_size = batch_size
-        # An exact type: a subclass may look at the prefix.
-        self.needs_prefix = any(type(processor) not in PREFIX_FREE for processor in processors)
-        # What divides the logits when nothing else is done to them, else `None`.
+        # Neighbours of one kind run together, in the order of the list.
+        groups = itertools.groupby(pure, key=lambda processor: type(processor) in OF_PREFIX)
+        self.runs = [(of_prefix, LogitsProcessorList(run)) for of_prefix, run in groups]
+        self.needs_prefix = any(of_prefix for of_prefix, _ in self.runs)
         self.temperature: float | None = None
-        if all(type(processor) is stock.TemperatureLogitsWarper for processor in processors):
-            self.temperature = math.prod(processor.temperature for processor in processors)
+        if all(type(processor) is stock.TemperatureLogitsWarper for processor in pure):
+            self.temperature = math.prod(processor.temperature for processor in pure)
 
-    def on_target(
-        self, logits: torch.Tensor, prefixes: Sequence[torch.Tensor] | None, rows: Sequence[int]
-    ) -> torch.Tensor:
-        """Processed target logits [R, n, V].
+    def __call__(self, logits: torch.Tensor, prefixes: Sequence[torch.Tensor] | None) -> torch.Tensor:
+        """Processed logits [R, n, V] from logits [R, n, V].
 
         Args:
             prefixes: for every row the tokens [length + n - 1], of which position j has seen all but the last
                 n - 1 - j; only needed when `needs_prefix`.
-            rows: place of every row in the batch that `generate` was called with.
         """
-        if not self.processors:
-            return logits
-        if not self.needs_prefix:
-            return self.processors(None, logits.flatten(0, 1)).view_as(logits)
-        width = logits.shape[1]
-        columns = [
-            self._at_position([prefix[: len(prefix) - (width - 1 - j)] for prefix in prefixes], logits[:, j], rows)
-            for j in range(width)
-        ]
-        return torch.stack(columns, dim=1)
+        for of_prefix, run in self.runs:
+            if of_prefix:
+                logits = torch.stack([self._of_row(run, *row) for row in zip(logits, prefixes, strict=True)])
+            else:
+                logits = run(None, logits.flatten(0, 1)).view_as(logits)
+        return logits
 
-    def _at_position(self, prefixes: Sequence[torch.Tensor], logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Processed logits [R, V] of one position. Processors may keep something for every row of the batch, so each
-        is shown a whole batch, of one row's copies, and asked for that row."""
-        size = self.batch_size
-        return torch.stack(
-            [
-                self.processors(prefix.expand(size, -1), row_logits.repeat(size, 1))[row]
-                for prefix, row_logits, row in zip(prefixes, logits, rows, strict=True)
-            ]
-        )
+    @staticmethod
+    def _of_row(run: LogitsProcessorList, logits: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        """[n, V] of one row, a position at a time."""
+        before = len(prefix) - len(logits) + 1
+        return torch.cat([run(prefix[None, : before + j], logits[j : j + 1]) for j in range(len(logits))])
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """Tokens [R] from processed logits [R, V]."""
@@ -98,14 +98,14 @@ class BlockProcessors:
             return logits.argmax(dim=-1)
         return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(-1)
 
-    def drafting(self, prefixes: Sequence[torch.Tensor] | None, rows: Sequence[int]) -> "Selection":
+    def drafting(self, prefixes: Sequence[torch.Tensor] | None) -> "Selection":
         """Chooses the tokens of one draft. The head's logits go through the same processors as the target's: what
         they forbid or favour would otherwise be drafted in vain.
 
         Args:
             prefixes: for every row its tokens [length], anchor included; only needed when `needs_prefix`.
         """
-        return Selection(self, prefixes, rows)
+        return Selection(self, prefixes)
 
 
 class Selection:
@@ -114,20 +114,20 @@ class Selection:
     sample: whether they are sampled. temperature: as in [`BlockProcessors`].
     """
 
-    def __init__(self, processors: BlockProcessors, prefixes: Sequence[torch.Tensor] | None, rows: Sequence[int]):
-        self.processors, self.seen, self.rows = processors, prefixes, rows
+    def __init__(self, processors: BlockProcessors, prefixes: Sequence[torch.Tensor] | None):
+        self.processors, self.seen = processors, prefixes
         self.sample, self.temperature = processors.do_sample, processors.temperature
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens [R] from logits [R, V], and what they were sampled from, `None` when they were not."""
         own = self.processors
-        if not own.processors:
-            processed = logits.float() if self.sample else logits
-        elif not own.needs_prefix:
-            processed = own.processors(None, logits.float())
-        else:
+        if own.needs_prefix:
             at_target = logits.float().to(self.seen[0].device)
-            processed = own._at_position(self.seen, at_target, self.rows).to(logits.device)
+            processed = own(at_target[:, None], self.seen)[:, 0].to(logits.device)
+        elif own.runs:
+            processed = own(logits.float()[:, None], None)[:, 0]
+        else:
+            processed = logits.float() if self.sample else logits
         tokens = own.choose(processed)
         if own.needs_prefix:
             ahead = tokens.to(self.seen[0])

@@ -2,16 +2,19 @@
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling_dspark import device_of
 from . import attention
 from .cache import Placement, SlotCache, causal_mask
 from .hidden_states import indices_of, request_for
 from .packing import Packing, our_pass
+from .releases import cache_argument
+from .rope import growing_modules, rereads_at, turned_as_in_plain
 
 Mask = torch.Tensor | BlockMask
 
@@ -38,6 +41,11 @@ class Target:
         model: a decoder-only model whose layers are full or sliding attention.
         layer_ids: layers whose outputs are captured; -1 is the embedding output.
         all_hidden_states, attentions: whether every pass returns them.
+        options: scalars of the caller that every pass is given, as plain `generate` gives them.
+
+    Attributes:
+        growing: its rotary embeddings that go by the length of the text. rereads_at: see `rope.rereads_at`.
+        positions: those that its table of learned positions has, `None` where positions do not end.
     """
 
     def __init__(
@@ -46,8 +54,10 @@ class Target:
         layer_ids: list[int],
         all_hidden_states: bool = False,
         attentions: bool = False,
+        options: dict[str, Any] | None = None,
     ):
         self.all_hidden_states = all_hidden_states
+        self.options = options or {}
         self.attentions = attentions
         self.model = model
         self.device, self.dtype = device_of(model.get_input_embeddings()), model.dtype
@@ -59,6 +69,9 @@ class Target:
         self.window = getattr(self.config, "sliding_window", None)
         self.implementation = self.config._attn_implementation
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.cache_argument = cache_argument(model)
+        self.growing, self.rereads_at = growing_modules(model), rereads_at(model)
+        self.positions = position_limit(self.config)
 
     def new_cache(self, rows: int) -> SlotCache:
         return SlotCache(self.config.num_hidden_layers, rows, self.device)
@@ -70,15 +83,22 @@ class Target:
         uses_interface = self.implementation in ("sdpa", attention.NAME) and self.model._supports_attention_backend
         return uses_interface and not wants_all and self.model._compiled_call_impl is None
 
-    def forward(self, tokens: torch.Tensor, cache: SlotCache, keep: torch.Tensor | None = None) -> TargetPass:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        cache: SlotCache,
+        keep: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> TargetPass:
         """One pass that appends tokens [R, n] to every row, without committing them.
 
         Args:
             keep: indices into the n tokens whose logits are wanted; all when `None`.
+            lengths: [R, n], see `packing.Pass`; only for targets that are `growing`.
         """
         placement = cache.place(tokens.shape[1])
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
-        with our_pass(placement.slots[:, 0]):
+        with our_pass(placement.slots[:, 0], None, lengths):
             outputs = self._call(tokens, placement.slots, placement, cache, **kwargs)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
         chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
@@ -90,7 +110,12 @@ class Target:
         )
 
     def forward_packed(
-        self, tokens: torch.Tensor, cache: SlotCache, packing: Packing, keep: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        cache: SlotCache,
+        packing: Packing,
+        keep: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> TargetPass:
         """The same for the places of tokens [R, n] that are filled; logits and features of the others are zeros.
 
@@ -99,7 +124,7 @@ class Target:
         """
         placement = cache.place(tokens.shape[1], packing)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
-        with our_pass(placement.slots[:, 0], packing):
+        with our_pass(placement.slots[:, 0], packing, None if lengths is None else packing.pack(lengths)):
             outputs = self._call(packing.pack(tokens), packing.pack(placement.slots), placement, cache, **kwargs)
         chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
         logits = outputs.logits.to(tokens.device, torch.float32)
@@ -108,18 +133,35 @@ class Target:
         logits = packing.unpack(logits) if keep is None else logits.transpose(0, 1)
         return TargetPass(logits, packing.unpack(torch.cat(chosen, dim=-1)), None, None)
 
+    def reread(self, tokens: torch.Tensor, cache: SlotCache, rows: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Write the keys and values of rows [k] anew, with tokens [k, n] as their first ones.
+
+        Args:
+            lengths: [k, n], at which they are read now; see `packing.Pass`.
+        """
+        count = tokens.shape[1]
+        slots = torch.arange(count, device=tokens.device).expand(len(tokens), -1)
+        placement = cache.place_at(slots, count, rows=rows)
+        kwargs = {"logits_to_keep": 1} if self.keeps_logits else {}
+        with our_pass(slots[:, 0], None, lengths):
+            self._call(tokens, slots, placement, cache, **kwargs)
+
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, placement: Placement, cache: SlotCache, **kwargs):
-        return self.model(
-            input_ids=tokens,
-            attention_mask=self._mask(placement),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=self.all_hidden_states or request_for(self.hidden_state_indices),
-            output_attentions=self.attentions,
-            return_dict=True,
-            **kwargs,
-        )
+        if self.positions is not None:
+            # Drafts behind a row's last position are never verified, but a table of positions must not be left.
+            positions = positions.clamp(max=self.positions - 1)
+        kwargs |= self.options | {self.cache_argument: cache}
+        with turned_as_in_plain(self.growing):
+            return self.model(
+                input_ids=tokens,
+                attention_mask=self._mask(placement),
+                position_ids=positions,
+                use_cache=True,
+                output_hidden_states=self.all_hidden_states or request_for(self.hidden_state_indices),
+                output_attentions=self.attentions,
+                return_dict=True,
+                **kwargs,
+            )
 
     def _mask(self, placement: Placement) -> Mask | dict[str, Mask]:
         """What the model takes as `attention_mask`: one mask, or one a layer type where it mixes types."""
@@ -141,6 +183,13 @@ class Target:
             # Rows of one length, and one token each: it sees all there is.
             return torch.zeros(rows, 1, 1, placement.view, dtype=self.dtype, device=placement.slots.device)
         return torch.where(causal_mask(placement, window), self.seen, self.unseen)
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Positions that a target of this text config knows; `None` for rotary ones, which do not end."""
+    if getattr(config, "rope_parameters", None):
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def block_mask(placement: Placement, window: int | None = None) -> BlockMask:

@@ -211,8 +211,8 @@ class Trial:
         block = rounds.draft(plan)
         chosen = rounds.schedule(plan, block)
         drafted = self._now()
-        logits = rounds.verify(block, chosen)
-        outcome = rounds.accept(block, chosen, logits)
+        logits, drafts = rounds.verify(block, chosen)
+        outcome, logits = rounds.accept(block, chosen, logits, drafts)
         rounds.learn(plan, chosen, outcome)
         rounds.commit(outcome, logits, chosen)
         return drafted - started, self._now() - drafted

@@ -1,0 +1,59 @@
+"""Rows that move together, for processors and criteria that must be called as plain `generate` calls them.
+
+An application's own processor may follow a grammar or count tokens, its own criterion may have a budget for every row
+by its place: each such call moves a state on. So every call here is one that plain decoding makes: the whole batch, all
+rows at one length, ended ones padded, each token once and in order, nothing that is rejected or lies behind an end.
+"""
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from .processors import is_pure
+from .stopping import Stopping
+
+
+def is_needed(rows: int, processors: LogitsProcessorList, stopping: Stopping) -> bool:
+    """Whether a call of so many rows must decode in lockstep. Beside foreign processors and criteria that is so where
+    plain decoding goes on with rows that have ended until all have: without any end-of-sequence token."""
+    together = rows > 1 and bool(stopping.others) and not stopping.eos_ids
+    return together or stopping.has_foreign or not all(map(is_pure, processors))
+
+
+class Lockstep:
+    """The batch as plain `generate` holds it.
+
+    Args:
+        input_ids: [B, P]. processors, criteria: of the call. pad: what ended rows are filled with. pads_ended: whether
+            rows that end leave; otherwise they go on until all have been told to. keeps_scores: whether the call
+            returns scores, which criteria then see.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        pad: int,
+        pads_ended: bool,
+        keeps_scores: bool,
+    ):
+        self.input_ids, self.processors, self.criteria = input_ids, processors, criteria
+        self.pad, self.pads_ended = pad, pads_ended
+        self.told_to_end = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self.scores: tuple[torch.Tensor, ...] | None = () if keeps_scores else None
+
+    def process(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Processed logits [R, V] of the next token from logits [R, V] of the batch's rows [R]; in between, others are
+        zeros."""
+        whole = logits.new_zeros(len(self.input_ids), logits.shape[1]).index_copy_(0, rows, logits)
+        whole = self.processors(self.input_ids, whole)
+        if self.scores is not None:
+            self.scores += (whole,)
+        return whole[rows]
+
+    def append(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Take in a token [R] for each of the rows [R]; returns which of them end, [R] bool."""
+        column = self.input_ids.new_full((len(self.input_ids),), self.pad).index_copy_(0, rows, tokens)
+        self.input_ids = torch.cat([self.input_ids, column[:, None]], dim=1)
+        self.told_to_end |= self.criteria(self.input_ids, self.scores).to(self.told_to_end.device)
+        return self.told_to_end[rows] if self.pads_ended else self.told_to_end.all().expand(len(rows))
