@@ -34,7 +34,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         self.drafter = Drafter(head, target, rows=1)
         self.processors = BlockProcessors(logits_processor or LogitsProcessorList(), generation_config.do_sample)
         self.max_length = generation_config.max_length
-        self.most = Settings.read(head.generation_config, head.config.gamma).most
+        self.most = Settings.read(head.generation_config, head.config.gamma, generation_config).most
         self.hidden_state_indices = indices_of(head.config.target_layer_ids)
         self.model_kwargs_overrides: dict[str, Any] = {"output_hidden_states": request_for(self.hidden_state_indices)}
 

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import transformers
 from transformers import GenerationMixin
@@ -17,7 +16,7 @@ from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
 from ..scheduling.load import in_flight
-from ..scheduling.settings import NAMES, asked_of_the_call
+from ..scheduling.settings import DRAFT_SETTINGS
 from . import attention, loop, packing
 from .candidate_generator import DSparkCandidateGenerator
 from .compatibility import check_mode, check_pair, reason_for_plain
@@ -47,12 +46,14 @@ def install() -> None:
 
     In a release that is not as we know it only `generate` is wrapped: a call with a head then raises.
     """
-    if hasattr(GenerationMixin.generate, "_dspark"):
+    if hasattr(GenerationMixin, "_dspark"):
         return
+    GenerationMixin._dspark = True
     found = differences()
-    GenerationMixin.generate = _wrap_generate(GenerationMixin.generate, found)
     if found:
+        GenerationMixin.generate = _wrap_unknown(GenerationMixin.generate, found)
         return
+    GenerationMixin._prepare_generation_config = _wrap_config(GenerationMixin._prepare_generation_config)
     GenerationMixin._assisted_decoding = _wrap_decoding(GenerationMixin._assisted_decoding)
     GenerationMixin._validate_generation_mode = _wrap_validation(GenerationMixin._validate_generation_mode)
     GenerationMixin._get_candidate_generator = _wrap_generator(GenerationMixin._get_candidate_generator)
@@ -61,33 +62,31 @@ def install() -> None:
     attention.install()
 
 
-def _wrap_generate(stock, differences: list[str]):
+def _wrap_unknown(stock, differences: list[str]):
     @functools.wraps(stock)
     def generate(self, *args, **kwargs):
-        if not isinstance(kwargs.get("assistant_model"), DSparkHead):
-            return stock(self, *args, **kwargs)
-        if differences:
+        if isinstance(kwargs.get("assistant_model"), DSparkHead):
             from .. import __version__
 
             raise RuntimeError(
                 f"dspark-hf {__version__} knows transformers {TESTED}, but in transformers {transformers.__version__} "
                 f"{', and '.join(differences)}. Install a release of transformers that it knows, or a newer dspark-hf."
             )
-        with asked_of_the_call(_draft_settings(kwargs)):
-            return stock(self, *args, **kwargs)
+        return stock(self, *args, **kwargs)
 
-    generate._dspark = True
     return generate
 
 
-def _draft_settings(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a call says of drafting; later, transformers has filled in what it did not say."""
-    sources = (kwargs.get, lambda name: getattr(kwargs.get("generation_config"), name, None))
-    said = {
-        name: next((value for value in (source(name) for source in sources) if value is not None), None)
-        for name in NAMES
-    }
-    return {name: value for name, value in said.items() if value is not None}
+def _wrap_config(stock):
+    @functools.wraps(stock)
+    def _prepare_generation_config(self, generation_config=None, **kwargs):
+        # What the call says of drafting, before what it does not say is filled in.
+        asked = {name: kwargs.get(name, getattr(generation_config, name, None)) for name in DRAFT_SETTINGS}
+        config, rest = stock(self, generation_config, **kwargs)
+        config._dspark_asked = {name: value for name, value in asked.items() if value is not None}
+        return config, rest
+
+    return _prepare_generation_config
 
 
 def _wrap_decoding(stock):

@@ -30,6 +30,7 @@ from .outputs import Recorder
 from .packing import Packing
 from .past import Continuation
 from .processors import BlockProcessors
+from .ranks import Ranks, any_busy
 from .releases import CACHE
 from .stats import DSparkGenerateOutput, DSparkStats, Stopwatch
 from .step_times import scheduler_for, store
@@ -78,6 +79,7 @@ def generate(
         generation_config,
         streamer,
         options=options,
+        synced=synced_gpus,
     )
     for criterion in stopping_criteria:
         if type(criterion) is MaxTimeCriteria:
@@ -187,12 +189,14 @@ class Rounds:
         streamer,
         scheduler=None,
         options=None,
+        synced=False,
     ):
         size = len(input_ids)
         self.recorder = Recorder(config, size)
         wants = self.recorder.wants
         ids = head.config.target_layer_ids
         self.target = Target(model, ids, wants("hidden_states"), wants("attentions"), options)
+        self.ranks, self.synced = Ranks(model), synced
         self.drafter = Drafter(head, model, size)
         self.processors = BlockProcessors(processors, config.do_sample)
         self.stopping = Stopping(criteria)
@@ -219,9 +223,7 @@ class Rounds:
         self.anchors: torch.Tensor
         self.passed: TargetPass
         self.runs_ahead = runs_ahead(self.target.device)
-        self.scheduler = scheduler or scheduler_for(
-            self.target, self.drafter, size, not config.do_sample, self.runs_ahead
-        )
+        self.scheduler = scheduler or scheduler_for(self.target, self.drafter, size, config, self.runs_ahead)
         self.step: Step | None = None
         self.rooms: list[int]
         # Tokens of a row that this round's draft had to read first, see `_waiting`.
@@ -232,7 +234,10 @@ class Rounds:
         with self.stopwatch.part("prefill"):
             outcome, logits = self.prefill()
         self.commit(outcome, logits)
-        while self.rows:
+        while self._is_busy():
+            if not self.rows:
+                self.idle()
+                continue
             self.reread()
             with self.stopwatch.part("schedule"):
                 plan = self.plan()
@@ -251,6 +256,19 @@ class Rounds:
         if self.streaming is not None:
             self.streaming.end()
         return self._sequences()
+
+    def _is_busy(self) -> bool:
+        return any_busy(bool(self.rows), self.target.device) if self.synced else bool(self.rows)
+
+    def idle(self) -> None:
+        """The passes of a round that writes nothing, as other processes wait for ours in theirs."""
+        head, device = self.drafter.head, self.target.device
+        drafter = Drafter(head, self.target.model, 1)
+        drafter.remember(torch.zeros(1, 1, head.fc.in_features, device=device), [1])
+        anchors = torch.zeros(1, dtype=torch.int64, device=device)
+        select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None)
+        drafter.draft(anchors, self.scheduler.settings.most, select)
+        self.target.forward(anchors[:, None], self.target.new_cache(1))
 
     def finished_stats(self) -> DSparkStats:
         """The statistics of a call that is over."""
@@ -320,7 +338,8 @@ class Rounds:
             self.scheduler.observe(self.step, deciding, times["verify"] + times.get("other", 0.0))
         self.stats.load.append(load.total)
         self.rooms = self._rooms()
-        return self.scheduler.plan(self.rooms, self._context(), load, self._waiting(range(len(self.rows))))
+        waiting = self._waiting(range(len(self.rows)))
+        return self.ranks.agreed(self.scheduler.plan(self.rooms, self._context(), load, waiting))
 
     def draft(self, plan: Plan) -> DraftBlock | None:
         """A block with a line for every row, zeros for those that do not draft; `None` when none does."""
@@ -413,7 +432,7 @@ class Rounds:
                 goes_on, tokens = torch.zeros_like(rows), self.processors.choose(columns[-1])
             self._check_tokens(tokens.cpu().numpy())
             accepted = accepted + goes_on
-            ended = self.lockstep.append(tokens, rows).tolist()
+            ended = self.ranks.agreed(self.lockstep.append(tokens, rows).tolist())
             if any(ended) or not goes_on.all():
                 break
         processed, limits = torch.stack(columns, dim=1), limits.clamp(max=len(columns))
@@ -452,6 +471,8 @@ class Rounds:
         else:
             pairs = zip(self.rows, outcome.committed, strict=True)
             stops = [self.stopping.kept(row, committed, device) for row, committed in pairs]
+            # Criteria may look at a clock.
+            stops = self.ranks.agreed(stops) if self.stopping.others else stops
         for r, (row, (kept, ended)) in enumerate(zip(self.rows, stops, strict=True)):
             if lengths is not None:
                 self.stats.accepted_lengths[row.index].append(len(kept))

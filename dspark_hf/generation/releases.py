@@ -26,6 +26,7 @@ RELIED_ON = {
         "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer",
         "assistant_model",
     ),
+    "_prepare_generation_config": ("generation_config", "kwargs"),
     "_validate_generation_mode": ("generation_mode", "generation_config", "generation_mode_kwargs"),
     "_get_candidate_generator": ("generation_config", "assistant_model", "logits_processor", "model_kwargs"),
     "_sample": ("input_ids",),

@@ -4,17 +4,18 @@ import time
 from collections import defaultdict
 from weakref import WeakKeyDictionary
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
 from ..scheduling import cost
 from ..scheduling.cost import CostTable
 from ..scheduling.estimates import Experience
-from ..scheduling.scheduler import ConstantSchedule, LoadSchedule
+from ..scheduling.scheduler import ConstantSchedule, LoadSchedule, SyncedSchedule
 from ..scheduling.settings import Settings
 from .compatibility import check_pair
 from .drafting import Drafter
+from .ranks import Ranks
 from .target import Target
 
 logger = logging.get_logger(__name__)
@@ -35,19 +36,24 @@ _written: dict[str, float] = {}
 _experiences: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, Experience]] = WeakKeyDictionary()
 
 
-def scheduler_for(target: Target, drafter: Drafter, rows: int, greedy: bool, runs_ahead: bool) -> ConstantSchedule:
-    """The scheduler that the head's `generation_config` asks for; step times are measured if they have to be.
+def scheduler_for(
+    target: Target, drafter: Drafter, rows: int, config: GenerationConfig, runs_ahead: bool, synced: bool = False
+) -> ConstantSchedule:
+    """The scheduler that a call, or else the head's `generation_config`, asks for, or the one for processes that wait
+    for each other. Step times are measured if they have to be.
 
     Raises:
         ValueError: for settings that mean nothing to a DSpark head.
     """
     head = drafter.head
-    settings = Settings.read(head.generation_config, head.config.gamma)
+    settings = Settings.read(head.generation_config, head.config.gamma, config)
     shared = experience_of(head, target.model)
+    if synced:
+        return SyncedSchedule(settings, shared, rows)
     if settings.schedule == "constant":
         return ConstantSchedule(settings, shared, rows)
     table = step_times(target, head, rows)
-    return LoadSchedule(settings, shared, rows, table, greedy, target.packs, runs_ahead)
+    return LoadSchedule(settings, shared, rows, table, not config.do_sample, target.packs, runs_ahead)
 
 
 def experience_of(head: DSparkHead, target: PreTrainedModel) -> Experience:
@@ -64,8 +70,9 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
     known = _known.setdefault(head, WeakKeyDictionary()).setdefault(target.model, {})
     if changing not in known:
         known[changing] = _table(target, head)
-    table = known[changing]
+    table, ranks = known[changing], Ranks(target.model)
     missing = [n for n in _row_counts(rows) if not table.rows or n > table.rows[-1]]
+    missing = ranks.agreed(missing)
     if missing:
         logger.info(f"Measuring the step times of {type(target.model).__name__} for batches of {missing} rows.")
         # Rounds are timed by running them, and to run them takes a scheduler.
@@ -77,7 +84,7 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
         for _ in range(TURNS):
             for n, own in samples.items():
                 measure(target.model, head, n, table.contexts, own)
-            if all(map(agree, samples.values())):
+            if ranks.agreed(all(map(agree, samples.values()))):
                 break
         for n, own in samples.items():
             measured = settled(own, table.contexts, head.config.gamma)

@@ -37,7 +37,8 @@ def measure(target: PreTrainedModel, head: DSparkHead, rows: int, contexts: list
     In the longer contexts the smallest and the largest sizes stand for those between, and packed passes are not
     measured. Sizes come in random order: a machine that slows down on the way would make what comes last look dear.
     """
-    block, draw = head.config.gamma, random.Random()
+    # Processes that share a model must run the same rounds.
+    block, draw = head.config.gamma, random.Random(len(samples))
     for context in contexts:
         trial, first = Trial(target, head, rows, context), context == contexts[0]
         sizes = _sizes(block + 1) if first else sorted({1, 2, block + 1})

@@ -106,6 +106,14 @@ class ConstantSchedule:
         return (survival >= self.settings.threshold).sum(axis=1)
 
 
+class SyncedSchedule(ConstantSchedule):
+    """Drafts as many positions in every round, whether there is room for them or not: processes that wait for each
+    other in every pass must make the same passes."""
+
+    def plan(self, rooms, context, load, waiting=0):
+        return Plan(list(range(len(rooms))), self.settings.most, self.settings.most)
+
+
 class LoadSchedule(ConstantSchedule):
     """Weighs expected tokens against step times.
 

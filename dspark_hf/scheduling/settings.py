@@ -1,29 +1,12 @@
 """What a user says of scheduling: the switch on a head's `generation_config`, or on a call's."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from transformers import GenerationConfig
 
-NAMES = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
+DRAFT_SETTINGS = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 SCHEDULES = ("load", "constant")
-
-
-_asked: ContextVar[Mapping[str, Any]] = ContextVar("dspark_settings", default=MappingProxyType({}))
-
-
-@contextmanager
-def asked_of_the_call(settings: dict[str, Any]) -> Iterator[None]:
-    """Within this context `settings`, by their names in a generation config, count instead of the head's."""
-    token = _asked.set(settings)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
 
 
 @dataclass(frozen=True)
@@ -39,9 +22,14 @@ class Settings:
     threshold: float | None
 
     @classmethod
-    def read(cls, config: GenerationConfig, block_size: int) -> "Settings":
-        """Raises ValueError for values that mean nothing to a DSpark head."""
-        most, schedule, threshold = (_asked.get().get(name, getattr(config, name)) for name in NAMES)
+    def read(cls, head: GenerationConfig, block_size: int, call: GenerationConfig | None = None) -> "Settings":
+        """Of a head's generation config, and what a call says instead, as the hook has noted it on the call's.
+
+        Raises:
+            ValueError: for values that mean nothing to a DSpark head.
+        """
+        asked: dict[str, Any] = getattr(call, "_dspark_asked", {})
+        most, schedule, threshold = (asked.get(name, getattr(head, name)) for name in DRAFT_SETTINGS)
         most = block_size if most is None else most
         schedule = schedule or "load"
         if not isinstance(most, int) or most < 1:
