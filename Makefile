@@ -5,7 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= Natalia has 24 marbles. She buys 3 bags with 12 marbles each and gives 15 marbles to Tom. How many marbles does she have now?
 
-.PHONY: demo-generate test lint embedded-pair clean
+# Tests that touch transformers, which run with more than one release of it.
+RELEASE_TESTS := $(patsubst %,tests/test_%.py,\
+	hook past outputs errors processors stopping callers targets parity tensor_parallel)
+# What pip is asked for there. The oldest release is what pyproject.toml says; the hub client is the last that it takes.
+oldest := transformers==$(shell sed -n 's/.*"transformers>=\(.*\)".*/\1/p' pyproject.toml) huggingface_hub==1.33.0
+newest := --upgrade transformers
+
+.PHONY: demo-generate test test-oldest test-newest lint embedded-pair clean
 
 demo-generate: $(VENV)/installed
 	@echo "--- plain decoding"
@@ -17,6 +24,12 @@ demo-generate: $(VENV)/installed
 test: $(VENV)/installed-for-tests lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
+test-oldest test-newest: test-%: $(VENV)-%/layered
+	$(VENV)-$*/bin/python -m pip install --quiet $($*)
+	$(VENV)-$*/bin/python -m pip check
+	@$(VENV)-$*/bin/python -m pip list 2>/dev/null | grep '^transformers '
+	HF_HUB_OFFLINE=1 $(VENV)-$*/bin/python -m pytest $(RELEASE_TESTS)
+
 lint: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -26,18 +39,25 @@ embedded-pair: $(VENV)/installed-for-tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/embedded_pair/recipe.sh
 
 # torch comes first and alone: a bare `torch` asked for by another package would fetch its largest build.
-$(VENV)/torch:
+$(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/installed-for-tests: $(VENV)/torch pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@ $(VENV)/installed
 
+# A venv that sees all of .venv behind what is installed into itself: made in seconds, and without a second torch.
+$(VENV)-%/layered: $(VENV)/installed-for-tests
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages | sed "s/.*/import site; site.addsitedir('&')/" \
+		> $$(ls -d $(@D)/lib/python*/site-packages)/below.pth
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* build .pytest_cache .ruff_cache .hypothesis
