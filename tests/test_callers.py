@@ -9,6 +9,8 @@ from test_targets import VOCAB, bigram_head, build, check_same_tokens, prompts
 from transformers import PreTrainedTokenizerFast, StoppingCriteriaList, pipeline
 from transformers.generation.streamers import BaseStreamer
 
+from dspark_hf.generation import hook
+
 TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
 )
@@ -97,6 +99,40 @@ def test_lora_target():
     check_same_tokens(target, head_for(target))
     with target.disable_adapter():
         check_same_tokens(target, head_for(target))
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_are_decoded_without_the_head(kind, monkeypatch):
+    """They change every step of plain decoding, which the call then is, with a warning."""
+    peft = pytest.importorskip("peft")
+    target = build("llama")
+    head, bare = head_for(target), target.generate(**prompts(1), max_new_tokens=16, do_sample=False)
+    target = peft.get_peft_model(target, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    with torch.no_grad():
+        for name, parameter in target.named_parameters():
+            if "prompt" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    warnings = []
+    monkeypatch.setattr(hook.logger, "warning_once", warnings.append)
+    kwargs = prompts(1) | {"max_new_tokens": 16, "do_sample": False}
+    plain = target.generate(**kwargs)
+    assert torch.equal(target.generate(**kwargs, assistant_model=head), plain) and not torch.equal(plain, bare)
+    assert len(warnings) == 1 and "virtual tokens" in warnings[0]
+
+
+def test_an_adapter_for_each_row(monkeypatch):
+    peft = pytest.importorskip("peft")
+    target = build("llama")
+    head = head_for(target)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    target = peft.get_peft_model(target, config, adapter_name="one").eval()
+    target.add_adapter("two", config)
+    warnings = []
+    monkeypatch.setattr(hook.logger, "warning_once", warnings.append)
+    for names in (["one", "two", "__base__"], ["two"]):
+        kwargs = prompts(len(names)) | {"max_new_tokens": 16, "do_sample": False, "adapter_names": names}
+        assert torch.equal(target.generate(**kwargs, assistant_model=head), target.generate(**kwargs))
+    assert len(warnings) == 1 and "adapter_names" in warnings[0]
 
 
 def test_int8_target():
@@ -204,6 +240,38 @@ class FailingStreamer(BaseStreamer):
 
     def end(self):
         raise AssertionError("end() after an error")
+
+
+class Lines(BaseStreamer):
+    """Keeps the tokens of every row of a batch, as plain `generate` hands them over."""
+
+    def __init__(self):
+        self.steps, self.ended = [], False
+
+    def put(self, value):
+        self.steps.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamer_of_a_batch(target, head):
+    """One token of every row a step, padding for rows that have ended."""
+    inputs = prompts(3) | {"max_new_tokens": 24, "do_sample": False}
+    free = target.generate(**inputs)[:, 9:]
+    eos = next(token for token in free[0].tolist()[3:] if token not in free[1].tolist()[:12])
+    plain, ours = Lines(), Lines()
+    target.generate(**inputs, eos_token_id=eos, streamer=plain)
+    target.generate(**inputs, eos_token_id=eos, streamer=ours, assistant_model=head)
+    assert ours.steps == plain.steps and ours.ended
+
+
+def test_a_pad_token_that_is_no_token(target, head):
+    """-1, as some configs of Llama have it; plain decoding never feeds it to the model here."""
+    target.set_attn_implementation("eager")
+    kwargs = prompts(3) | {"max_new_tokens": 12, "do_sample": False, "pad_token_id": -1}
+    assert torch.equal(target.generate(**kwargs, assistant_model=head), target.generate(**kwargs))
+    target.set_attn_implementation("sdpa")
 
 
 class Interrupt:

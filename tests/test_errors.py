@@ -7,10 +7,18 @@ import pytest
 import torch
 from conftest import tiny_head, tiny_target
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, StaticCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3Config,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from dspark_hf import DSparkConfig, DSparkHead
 from dspark_hf.generation.compatibility import check_inputs
+from dspark_hf.generation.releases import CACHE
 
 IDS = torch.tensor([[3, 4, 5]])
 
@@ -66,7 +74,9 @@ def test_several_return_sequences():
 
 
 def test_prompt_longer_than_the_positions():
-    target = tiny_target(max_position_embeddings=8)
+    """A table of positions ends; rotary embeddings go on, see `test_targets.py`."""
+    config = GPT2Config(vocab_size=16, n_positions=8, n_embd=32, n_layer=3, n_head=4, bos_token_id=None)
+    target = GPT2LMHeadModel(config).eval()
     message = message_of(target, tiny_head(target), input_ids=torch.ones(1, 9, dtype=torch.long))
     assert "9 tokens" in message and "8 positions" in message and "truncation" in message
 
@@ -81,22 +91,16 @@ def test_prompt_without_tokens():
 def test_a_cache_that_cannot_be_continued():
     target = tiny_target()
     cache = StaticCache(config=target.config, max_cache_len=32)
-    target(input_ids=IDS[:, :2], past_key_values=cache, use_cache=True)
-    message = message_of(target, tiny_head(target), past_key_values=cache)
+    target(input_ids=IDS[:, :2], **{CACHE: cache}, use_cache=True)
+    message = message_of(target, tiny_head(target), **{CACHE: cache})
     assert "StaticCache" in message and "DynamicCache" in message
 
 
 def test_a_cache_that_holds_the_whole_prompt():
     target = tiny_target()
-    cache = target(input_ids=IDS, use_cache=True).past_key_values
-    message = message_of(target, tiny_head(target), past_key_values=cache)
-    assert "no tokens to go on from" in message and "past_key_values" in message
-
-
-@pytest.mark.parametrize("settings", [{"guidance_scale": 1.5}])
-def test_processors_that_follow_single_tokens(settings):
-    target = tiny_target()
-    assert "guidance_scale" in message_of(target, tiny_head(target), **settings)
+    cache = target(input_ids=IDS, use_cache=True)[CACHE]
+    message = message_of(target, tiny_head(target), **{CACHE: cache})
+    assert "no tokens to go on from" in message and CACHE in message
 
 
 def test_embeddings_instead_of_tokens():
@@ -118,7 +122,10 @@ def test_positions_that_do_not_count_the_tokens():
 def test_inputs_that_would_be_lost():
     with pytest.raises(ValueError, match="pixel_values"):
         check_inputs({"pixel_values": torch.zeros(1, 3, 4, 4)})
-    check_inputs({"token_type_ids": torch.zeros(1, 3), "use_cache": True, "logits_to_keep": 1})
+    with pytest.raises(ValueError, match="past_of_tomorrow"):
+        check_inputs({"past_of_tomorrow": StaticCache(config=tiny_target().config, max_cache_len=8)})
+    passed_on = check_inputs({"token_type_ids": torch.zeros(1, 3), "output_router_logits": True, "logits_to_keep": 1})
+    assert passed_on == {"output_router_logits": True}
 
 
 @pytest.fixture

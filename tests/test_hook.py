@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_head, tiny_target
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 
 import dspark_hf
+from dspark_hf.generation import releases
 from dspark_hf.generation.hook import install
 
 STOCK_GENERATION = """
@@ -71,6 +74,78 @@ def test_installing_twice_changes_nothing():
     before = GenerationMixin._assisted_decoding
     install()
     assert GenerationMixin._assisted_decoding is before
+
+
+def test_this_release_is_as_we_know_it():
+    assert releases.differences() == []
+
+
+def test_a_release_that_differs_is_an_error_that_names_both_versions():
+    """A future `GenerationMixin` that calls its cache otherwise: nothing but one error for calls with a head."""
+    code = """
+import torch, transformers
+from transformers import GenerationMixin, Qwen3Config, Qwen3ForCausalLM
+def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, memory=None, **kwargs):
+    raise AssertionError("the target must not be asked")
+stock, GenerationMixin.prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation, prepare_inputs_for_generation
+import dspark_hf
+from conftest import tiny_head, tiny_target
+target = tiny_target()
+try:
+    target.generate(input_ids=torch.tensor([[3, 4]]), assistant_model=tiny_head(target), max_new_tokens=4)
+except RuntimeError as error:
+    print(error)
+GenerationMixin.prepare_inputs_for_generation = stock
+print(target.generate(input_ids=torch.tensor([[3, 4]]), max_new_tokens=4).shape)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    )
+    error, shape = result.stdout.strip().splitlines()
+    for part in (
+        dspark_hf.__version__,
+        transformers.__version__,
+        releases.TESTED,
+        releases.CACHE,
+        "is_first_iteration",
+    ):
+        assert part in error
+    assert shape == "torch.Size([1, 6])"
+
+
+def test_nothing_that_we_call_is_deprecated():
+    """transformers logs some deprecations and warns of others; a call with a head does neither."""
+    code = """
+import warnings
+warnings.simplefilter("error", FutureWarning)
+import torch
+from conftest import tiny_head, tiny_target
+target = tiny_target()
+out = target.generate(input_ids=torch.tensor([[3, 4], [5, 6]]), assistant_model=tiny_head(target), max_new_tokens=9,
+    return_dict_in_generate=True, output_hidden_states=True, output_scores=True)
+longer = torch.cat([out.sequences, torch.tensor([[7], [8]])], dim=1)
+from dspark_hf.generation.releases import CACHE
+target.generate(input_ids=longer, **{CACHE: out[CACHE]}, assistant_model=tiny_head(target), max_new_tokens=9)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    )
+    assert "deprecated" not in result.stderr + result.stdout
+
+
+@pytest.mark.parametrize(
+    "asked", [{"num_assistant_tokens": 2}, {"generation_config": GenerationConfig(num_assistant_tokens=2)}]
+)
+def test_draft_settings_of_a_call_count(asked):
+    target = tiny_target(sharpness=4)
+    head = tiny_head(target)
+    kwargs = {"input_ids": torch.tensor([[3, 4]]), "assistant_model": head, "return_dict_in_generate": True}
+    if "generation_config" in asked:
+        asked["generation_config"].max_new_tokens = 20
+    else:
+        kwargs["max_new_tokens"] = 20
+    assert max(target.generate(**kwargs, **asked).dspark.drafted_lengths[0]) == 2
+    assert max(target.generate(**kwargs | {"max_new_tokens": 20}).dspark.drafted_lengths[0]) == 4
 
 
 def test_output_class():

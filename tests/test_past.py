@@ -5,6 +5,8 @@ import torch
 from conftest import tiny_head, tiny_target
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
+from dspark_hf.generation.releases import CACHE
+
 GREEDY = {"do_sample": False, "return_dict_in_generate": True}
 
 
@@ -29,8 +31,8 @@ def turns(target, helpers, prompts, **kwargs):
     for helper, prompt in zip(helpers, prompts, strict=True):
         ids = prompt if sequences is None else torch.cat([sequences, prompt], dim=1)
         extra = {} if helper is None else {"assistant_model": helper}
-        output = target.generate(input_ids=ids, past_key_values=cache, max_new_tokens=9, **GREEDY, **extra, **kwargs)
-        sequences, cache = output.sequences, output.past_key_values
+        output = target.generate(input_ids=ids, **{CACHE: cache}, max_new_tokens=9, **GREEDY, **extra, **kwargs)
+        sequences, cache = output.sequences, output[CACHE]
     return output
 
 
@@ -43,8 +45,8 @@ def test_turns_with_and_without_a_head(pair, pattern):
     expected = turns(target, [None] * 3, PROMPTS)
     found = turns(target, [head if letter == "h" else None for letter in pattern], PROMPTS)
     assert torch.equal(found.sequences, expected.sequences)
-    assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
-    for a, b in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    assert found[CACHE].get_seq_length() == expected[CACHE].get_seq_length()
+    for a, b in zip(found[CACHE].layers, expected[CACHE].layers, strict=True):
         torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
 
@@ -56,8 +58,8 @@ def test_the_head_remembers_what_it_knew(vanilla):
     first = target.generate(input_ids=ids[:, :20], max_new_tokens=9, assistant_model=head, **GREEDY)
     longer = torch.cat([first.sequences, torch.tensor([[5, 6]])], dim=1)
     afresh = target.generate(input_ids=longer, max_new_tokens=30, assistant_model=head, **GREEDY)
-    cache = first.past_key_values
-    ours = target.generate(input_ids=longer, past_key_values=cache, max_new_tokens=30, assistant_model=head, **GREEDY)
+    cache = first[CACHE]
+    ours = target.generate(input_ids=longer, **{CACHE: cache}, max_new_tokens=30, assistant_model=head, **GREEDY)
     assert torch.equal(ours.sequences, afresh.sequences)
     assert ours.dspark.accepted_lengths == afresh.dspark.accepted_lengths
 
@@ -67,7 +69,7 @@ def test_a_given_cache_is_brought_up_to_date(pair):
     target, head = pair
     expected = turns(target, [None, None], PROMPTS[:2]).sequences
     cache = DynamicCache(config=target.config)
-    kwargs = {"past_key_values": cache, "max_new_tokens": 9, "do_sample": False, "assistant_model": head}
+    kwargs = {CACHE: cache, "max_new_tokens": 9, "do_sample": False, "assistant_model": head}
     sequences = target.generate(input_ids=PROMPTS[0], **kwargs)
     assert cache.get_seq_length() == sequences.shape[1] - 1
     assert torch.equal(target.generate(input_ids=torch.cat([sequences, PROMPTS[1]], dim=1), **kwargs), expected)
@@ -80,10 +82,30 @@ def test_only_new_tokens_with_the_mask_of_all(pair):
     mask = torch.ones(1, first.sequences.shape[1] + 2, dtype=torch.long)
     full = target.generate(input_ids=torch.cat([first.sequences, PROMPTS[1]], dim=1), max_new_tokens=9, do_sample=False)
     found = target.generate(
-        input_ids=new, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=9, do_sample=False,
+        input_ids=new, attention_mask=mask, **{CACHE: first[CACHE]}, max_new_tokens=9, do_sample=False,
         assistant_model=head,
     )  # fmt: skip
     assert found[0, 3:].tolist() == full[0, -9:].tolist()
+
+
+@pytest.mark.parametrize("name", sorted({"past_key_values", CACHE}))
+@pytest.mark.parametrize("given", ["all tokens", "new tokens with the mask of all"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_cache_by_every_name_that_the_release_takes(pair, name, given):
+    """Filled by a pass of the caller's; afterwards it holds as many tokens as plain decoding leaves in it."""
+    target, head = pair
+    first = target.generate(input_ids=PROMPTS[0], max_new_tokens=9, do_sample=False)
+    whole = torch.cat([first, PROMPTS[1]], dim=1)
+    ids = whole if given == "all tokens" else whole[:, first.shape[1] - 1 :]
+
+    def follow(**kwargs):
+        cache = DynamicCache(config=target.config)
+        with torch.no_grad():
+            target(input_ids=first[:, :-1], **{CACHE: cache}, use_cache=True)
+        kwargs |= {"attention_mask": torch.ones_like(whole), name: cache, "max_new_tokens": 8, "do_sample": False}
+        return target.generate(input_ids=ids, **kwargs)[0, ids.shape[1] :].tolist(), cache.get_seq_length()
+
+    assert follow(assistant_model=head) == follow()
 
 
 @pytest.mark.parametrize("pattern", ["hh", "ph", "hp"])
@@ -100,7 +122,7 @@ def test_batch_of_padded_rows(pattern):
         longer = torch.cat([first.sequences, more], dim=1)
         wider = torch.cat([mask, torch.ones(3, 11, dtype=torch.long)], dim=1)
         return target.generate(
-            input_ids=longer, attention_mask=wider, past_key_values=first.past_key_values, max_new_tokens=9, **GREEDY,
+            input_ids=longer, attention_mask=wider, **{CACHE: first[CACHE]}, max_new_tokens=9, **GREEDY,
             **helpers[1],
         ).sequences  # fmt: skip
 
@@ -110,7 +132,7 @@ def test_batch_of_padded_rows(pattern):
 def test_no_cache_when_none_is_wanted(pair):
     target, head = pair
     output = target.generate(input_ids=PROMPTS[0], max_new_tokens=5, use_cache=False, assistant_model=head, **GREEDY)
-    assert output.past_key_values is None
+    assert output[CACHE] is None
 
 
 @pytest.mark.parametrize("limit", [1, 2])
@@ -119,8 +141,6 @@ def test_short_turns(pair, limit):
     output = target.generate(input_ids=PROMPTS[0], max_new_tokens=limit, assistant_model=head, **GREEDY)
     longer = torch.cat([output.sequences, PROMPTS[1]], dim=1)
     plain = target.generate(input_ids=longer, max_new_tokens=9, do_sample=False)
-    cache = output.past_key_values
-    found = target.generate(
-        input_ids=longer, past_key_values=cache, max_new_tokens=9, do_sample=False, assistant_model=head
-    )
+    cache = output[CACHE]
+    found = target.generate(input_ids=longer, **{CACHE: cache}, max_new_tokens=9, do_sample=False, assistant_model=head)
     assert torch.equal(found, plain)

@@ -11,7 +11,7 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from dspark_hf.generation.processors import BlockProcessors
+from dspark_hf.generation.processors import BlockProcessors, is_pure
 
 VOCABULARY = 24
 
@@ -102,23 +102,26 @@ def test_user_processor(pair):
     check_greedy(pair, batch(), logits_processor=LogitsProcessorList([Forbid()]))
 
 
-@pytest.mark.parametrize("name", WARPERS | PREFIX_FREE | LOOKS_AT_THE_PREFIX)
+FOREIGN = {"encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "prefix_allowed_tokens_fn"}
+
+
+@pytest.mark.parametrize("name", sorted((WARPERS | PREFIX_FREE | LOOKS_AT_THE_PREFIX).keys() - FOREIGN))
 def test_a_block_equals_its_positions_one_by_one(pair, name):
     """What the target's logits of a block become is what each position would become in plain decoding."""
     target, _ = pair
     settings = dict((WARPERS | PREFIX_FREE | LOOKS_AT_THE_PREFIX)[name])
-    allowed = settings.pop("prefix_allowed_tokens_fn", None)
     prompts = torch.randint(1, VOCABULARY, (2, 5))
     config = GenerationConfig(
         do_sample=True, num_beams=1, max_length=12, pad_token_id=0, **{"eos_token_id": 2} | settings
     )
     target._prepare_special_tokens(config, True, prompts.device, 2)
     processors = target._get_logits_processor(
-        config, input_ids_seq_length=5, encoder_input_ids=prompts, prefix_allowed_tokens_fn=allowed, model_kwargs={}
+        config, input_ids_seq_length=5, encoder_input_ids=prompts, model_kwargs={}
     )
+    assert all(map(is_pure, processors))
     block, logits = torch.randint(1, VOCABULARY, (2, 3)), torch.randn(2, 4, VOCABULARY) * 3
     prefixes = list(torch.cat([prompts, block], dim=1))
-    found = BlockProcessors(processors, True, 2).on_target(logits.clone(), prefixes, [0, 1])
+    found = BlockProcessors(processors, True)(logits.clone(), prefixes)
     for j in range(4):
         expected = processors(torch.cat([prompts, block[:, :j]], dim=1), logits[:, j].clone())
         torch.testing.assert_close(found[:, j], expected)
@@ -134,8 +137,9 @@ def test_prefix_free_processors_run_once_a_block():
 
     target = tiny_target(vocab_size=VOCABULARY)
     config = GenerationConfig(do_sample=True, temperature=0.7, top_k=3)
-    processors = BlockProcessors(Counting(target._get_logits_processor(config)), True, 4)
-    processors.on_target(torch.randn(4, 8, VOCABULARY), None, range(4))
+    processors = BlockProcessors(target._get_logits_processor(config), True)
+    processors.runs = [(of_prefix, Counting(run)) for of_prefix, run in processors.runs]
+    processors(torch.randn(4, 8, VOCABULARY), None)
     assert len(calls) == 1 and not processors.needs_prefix
 
 
@@ -151,10 +155,98 @@ def test_drafts_follow_the_processors(vanilla):
     assert output.dspark.tau > 1.3
 
 
-def test_processors_that_keep_a_state_are_refused(pair):
+class Matcher(LogitsProcessor):
+    """A grammar: even and odd tokens in turn. Takes the last token in at every call but the first, of every row."""
+
+    def __init__(self):
+        self.turns = None
+
+    def __call__(self, input_ids, scores):
+        if self.turns is None:
+            self.turns = torch.zeros(len(input_ids), 1, dtype=torch.long)
+        else:
+            assert torch.equal(input_ids[:, -1:] % 2, self.turns), "a token that the grammar did not allow"
+            self.turns = 1 - self.turns
+        return scores.masked_fill(torch.arange(scores.shape[-1]) % 2 != self.turns, float("-inf"))
+
+
+class Frequency(LogitsProcessor):
+    """Counts the tokens of every row by itself."""
+
+    def __init__(self):
+        self.counts = None
+
+    def __call__(self, input_ids, scores):
+        if self.counts is None:
+            self.counts = torch.zeros_like(scores)
+        else:
+            self.counts.scatter_add_(1, input_ids[:, -1:], torch.ones_like(scores[:, :1]))
+        return scores - 2 * self.counts
+
+
+@pytest.mark.parametrize("make", [Matcher, Frequency])
+def test_processors_that_keep_a_state_see_every_token_once(pair, make):
     target, head = pair
-    config = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
-    with pytest.raises(ValueError, match="SynthID"):
-        target.generate(
-            input_ids=torch.tensor([[3, 4]]), do_sample=True, watermarking_config=config, assistant_model=head
-        )
+    for inputs in ({"input_ids": torch.tensor([[3, 9, 4, 7]])}, batch()):
+        kwargs = inputs | {"max_new_tokens": 18, "do_sample": False}
+        plain = target.generate(**kwargs, logits_processor=LogitsProcessorList([make()]))
+        ours = target.generate(**kwargs, logits_processor=LogitsProcessorList([make()]), assistant_model=head)
+        assert torch.equal(ours, plain)
+
+
+def test_a_grammar_holds_when_sampling(pair):
+    """Its own assertion fails at any token that it did not allow, or is not told of in order."""
+    target, head = pair
+    kwargs = {"input_ids": torch.tensor([[3, 9, 4, 7]]), "max_new_tokens": 40, "do_sample": True, "temperature": 2.0}
+    text = target.generate(**kwargs, logits_processor=LogitsProcessorList([Matcher()]), assistant_model=head)
+    assert [token % 2 for token in text[0, 4:].tolist()] == [0, 1] * 20
+
+
+def test_a_processor_with_a_state_is_exact_when_sampling():
+    """Distribution of the first three tokens against plain decoding's own."""
+    target = tiny_target(vocab_size=4, sharpness=3)
+    head = tiny_head(target)
+    kwargs = {"input_ids": torch.tensor([[3, 2]]), "max_new_tokens": 3, "do_sample": True}
+    count = 1500
+
+    def frequencies(**assistant):
+        found = torch.zeros(64)
+        for _ in range(count):
+            text = target.generate(**kwargs, logits_processor=LogitsProcessorList([Frequency()]), **assistant)
+            found[(text[0, 2:] * torch.tensor([16, 4, 1])).sum()] += 1
+        return found
+
+    plain, ours = frequencies(), frequencies(assistant_model=head)
+    expected = (plain + ours) / 2
+    often = expected > 5
+    statistic = (((plain - ours) ** 2) / (2 * expected).clamp(min=1e-9))[often].sum()
+    assert statistic < often.sum() + 4 * (2 * often.sum()) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_scale": 1.5},
+        {"watermarking_config": SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)},
+    ],
+)
+def test_settings_that_keep_a_state(pair, settings):
+    check_greedy(pair, {"input_ids": torch.tensor([[3, 9, 4, 7]])}, **settings)
+
+
+def test_a_batch_of_any_size_does_linear_work():
+    """Each position of each row is processed once, not once for every row of the batch."""
+    seen = []
+
+    class Counting(LogitsProcessorList):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append(len(scores))
+            return super().__call__(input_ids, scores, **kwargs)
+
+    target = tiny_target(vocab_size=VOCABULARY)
+    config = GenerationConfig(do_sample=True, temperature=0.7, top_k=3, repetition_penalty=1.1, num_beams=1)
+    stock = target._get_logits_processor(config, input_ids_seq_length=3, model_kwargs={})
+    processors = BlockProcessors(stock, True)
+    processors.runs = [(of_prefix, Counting(run)) for of_prefix, run in processors.runs]
+    processors(torch.randn(16, 4, VOCABULARY), [torch.ones(8, dtype=torch.long)] * 16)
+    assert sum(seen) == 2 * 16 * 4

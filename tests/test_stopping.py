@@ -12,6 +12,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from dspark_hf.generation.releases import CACHE
+
 
 class AfterPair(StoppingCriteria):
     """Ends a row when its last two tokens sum to a multiple of five."""
@@ -47,6 +49,52 @@ def test_user_criteria_and_processors(pair, seed):
     }
     plain = target.generate(**kwargs)
     assert torch.equal(target.generate(**kwargs, assistant_model=head), plain)
+
+
+class Budgets(StoppingCriteria):
+    """Knows the rows by their place: each has so many tokens."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([input_ids.shape[1] - 5 >= most for most in [4, 9, 14][: len(input_ids)]])
+
+
+class AllWrote(StoppingCriteria):
+    """Keeps a list of the rows that have written a token, and ends the call when all have."""
+
+    def __init__(self):
+        self.done = None
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.done = self.done or [False] * len(input_ids)
+        self.done = [done or token == 7 for done, token in zip(self.done, input_ids[:, -1].tolist(), strict=True)]
+        return torch.full((len(input_ids),), all(self.done))
+
+
+class Sure(StoppingCriteria):
+    """Reads the scores, which plain `generate` hands over where the call asks for them."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        assert len(scores) == input_ids.shape[1] - 5
+        return scores[-1].softmax(dim=-1).amax(dim=-1) > 0.97
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("eos_token_id", [None, 11])
+@pytest.mark.parametrize("make", [Budgets, AllWrote, Sure])
+def test_criteria_see_the_batch_as_in_plain(pair, make, eos_token_id, rows):
+    target, head = pair
+    kwargs = {
+        "input_ids": torch.randint(1, 12, (rows, 5)),
+        "max_new_tokens": 30,
+        "do_sample": False,
+        "eos_token_id": eos_token_id,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
+    plain = target.generate(**kwargs, stopping_criteria=StoppingCriteriaList([make()]))
+    ours = target.generate(**kwargs, stopping_criteria=StoppingCriteriaList([make()]), assistant_model=head)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert rows > 1 or sum(ours.dspark.drafted) > 0
 
 
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 9}])
@@ -118,4 +166,4 @@ def test_what_was_accepted_behind_the_end_leaves_no_trace(vanilla):
     assert output.dspark.accepted_lengths[0] == [*lengths[:r], 3]
     assert sum(output.dspark.accepted) == sum(lengths[:r]) - r + 3
     assert len(output.scores) == end
-    assert output.past_key_values.get_seq_length() == ids.shape[1] + end - 1
+    assert output[CACHE].get_seq_length() == ids.shape[1] + end - 1

@@ -8,6 +8,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from dspark_hf import DSparkConfig, DSparkHead
 from dspark_hf.generation.cache import Placement, causal_mask
+from dspark_hf.generation.releases import CACHE
 from dspark_hf.generation.target import block_mask
 
 VOCAB, NEW_TOKENS, WINDOW = 48, 40, 6
@@ -208,3 +209,78 @@ def test_unknown_layer_type_is_named():
     target.config.layer_types = ["full_attention", "indexed_attention"] * 2
     message = refusal(target, head)
     assert "Qwen3ForCausalLM" in message and "indexed_attention" in message
+
+
+# -- Positions ---------------------------------------------------------------------------------------------------------
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
+
+
+def phi3(original: int):
+    """Longrope whose border is at `original` tokens, where plain decoding reads the text anew."""
+    rope = LONGROPE | {"original_max_position_embeddings": original, "partial_rotary_factor": 1.0}
+    fields = {"head_dim": 8, "sliding_window": None, "original_max_position_embeddings": original}
+    return build("phi3", **fields, rope_parameters=rope)
+
+
+@pytest.mark.parametrize("original", [6, 9, 10, 24, 128])
+def test_longrope_on_both_sides_of_its_border(original):
+    check_same_tokens(phi3(original))
+
+
+@pytest.mark.parametrize("longest", [8, 24])
+def test_dynamic_ntk(longest):
+    check_same_tokens(build("llama", max_position_embeddings=longest, rope_parameters=DYNAMIC))
+
+
+def test_dynamic_ntk_leaves_the_target_as_it_was():
+    target = build("llama", max_position_embeddings=24, rope_parameters=DYNAMIC)
+    inputs = prompts(1) | {"max_new_tokens": 40, "do_sample": False}
+    plain = target.generate(**inputs)
+    head = bigram_head(target, plain[:, 9:])
+    target.generate(**inputs | {"max_new_tokens": 60}, assistant_model=head)
+    assert torch.equal(target.generate(**inputs), plain)
+
+
+def test_a_turn_that_crosses_the_border_of_longrope():
+    """The cache of the first turn is of the other frequencies; plain decoding drops it."""
+    target = phi3(24)
+    first = target.generate(**prompts(1), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    head = bigram_head(target, target.generate(**prompts(1), max_new_tokens=40, do_sample=False)[:, 9:])
+    longer = torch.cat([first.sequences, torch.arange(1, 15)[None]], dim=1)
+    kwargs = {"input_ids": longer, "max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(
+        target.generate(**kwargs, **{CACHE: first[CACHE]}, assistant_model=head), target.generate(**kwargs)
+    )
+
+
+def test_yarn_beyond_its_positions():
+    """As Qwen3 documents long texts: `max_position_embeddings` stays what it was."""
+    target = build("qwen3", max_position_embeddings=20, rope_parameters=YARN)
+    ids = torch.randint(1, VOCAB, (2, 30))
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    plain = target.generate(**kwargs)
+    assert torch.equal(target.generate(**kwargs, assistant_model=bigram_head(target, plain)), plain)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_table_of_positions_is_not_left(family):
+    """Prompts of 9 and 4 tokens: when the long one has reached the last of 40 positions, the other still drafts."""
+    fields = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    if family == "gpt2":
+        config = transformers.GPT2Config(vocab_size=VOCAB, n_positions=40, n_embd=32, n_layer=4, n_head=4, **fields)
+    else:
+        config = transformers.OPTConfig(
+            vocab_size=VOCAB, max_position_embeddings=40, hidden_size=32, ffn_dim=64, num_hidden_layers=4,
+            num_attention_heads=4, word_embed_proj_dim=32, **fields,
+        )  # fmt: skip
+    torch.manual_seed(1)
+    target = transformers.AutoModelForCausalLM.from_config(config).eval()
+    kwargs = prompts(3) | {"max_new_tokens": 31, "do_sample": False}
+    plain = target.generate(**kwargs)
+    head = bigram_head(target, plain[:, 9:])
+    assert torch.equal(target.generate(**kwargs, assistant_model=head), plain)
+    with pytest.raises(ValueError, match="41 tokens.* 40 positions"):
+        target.generate(**kwargs | {"max_new_tokens": 40}, assistant_model=head)

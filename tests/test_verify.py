@@ -181,7 +181,7 @@ def test_the_models_own_processors_count(pair, tokenizer, monkeypatch):
     target.generation_config.repetition_penalty = 1.5
     target.generation_config.suppress_tokens = [3, 4]
     assert verdict_of(audit(pair, tokenizer)) == IDENTICAL
-    monkeypatch.setattr(loop.BlockProcessors, "on_target", lambda self, logits, *_: logits)
+    monkeypatch.setattr(loop.BlockProcessors, "__call__", lambda self, logits, *_: logits)
     rows = audit(pair, tokenizer)
     assert verdict_of(rows) == BROKEN
     # A forbidden token is infinitely far behind.

@@ -87,7 +87,8 @@ def generate(
             criterion.initial_timestamp += time.time() - began
     with in_flight(rounds.target.device, len(input_ids)) as rounds.call:
         sequences = rounds.run()
-    store(rounds.scheduler)
+    if rounds.ranks.leads:
+        store(rounds.scheduler)
     cache = rounds.past.store(rounds.all_rows, rounds.target.config, assistant_model)
     if not generation_config.return_dict_in_generate:
         return sequences
@@ -333,13 +334,13 @@ class Rounds:
         """Which rows draft, and how many positions."""
         times = self.stopwatch.collect()
         load = self.call.load(self.drafter.head.load_sensor)
-        if self.step is not None and load.others == 0 and self.stats.rounds % TIMED == 1:
+        if self.step is not None and self.ranks.leads and load.others == 0 and self.stats.rounds % TIMED == 1:
             deciding = times.get("draft", 0.0) + times.get("schedule", 0.0)
             self.scheduler.observe(self.step, deciding, times["verify"] + times.get("other", 0.0))
         self.stats.load.append(load.total)
         self.rooms = self._rooms()
         waiting = self._waiting(range(len(self.rows)))
-        return self.ranks.agreed(self.scheduler.plan(self.rooms, self._context(), load, waiting))
+        return self.ranks.agreed(lambda: self.scheduler.plan(self.rooms, self._context(), load, waiting))
 
     def draft(self, plan: Plan) -> DraftBlock | None:
         """A block with a line for every row, zeros for those that do not draft; `None` when none does."""
@@ -432,7 +433,8 @@ class Rounds:
                 goes_on, tokens = torch.zeros_like(rows), self.processors.choose(columns[-1])
             self._check_tokens(tokens.cpu().numpy())
             accepted = accepted + goes_on
-            ended = self.ranks.agreed(self.lockstep.append(tokens, rows).tolist())
+            ended = self.lockstep.append(tokens, rows).tolist()
+            ended = self.ranks.agreed(lambda own=ended: own)
             if any(ended) or not goes_on.all():
                 break
         processed, limits = torch.stack(columns, dim=1), limits.clamp(max=len(columns))
@@ -472,7 +474,7 @@ class Rounds:
             pairs = zip(self.rows, outcome.committed, strict=True)
             stops = [self.stopping.kept(row, committed, device) for row, committed in pairs]
             # Criteria may look at a clock.
-            stops = self.ranks.agreed(stops) if self.stopping.others else stops
+            stops = self.ranks.agreed(lambda: stops) if self.stopping.others else stops
         for r, (row, (kept, ended)) in enumerate(zip(self.rows, stops, strict=True)):
             if lengths is not None:
                 self.stats.accepted_lengths[row.index].append(len(kept))

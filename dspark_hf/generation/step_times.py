@@ -71,8 +71,7 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
     if changing not in known:
         known[changing] = _table(target, head)
     table, ranks = known[changing], Ranks(target.model)
-    missing = [n for n in _row_counts(rows) if not table.rows or n > table.rows[-1]]
-    missing = ranks.agreed(missing)
+    missing = ranks.agreed(lambda: [n for n in _row_counts(rows) if not table.rows or n > table.rows[-1]])
     if missing:
         logger.info(f"Measuring the step times of {type(target.model).__name__} for batches of {missing} rows.")
         # Rounds are timed by running them, and to run them takes a scheduler.
@@ -84,7 +83,7 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
         for _ in range(TURNS):
             for n, own in samples.items():
                 measure(target.model, head, n, table.contexts, own)
-            if ranks.agreed(all(map(agree, samples.values()))):
+            if ranks.agreed(lambda: all(map(agree, samples.values()))):
                 break
         for n, own in samples.items():
             measured = settled(own, table.contexts, head.config.gamma)
