@@ -87,7 +87,8 @@ import torch, transformers
 from transformers import GenerationMixin, Qwen3Config, Qwen3ForCausalLM
 def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, memory=None, **kwargs):
     raise AssertionError("the target must not be asked")
-stock, GenerationMixin.prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation, prepare_inputs_for_generation
+stock = GenerationMixin.prepare_inputs_for_generation
+GenerationMixin.prepare_inputs_for_generation = prepare_inputs_for_generation
 import dspark_hf
 from conftest import tiny_head, tiny_target
 target = tiny_target()

@@ -1,5 +1,6 @@
 """The step times of a pair on its device, and the scheduler that uses them."""
 
+import random
 import time
 from collections import defaultdict
 from weakref import WeakKeyDictionary
@@ -71,28 +72,36 @@ def step_times(target: Target, head: DSparkHead, rows: int) -> CostTable:
     if changing not in known:
         known[changing] = _table(target, head)
     table, ranks = known[changing], Ranks(target.model)
-    missing = ranks.agreed(lambda: [n for n in _row_counts(rows) if not table.rows or n > table.rows[-1]])
-    if missing:
-        logger.info(f"Measuring the step times of {type(target.model).__name__} for batches of {missing} rows.")
-        # Rounds are timed by running them, and to run them takes a scheduler.
-        from .trial import Samples, agree, measure, settled
+    counts = ranks.agreed(lambda: _counts_to_measure(table, rows))
+    if not counts:
+        return table
+    logger.info(f"Measuring the step times of {type(target.model).__name__} for batches of {counts} rows.")
+    # Rounds are timed by running them, and to run them takes a scheduler.
+    from .trial import Samples, agree, measure, settled
 
-        # What is known was measured at another time, and has moved since: the last of it is measured again, to compare.
-        counts = [*table.rows[-1:], *missing]
-        samples: dict[int, Samples] = {n: defaultdict(list) for n in counts}
-        for _ in range(TURNS):
-            for n, own in samples.items():
-                measure(target.model, head, n, table.contexts, own)
-            if ranks.agreed(lambda: all(map(agree, samples.values()))):
-                break
+    samples: dict[int, Samples] = {n: defaultdict(list) for n in counts}
+    for _ in range(TURNS):
         for n, own in samples.items():
-            measured = settled(own, table.contexts, head.config.gamma)
-            if n in table.rows:
-                table.bring_to(n, measured)
-            else:
-                table.extend(n, measured)
-        table.save()
+            measure(target.model, head, n, table.contexts, own, ranks.agreed(random.random))
+        if ranks.agreed(lambda: all(map(agree, samples.values()))):
+            break
+    if not ranks.leads:
+        return table
+    for n, own in samples.items():
+        measured = settled(own, table.contexts, head.config.gamma)
+        if n in table.rows:
+            table.bring_to(n, measured)
+        else:
+            table.extend(n, measured)
+    table.save()
     return table
+
+
+def _counts_to_measure(table: CostTable, rows: int) -> list[int]:
+    """Row counts that a call of so many rows needs. What is known was measured at another time, and has moved since:
+    the last of it is measured again, to compare."""
+    missing = [n for n in _row_counts(rows) if not table.rows or n > table.rows[-1]]
+    return [*table.rows[-1:], *missing] if missing else []
 
 
 def prepare(model: PreTrainedModel, head: DSparkHead, rows: int) -> CostTable:

@@ -31,14 +31,15 @@ Samples = dict[tuple[str, int, int], list[float]]
 
 
 @torch.no_grad()
-def measure(target: PreTrainedModel, head: DSparkHead, rows: int, contexts: list[int], samples: Samples) -> None:
+def measure(
+    target: PreTrainedModel, head: DSparkHead, rows: int, contexts: list[int], samples: Samples, seed: float
+) -> None:
     """Add a turn of rounds for a number of rows. It takes several to tell what disturbed the machine for a moment.
 
     In the longer contexts the smallest and the largest sizes stand for those between, and packed passes are not
     measured. Sizes come in random order: a machine that slows down on the way would make what comes last look dear.
     """
-    # Processes that share a model must run the same rounds.
-    block, draw = head.config.gamma, random.Random(len(samples))
+    block, draw = head.config.gamma, random.Random(seed)
     for context in contexts:
         trial, first = Trial(target, head, rows, context), context == contexts[0]
         sizes = _sizes(block + 1) if first else sorted({1, 2, block + 1})
