@@ -22,7 +22,7 @@ def outcomes(request, tmp_path_factory) -> list[dict]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
     command = [*launch, WORKER, target, request.param, results]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=450)
     assert done.returncode == 0, done.stderr[-6000:]
     return [json.loads((results / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from dspark_hf.scheduling.cost import identity_of
 
 # A process that waits for another for ever shows where, and ends.
-SECONDS = 150
+SECONDS = 400
 
 
 def main(folder: str, schedule: str, results: str) -> None:
