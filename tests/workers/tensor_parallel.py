@@ -31,7 +31,9 @@ SECONDS = 400
 def main(folder: str, schedule: str, results: str) -> None:
     target = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).eval()
     text = target.generate(**prompts(3), max_new_tokens=NEW_TOKENS, do_sample=False)
-    head = bigram_head(target, text)
+    # One as released heads are, with tables of its own, and one that drafts through the target's.
+    borrows = schedule != "constant"
+    head = bigram_head(target, text, borrow_embeddings=borrows, borrow_lm_head=borrows)
     head.generation_config.num_assistant_tokens_schedule = schedule.removesuffix(", measured")
     rank = dist.get_rank()
     if schedule == "load" and rank == 0:
