@@ -15,8 +15,7 @@ PROCESSES = 2
 
 @pytest.fixture(scope="module", params=["constant", "load", "load, measured"])
 def outcomes(request, tmp_path_factory) -> list[dict]:
-    """What the worker wrote with a schedule, of each process. With "load" only the first knows step times, and by
-    those drafts pay; "load, measured" has both measure them."""
+    """What the worker wrote with a schedule, of each process."""
     target, results = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("results")
     build("qwen3").save_pretrained(target)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
