@@ -108,6 +108,8 @@ def write_config(native: dict[str, Any]) -> dict[str, Any]:
         published, unsaid = native | {"architectures": [QWEN3], "model_type": "qwen3"}, UNSAID + UNSAID_OF_QWEN3
     if not native["borrow_embeddings"]:
         unsaid += ("borrow_embeddings",)
+    if native["borrow_logit_scaling"] or not native["borrow_lm_head"]:
+        unsaid += ("borrow_logit_scaling",)
     if not native["markov_rank"]:
         unsaid += ("markov_head_type",)
     if not native["enable_confidence_head"]:

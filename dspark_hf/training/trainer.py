@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from ..generation.compatibility import check_pair
 from ..generation.hidden_states import indices_of, request_for
-from ..modeling_dspark import DSparkHead, Tables
+from ..modeling_dspark import DSparkHead
+from ..tables import Tables, target_logits
 from .blocks import attention_mask, labels_and_weights, sample_blocks
 from .data import collate
 from .losses import CE_WEIGHT, Losses, dspark_losses
@@ -107,8 +108,8 @@ def training_step(
     positions = positions.clamp(max=input_ids.shape[1] - 1).flatten(1)
     aligned = last_hidden.gather(1, positions[..., None].expand(-1, -1, last_hidden.shape[-1]))
     with torch.no_grad():
-        target_logits = head.base_logits(aligned, tables).unflatten(1, (-1, config.block_size))
-    return dspark_losses(draft_logits, target_logits, confidence_logits, labels, supervised, ce_weight)
+        aligned_logits = target_logits(target)(aligned).unflatten(1, (-1, config.block_size))
+    return dspark_losses(draft_logits, aligned_logits, confidence_logits, labels, supervised, ce_weight)
 
 
 def check_trainable(head: DSparkHead) -> None:
