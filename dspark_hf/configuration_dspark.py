@@ -102,7 +102,7 @@ class DSparkConfig(Qwen3Config):
 
     @property
     def scales_as_target(self) -> bool:
-        """Whether the target's scaling and cap of logits are those of drafts; a cap of the head's own stands for both."""
+        """Whether drafts get the target's scaling and cap of logits; a cap of the head's own stands for both."""
         return self.borrow_lm_head and self.borrow_logit_scaling and self.final_logit_softcapping is None
 
     def _check(self) -> None:

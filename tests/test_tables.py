@@ -84,8 +84,8 @@ def test_heads_of_trainers_that_leave_the_scaling_out(tmp_path):
     target = model_of("Granite", logits_scaling=8.0)
     head, hidden = tiny_head(target, borrow_logit_scaling=False), last_states(target)
     head.save_pretrained(tmp_path)
-    for head in (head, DSparkHead.from_pretrained(tmp_path)):
-        torch.testing.assert_close(head.base_logits(hidden, head.share_tables(target)), target.lm_head(hidden))
+    for each in (head, DSparkHead.from_pretrained(tmp_path)):
+        torch.testing.assert_close(each.base_logits(hidden, each.share_tables(target)), target.lm_head(hidden))
 
 
 @pytest.mark.parametrize("borrows", [True, False])

@@ -55,8 +55,8 @@ def misfits(head: PreTrainedConfig, target: PreTrainedConfig) -> list[str]:
         )
     if head.borrow_embeddings and head.mask_token_id >= text.vocab_size:
         found.append(
-            f"The head borrows its embedding, and its mask token {head.mask_token_id} is beyond the target's vocabulary "
-            f"of {text.vocab_size}."
+            f"The head borrows its embedding, and its mask token {head.mask_token_id} is beyond the target's "
+            f"vocabulary of {text.vocab_size}."
         )
     ids, layers = head.target_layer_ids, text.num_hidden_layers
     if ids[-1] >= layers:
@@ -67,7 +67,7 @@ def misfits(head: PreTrainedConfig, target: PreTrainedConfig) -> list[str]:
 
 
 def doubts(head: PreTrainedConfig, target: PreTrainedConfig) -> list[str]:
-    """What may be wrong with a head of this config beside a target of that, though it drafts: a sentence or two each."""
+    """What may be wrong with a head of this config beside a target of that, though it drafts."""
     found = vocabulary_difference(head, target), rope_contradiction(head, target)
     return [doubt for doubt in found if doubt is not None]
 
@@ -79,7 +79,7 @@ def vocabulary_difference(head: PreTrainedConfig, target: PreTrainedConfig) -> s
         return None
     return (
         f"The head was made for a vocabulary of {own}, its target has a vocabulary of {theirs}. They are taken for one "
-        f"vocabulary that was padded or extended: drafts are made of the first {min(own, theirs)} tokens. If hardly any "
+        f"vocabulary that was padded or extended: only the first {min(own, theirs)} tokens are drafted. If hardly any "
         "draft is accepted, the head was made for another tokenizer; the text is right either way."
     )
 
