@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from dspark_hf import DSparkHead, embedded_pair
+from dspark_hf.training import trainer
 from dspark_hf.training.blocks import attention_mask, labels_and_weights, sample_blocks
 from dspark_hf.training.data import collate, encode_chat, load_rows
 from dspark_hf.training.losses import dspark_losses
@@ -276,8 +277,6 @@ def test_resumed_run_equals_an_uninterrupted_one(task, tmp_path, monkeypatch):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train(tiny_head(target), target, rows, arguments(straight))
 
-    from dspark_hf.training import trainer
-
     real, calls = trainer.training_step, []
 
     def stops_at_40(*args):
@@ -303,6 +302,48 @@ def test_nothing_to_resume(task, tmp_path):
     target, rows = task
     with pytest.raises(ValueError, match="no checkpoint to resume"):
         train(tiny_head(target), target, rows, arguments(tmp_path), resume=True)
+
+
+OTHERS = {
+    "block size": ({"block_size": 5}, {}, 48, "block_size 4, now 5"),
+    "mask token": ({"mask_token_id": 3}, {}, 48, "mask_token_id 23, now 3"),
+    "learning rate": ({}, {"learning_rate": 1e-3}, 48, "learning_rate 0.005, now 0.001"),
+    "batch size": ({}, {"batch_size": 4}, 48, "batch_size 8, now 4"),
+    "data": ({}, {}, 40, "data 48 sequences, .* now 40 sequences"),
+}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run with a checkpoint, its target and its data."""
+    folder, target = tmp_path_factory.mktemp("begun"), tiny_target(vocab_size=24)
+    rows = [{"input_ids": list(range(1, 16)), "loss_mask": [0] * 5 + [1] * 10}] * 48
+    train(tiny_head(target), target, rows, arguments(folder, epochs=1, save_every=3))
+    return folder, target, rows
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_resuming_with_other_settings(name, begun, monkeypatch):
+    """An error with both values, before any step."""
+    folder, target, rows = begun
+    fields, changed, count, named = OTHERS[name]
+    monkeypatch.setattr(trainer, "training_step", None)
+    with pytest.raises(ValueError, match=named):
+        train(tiny_head(target, **fields), target, rows[:count], arguments(folder, epochs=2, **changed), resume=True)
+
+
+def test_a_run_can_be_made_longer(begun):
+    folder, target, rows = begun
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    train(tiny_head(target), target, rows, arguments(folder, epochs=2, save_every=30), resume=True)
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    assert steps == [6] and [json.loads(line)["step"] for line in lines] == [6, 10, 12]
+
+
+def test_a_head_for_more_tokens_is_not_trained(task, tmp_path):
+    target, rows = task
+    with pytest.raises(ValueError, match="vocabulary of 22, the target one of 24"):
+        train(tiny_head(tiny_target(vocab_size=22)), target, rows, arguments(tmp_path))
 
 
 def test_head_of_another_target(task, tmp_path):
