@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import dspark_kernels
 import torch
@@ -12,7 +13,13 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from .backbones import gemma4, qwen3
 from .backbones.mask import draft_mask
-from .checkpoints.files import HUB_ARGUMENTS, open_checkpoint
+from .checkpoints.files import (
+    DRAFT_SETTINGS,
+    GENERATION_CONFIG,
+    HUB_ARGUMENTS,
+    open_checkpoint,
+    read_draft_settings,
+)
 from .configuration_dspark import DSparkConfig
 from .registry import head_for
 from .scheduling.load import LoadSensor
@@ -117,9 +124,7 @@ class DSparkHead(PreTrainedModel):
             self.register_buffer("d2t", torch.zeros(draft_vocab_size, dtype=torch.int64))
         self.markov_head = build_sequential_head(config)
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
-        self.generation_config = GenerationConfig(
-            num_assistant_tokens=config.gamma, num_assistant_tokens_schedule="load"
-        )
+        self.generation_config = default_settings(config)
         self.load_sensor: LoadSensor | None = None
         # Parameters of the target that stand in for freed copies: (embedding weight, LM head weight).
         self._stand_ins: dict[str, torch.Tensor] = {}
@@ -410,6 +415,7 @@ class DSparkHead(PreTrainedModel):
                 been loaded then. Code that comes with a head is never run.
             OSError: transformers' own, when the repository or its weights cannot be found.
         """
+        settings = {}
         if pretrained_model_name_or_path is not None:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             checkpoint = open_checkpoint(pretrained_model_name_or_path, **hub)
@@ -418,7 +424,11 @@ class DSparkHead(PreTrainedModel):
             kwargs = {"key_mapping": checkpoint.key_mapping} | kwargs | {"use_safetensors": True}
             if kwargs.get("config") is None:
                 kwargs = checkpoint.borrowed | kwargs
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            settings = read_draft_settings(checkpoint.source, **hub)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        head = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        head.generation_config.update(**settings)
+        return loaded
 
     @classmethod
     def for_target(cls, target: PreTrainedModel | str | os.PathLike, **kwargs) -> "DSparkHead":
@@ -438,9 +448,16 @@ class DSparkHead(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Write the head in DeepSpec's layout, which other engines load, or in our own where DeepSpec's cannot express
-        it (see `checkpoints`); arguments as in transformers. [`~checkpoints.export.export`] writes other layouts."""
+        it (see `checkpoints`); arguments as in transformers. [`~checkpoints.export.export`] writes other layouts.
+
+        Settings of drafting that are not those of a fresh head go to generation_config.json."""
         kwargs = {"state_dict": self.whole_state_dict(), "save_original_format": False} | kwargs
         super().save_pretrained(save_directory, **kwargs)
+        settings, fresh = self.generation_config, default_settings(self.config)
+        if any(getattr(settings, key) != getattr(fresh, key) for key in DRAFT_SETTINGS):
+            settings.save_pretrained(save_directory)
+        else:
+            Path(save_directory, GENERATION_CONFIG).unlink(missing_ok=True)
 
     def push_to_hub(
         self,
@@ -470,3 +487,8 @@ class DSparkHead(PreTrainedModel):
         """The state dict with copies of the target's tables that were freed."""
         freed = {f"{name}.weight": weight.detach().clone() for name, weight in self._stand_ins.items()}
         return self.state_dict() | freed
+
+
+def default_settings(config: DSparkConfig) -> GenerationConfig:
+    """How a fresh head drafts."""
+    return GenerationConfig(num_assistant_tokens=config.gamma, num_assistant_tokens_schedule="load")
