@@ -37,6 +37,9 @@ class DSparkConfig(Qwen3Config):
         borrow_embeddings (`bool`): whether the checkpoint leaves the embedding and the LM head to the target.
             DeepSpec's heads carry copies (`False`); heads made by [`~DSparkConfig.from_target`] borrow.
         borrow_lm_head (`bool`, *optional*): the same of the LM head alone, where the two differ.
+        borrow_logit_scaling (`bool`, defaults to `True`): whether what the target does to the output of its LM head
+            (scaling, a cap) is done to drafts that go through it. Trainers that leave it out (SpecForge,
+            Model-Optimizer, z-lab, speculators) make heads for its output as it is.
         draft_vocab_size (`int`, *optional*): size of a reduced draft vocabulary; by default all tokens can be drafted.
         window_counted_from (`str`): `"row"` or `"block"`, where the window of sliding layers (`layer_types`,
             `sliding_window`) is counted from. sliding_is_causal (`bool`): whether a row of a sliding layer is kept
@@ -69,6 +72,7 @@ class DSparkConfig(Qwen3Config):
     confidence_shifts: list[float] | None = None
     borrow_embeddings: bool = False
     borrow_lm_head: bool | None = None
+    borrow_logit_scaling: bool = True
     draft_vocab_size: int | None = None
     window_counted_from: str = "row"
     sliding_is_causal: bool = True
@@ -95,6 +99,11 @@ class DSparkConfig(Qwen3Config):
     def gamma(self) -> int:
         """Draft tokens a round."""
         return self.block_size - (not self.sample_from_anchor)
+
+    @property
+    def scales_as_target(self) -> bool:
+        """Whether drafts get the target's scaling and cap of logits; a cap of the head's own stands for both."""
+        return self.borrow_lm_head and self.borrow_logit_scaling and self.final_logit_softcapping is None
 
     def _check(self) -> None:
         if self.gamma < 1:

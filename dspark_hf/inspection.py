@@ -8,7 +8,7 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
 from .checkpoints.files import TABLES, Checkpoint, open_checkpoint
-from .generation.compatibility import misfits, rope_contradiction
+from .generation.compatibility import doubts, misfits
 from .modeling_dspark import DSparkHead
 from .registry import published_heads
 
@@ -85,8 +85,7 @@ def inspect_head(source: str, target: str | None = None, **hub) -> Inspection:
 
 def problems_beside(config: PreTrainedConfig, target: PreTrainedConfig) -> list[str]:
     """What speaks against a head of this config beside a target of that."""
-    contradiction = rope_contradiction(config, target)
-    return misfits(config, target) + ([contradiction] if contradiction else [])
+    return misfits(config, target) or doubts(config, target)
 
 
 def _target_of(checkpoint: Checkpoint) -> str | None:

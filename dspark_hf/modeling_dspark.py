@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import dspark_kernels
 import torch
@@ -12,11 +13,18 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from .backbones import gemma4, qwen3
 from .backbones.mask import draft_mask
-from .checkpoints.files import HUB_ARGUMENTS, open_checkpoint
+from .checkpoints.files import (
+    DRAFT_SETTINGS,
+    GENERATION_CONFIG,
+    HUB_ARGUMENTS,
+    open_checkpoint,
+    read_draft_settings,
+)
 from .configuration_dspark import DSparkConfig
 from .registry import head_for
 from .scheduling.load import LoadSensor
 from .sequential_heads import VanillaHead, build_sequential_head
+from .tables import LMHead, Logits, Tables, device_of, is_plain, raw_rows, same, target_logits  # noqa: F401
 
 # Draft tokens [R] from logits [R, V], and what they were sampled from ([R, V], `None` when they are the argmax).
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
@@ -29,17 +37,6 @@ BACKBONES = {"qwen3": qwen3, "gemma4": gemma4}
 # The logit of a token outside the draft vocabulary. Its probability is exactly 0, as it is with -inf; but where a
 # processor leaves nothing but such tokens, there still is a distribution to draw from.
 OUTSIDE = -1e30
-
-
-@dataclass(frozen=True)
-class Tables:
-    """The embedding and the LM head a draft goes through: the target's modules, or the head's own copies.
-
-    embed: module, [...] int64 -> [..., d]. lm_head: module, [..., d] -> [..., V].
-    """
-
-    embed: nn.Module
-    lm_head: nn.Module
 
 
 @dataclass(frozen=True)
@@ -127,9 +124,7 @@ class DSparkHead(PreTrainedModel):
             self.register_buffer("d2t", torch.zeros(draft_vocab_size, dtype=torch.int64))
         self.markov_head = build_sequential_head(config)
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
-        self.generation_config = GenerationConfig(
-            num_assistant_tokens=config.gamma, num_assistant_tokens_schedule="load"
-        )
+        self.generation_config = default_settings(config)
         self.load_sensor: LoadSensor | None = None
         # Parameters of the target that stand in for freed copies: (embedding weight, LM head weight).
         self._stand_ins: dict[str, torch.Tensor] = {}
@@ -138,23 +133,47 @@ class DSparkHead(PreTrainedModel):
     # -- The tables ---------------------------------------------------------------------------------------------
 
     def share_tables(self, target: PreTrainedModel) -> Tables:
-        """The embedding and LM head to draft with beside `target`; frees copies that equal the target's.
+        """The embedding and LM head to draft with beside `target`; frees copies that equal the target's."""
+        embed, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
+        # A target that scales its lookups cannot stand in for a table that does not, even if their weights agree.
+        if type(embed) is nn.Embedding or self.config.embedding_scale is not None:
+            self._free("embed_tokens", embed, type(embed))
+        self._free("lm_head", lm_head, nn.Linear)
+        vocab_size = target.config.get_text_config(decoder=True).vocab_size
+        return Tables(
+            embed if self.embed_tokens is None else self.embed_tokens,
+            self._logits_beside(target),
+            vocab_size,
+            self._shared_with(vocab_size),
+        )
 
-        Raises:
-            ValueError: when the head borrows and the target has no such module of the right size.
-        """
-        modules = {"embed_tokens": target.get_input_embeddings(), "lm_head": target.get_output_embeddings()}
-        chosen = {}
-        for name, module in modules.items():
-            own = getattr(self, name)
-            chosen[name] = module if own is None else own
-            # A target that scales its lookups cannot stand in for a table that does not, even if their weights agree.
-            looks_up = name == "lm_head" or type(module) is nn.Embedding or self.config.embedding_scale is not None
-            if own is not None and looks_up and _same(own.weight, module.weight):
-                self._stand_ins[name] = module.weight
-                chosen[name] = module
-                setattr(self, name, None)
-        return Tables(chosen["embed_tokens"], chosen["lm_head"])
+    def _free(self, name: str, module: nn.Module, kind: type[nn.Module]) -> None:
+        """Let the target's module stand in for the head's copy of it."""
+        own = getattr(self, name)
+        if own is not None and is_plain(module, kind) and same(own.weight, module.weight):
+            self._stand_ins[name] = module.weight
+            setattr(self, name, None)
+
+    def _logits_beside(self, target: PreTrainedModel) -> Logits:
+        if self.lm_head is not None:
+            return LMHead(self.lm_head, self.lm_head.weight.dtype)
+        if self.config.scales_as_target:
+            return target_logits(target)
+        return LMHead(target.get_output_embeddings(), target.dtype)
+
+    def _shared_with(self, vocab_size: int) -> int:
+        """How many of the draft vocabulary are tokens of a target that has so many; they come first."""
+        if self.config.draft_vocab_size is None:
+            return min(self.config.vocab_size, vocab_size)
+        if vocab_size >= self.config.vocab_size:
+            return self.config.draft_vocab_size
+        return int((self.draft_tokens < vocab_size).sum())
+
+    def _known(self, tokens: torch.Tensor, tables: Tables) -> torch.Tensor:
+        """The tokens [...], in place of those that only the target knows the mask token."""
+        if tables.vocab_size <= self.config.vocab_size:
+            return tokens
+        return tokens.where(tokens < self.config.vocab_size, self.config.mask_token_id)
 
     # -- Pieces of a draft --------------------------------------------------------------------------------------
 
@@ -202,22 +221,24 @@ class DSparkHead(PreTrainedModel):
     def embed_block(self, anchors: torch.Tensor, tables: Tables) -> torch.Tensor:
         """Embeddings [..., block_size, d] of anchor [...] followed by mask tokens."""
         ids = anchors.new_full((*anchors.shape, self.config.block_size), self.config.mask_token_id)
-        ids[..., 0] = anchors
-        scale, table = self.config.embedding_scale, tables.embed
+        ids[..., 0] = anchors if self.embed_tokens is None else self._known(anchors, tables)
+        scale = self.config.embedding_scale
         if scale is None:
-            embedded = table(ids)
+            embedded = tables.embed(ids)
         else:
+            embedded = raw_rows(tables.embed, ids)
             # Rounded as the models that scale their embedding do it.
-            embedded = nn.functional.embedding(ids, table.weight) * torch.tensor(scale, dtype=table.weight.dtype)
+            embedded = embedded * torch.tensor(scale, dtype=embedded.dtype)
         return embedded.to(self.fc.weight.device, self.fc.weight.dtype)
 
     def base_logits(self, hidden: torch.Tensor, tables: Tables) -> torch.Tensor:
-        """Logits [..., V] of the parallel stage, before the sequential head; of the draft vocabulary if the head has
-        one."""
-        lm_head, cap = tables.lm_head, self.config.final_logit_softcapping
-        logits = lm_head(hidden.to(device_of(lm_head), lm_head.weight.dtype)).to(hidden.device)
-        if self.config.draft_vocab_size not in (None, logits.shape[-1]):
-            logits = logits[..., self.draft_tokens]
+        """Logits [..., V] of the parallel stage, before the sequential head: of the tokens of the draft vocabulary that
+        the target has, all of its own if the head was made for as many."""
+        logits, cap = tables.logits(hidden).to(hidden.device), self.config.final_logit_softcapping
+        if self.config.draft_vocab_size in (None, logits.shape[-1]):
+            logits = logits[..., : tables.shared]
+        else:
+            logits = logits[..., self.draft_tokens[: tables.shared]]
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
@@ -225,12 +246,15 @@ class DSparkHead(PreTrainedModel):
         """[draft vocabulary] int64, the target's ids of a reduced draft vocabulary."""
         return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
-    def in_target_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of all tokens from those of the draft vocabulary."""
-        if self.config.draft_vocab_size is None:
+    def in_target_vocabulary(self, logits: torch.Tensor, tables: Tables) -> torch.Tensor:
+        """Logits [..., V] of all tokens of the target from those that can be drafted."""
+        if logits.shape[-1] == tables.vocab_size:
             return logits
-        whole = logits.new_full((*logits.shape[:-1], self.config.vocab_size), OUTSIDE, dtype=torch.float32)
-        return whole.index_copy_(-1, self.draft_tokens, logits.float())
+        logits = logits.float()
+        if self.config.draft_vocab_size is None:
+            return nn.functional.pad(logits, (0, tables.vocab_size - tables.shared), value=OUTSIDE)
+        whole = logits.new_full((*logits.shape[:-1], tables.vocab_size), OUTSIDE)
+        return whole.index_copy_(-1, self.draft_tokens[: tables.shared], logits)
 
     def confidence_logits(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor | None:
         """[..., B] from hidden states [..., B, d] and the tokens before each position [..., B]."""
@@ -270,9 +294,10 @@ class DSparkHead(PreTrainedModel):
                 positions at once (the LM head is read once for all of them), for the others only when it gets there.
         """
         most = length if goes_on is None else most
+        anchors = self._known(anchors, tables)
         passed, hidden = hidden[:, : -self.config.gamma], hidden[:, -self.config.gamma :]
         base_logits = self.base_logits(hidden[:, :length], tables)
-        if goes_on is None and self._fuses(select, base_logits):
+        if goes_on is None and self._fuses(select, base_logits, tables):
             return self._sample_fused(passed, hidden[:, :length], base_logits, anchors, select)
         previous, state, tokens, sampled_from = anchors, None, [], []
         for k in range(most):
@@ -287,8 +312,8 @@ class DSparkHead(PreTrainedModel):
             if self.markov_head is not None:
                 state = self._initial_state(passed, embedded) if k == 0 else state
                 bias, state = self.markov_head.step(hidden[:, k], embedded, state)
-                logits = logits + bias
-            previous, processed = select(self.in_target_vocabulary(logits))
+                logits = logits + bias[..., : tables.shared]
+            previous, processed = select(self.in_target_vocabulary(logits, tables))
             tokens.append(previous)
             sampled_from.append(processed)
         tokens = torch.stack(tokens, dim=1)
@@ -298,10 +323,11 @@ class DSparkHead(PreTrainedModel):
             self.confidence_logits(hidden[:, : tokens.shape[1]], torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)),
         )
 
-    def _fuses(self, select: Select, base_logits: torch.Tensor) -> bool:
-        """Whether kernels draft the block: what is chosen must depend on the logits and a temperature only."""
+    def _fuses(self, select: Select, base_logits: torch.Tensor, tables: Tables) -> bool:
+        """Whether kernels draft the block: what is chosen must depend on the logits and a temperature only, and all
+        tokens must be among them."""
         temperature = getattr(select, "temperature", None)
-        chains = self.markov_head is not None and self.config.draft_vocab_size is None
+        chains = self.markov_head is not None and base_logits.shape[-1] == tables.vocab_size == self.config.vocab_size
         return chains and temperature is not None and dspark_kernels.uses_kernels(base_logits)
 
     def _initial_state(self, passed: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor | None:
@@ -389,6 +415,7 @@ class DSparkHead(PreTrainedModel):
                 been loaded then. Code that comes with a head is never run.
             OSError: transformers' own, when the repository or its weights cannot be found.
         """
+        settings = {}
         if pretrained_model_name_or_path is not None:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             checkpoint = open_checkpoint(pretrained_model_name_or_path, **hub)
@@ -397,7 +424,11 @@ class DSparkHead(PreTrainedModel):
             kwargs = {"key_mapping": checkpoint.key_mapping} | kwargs | {"use_safetensors": True}
             if kwargs.get("config") is None:
                 kwargs = checkpoint.borrowed | kwargs
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            settings = read_draft_settings(checkpoint.source, **hub)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        head = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        head.generation_config.update(**settings)
+        return loaded
 
     @classmethod
     def for_target(cls, target: PreTrainedModel | str | os.PathLike, **kwargs) -> "DSparkHead":
@@ -417,9 +448,16 @@ class DSparkHead(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Write the head in DeepSpec's layout, which other engines load, or in our own where DeepSpec's cannot express
-        it (see `checkpoints`); arguments as in transformers. [`~checkpoints.export.export`] writes other layouts."""
+        it (see `checkpoints`); arguments as in transformers. [`~checkpoints.export.export`] writes other layouts.
+
+        Settings of drafting that are not those of a fresh head go to generation_config.json."""
         kwargs = {"state_dict": self.whole_state_dict(), "save_original_format": False} | kwargs
         super().save_pretrained(save_directory, **kwargs)
+        settings, fresh = self.generation_config, default_settings(self.config)
+        if any(getattr(settings, key) != getattr(fresh, key) for key in DRAFT_SETTINGS):
+            settings.save_pretrained(save_directory)
+        else:
+            Path(save_directory, GENERATION_CONFIG).unlink(missing_ok=True)
 
     def push_to_hub(
         self,
@@ -451,12 +489,6 @@ class DSparkHead(PreTrainedModel):
         return self.state_dict() | freed
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module runs: where its weights are, or where accelerate brings them for the call."""
-    if module.weight.device.type != "meta":
-        return module.weight.device
-    return torch.device(module._hf_hook.execution_device)
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and torch.equal(a, b)
+def default_settings(config: DSparkConfig) -> GenerationConfig:
+    """How a fresh head drafts."""
+    return GenerationConfig(num_assistant_tokens=config.gamma, num_assistant_tokens_schedule="load")

@@ -7,12 +7,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import case_of, cases
+from conftest import case_of, cases, tiny_head, tiny_target
 from safetensors.torch import load_file, save_file
+from test_tables import Packed, model_of
 
 from dspark_hf import DSparkConfig, DSparkHead
 from dspark_hf.checkpoints import CannotExpress, CheckpointError, dialect_of
 from dspark_hf.checkpoints.export import LAYOUTS, export
+from dspark_hf.checkpoints.schema import lookup
 
 DIALECT = {
     "deepspec_gemma4_vanilla": "deepspec",
@@ -156,6 +158,73 @@ def test_a_borrowing_head_gets_its_targets_tables(tmp_path):
     assert torch.equal(tensors["embed_tokens.weight"], target.get_input_embeddings().weight)
     assert torch.equal(tensors["lm_head.weight"], target.get_output_embeddings().weight)
     assert "borrow_embeddings" not in config_of(tmp_path)
+
+
+QWEN3_READER = ["architectures", "model_type", "block_size", "num_target_layers", "hidden_size", "num_hidden_layers"]
+QWEN3_READER += ["vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"]
+SECTION = ["dflash_config.mask_token_id", "dflash_config.target_layer_ids"]
+# What each layout's own reader demands of any head, of one with a sequential head and of one with a confidence head.
+DEMANDED = {
+    "deepspec": (
+        [*QWEN3_READER, "num_anchors", "target_layer_ids", "mask_token_id", "markov_rank", "enable_confidence_head"],
+        ["markov_head_type"],
+        ["confidence_head_with_markov"],
+    ),
+    "specforge": (
+        [*QWEN3_READER, *SECTION, "dflash_config.projector_type", "dflash_config.attention_mode", "rope_theta"],
+        ["dflash_config.markov_rank", "dflash_config.markov_head_type"],
+        ["dflash_config.enable_confidence_head", "dflash_config.confidence_head_with_markov"],
+    ),
+    "modelopt": (
+        [*QWEN3_READER, *SECTION, "dflash_config.projector_type", "dflash_config.shift_label", "rope_theta"],
+        ["dflash_config.markov_rank", "dflash_config.markov_head_type"],
+        ["dflash_config.use_confidence_head"],
+    ),
+    "speculators": (
+        ["speculators_model_type", "speculators_config.algorithm", "speculators_config.verifier", "block_size"]
+        + ["mask_token_id", "aux_hidden_state_layer_ids", "draft_vocab_size", "sample_from_anchor", "markov_rank"]
+        + [f"transformer_layer_config.{key}" for key in QWEN3_READER[4:]]
+        + ["transformer_layer_config.model_type", "enable_confidence_head"],
+        ["markov_head_type"],
+        ["confidence_head_with_markov"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fields", [{}, {"markov_rank": 0}, {"enable_confidence_head": False}], ids=str)
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_a_fresh_head_is_written_with_every_key_that_is_demanded(to, fields, tmp_path):
+    target = tiny_target()
+    head = tiny_head(target, **fields)
+    if (to, head.config.markov_rank) == ("modelopt", 0):
+        pytest.skip("this layout always has a sequential head")
+    export(head, to, tmp_path, target)
+    always, with_markov, with_confidence = DEMANDED[to]
+    demanded = always + (with_markov if head.config.markov_rank else [])
+    demanded += with_confidence if head.config.enable_confidence_head else []
+    published = config_of(tmp_path)
+    assert [key for key in demanded if lookup(published, key) is None] == []
+
+
+def test_a_head_for_scaled_logits_is_for_this_project_only(tmp_path):
+    """Elsewhere it would draft from logits that are eight times as sharp."""
+    target = model_of("Granite", logits_scaling=8.0)
+    head = tiny_head(target)
+    for to in LAYOUTS:
+        with pytest.raises(CannotExpress, match="GraniteForCausalLM scales or caps"):
+            export(head, to, tmp_path, target)
+    head.save_pretrained(tmp_path)
+    assert DSparkHead.from_pretrained(tmp_path).config.scales_as_target
+
+
+def test_tables_of_another_size_or_quantised_are_not_exported(tmp_path):
+    target = tiny_target()
+    head = tiny_head(target)
+    with pytest.raises(ValueError, match="vocabulary of 16, its target has a vocabulary of 18"):
+        export(head, "deepspec", tmp_path, tiny_target(vocab_size=18))
+    target.lm_head = Packed(target.lm_head)
+    with pytest.raises(ValueError, match="lm_head.weight is quantised"):
+        export(head, "deepspec", tmp_path, target)
 
 
 @pytest.mark.parametrize("name", ["speculators_qwen3_dspark", "speculators_qwen3_dspark_swa", "zlab_dflash_qwen3"])

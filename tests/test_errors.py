@@ -40,8 +40,8 @@ def test_head_for_another_hidden_size():
 
 
 def test_head_for_another_vocabulary():
-    message = message_of(tiny_target(vocab_size=20), tiny_head(tiny_target(vocab_size=16)))
-    assert "vocabulary of 16" in message and "vocabulary of 20" in message
+    message = message_of(tiny_target(vocab_size=24), tiny_head(tiny_target(vocab_size=16)))
+    assert "vocabulary of 16" in message and "vocabulary of 24" in message
 
 
 def test_layer_ids_beyond_the_target():

@@ -1,6 +1,7 @@
 """Config, checkpoint round trip, borrowed tables."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from dspark_hf import DSparkConfig, DSparkHead
+from dspark_hf.checkpoints import CheckpointError
+from dspark_hf.checkpoints.files import DRAFT_SETTINGS
 
 # Published in the layout that `save_pretrained` writes.
 DEEPSPEC = [name for name in cases() if name.startswith("deepspec")]
@@ -29,7 +32,7 @@ def test_round_trip_after_copies_were_freed(name, tmp_path):
     before = head.num_parameters()
     tables = head.share_tables(target)
     assert head.embed_tokens is None and tables.embed is target.get_input_embeddings()
-    assert head.lm_head is None and tables.lm_head is target.get_output_embeddings()
+    assert head.lm_head is None and tables.logits.module is target.get_output_embeddings()
     assert before - head.num_parameters() == 2 * head.config.vocab_size * head.config.hidden_size
     head.save_pretrained(tmp_path)
     check_same_files(case.folder / "head", tmp_path)
@@ -55,7 +58,7 @@ def test_copies_that_differ_stay(vanilla):
     with torch.no_grad():
         head.lm_head.weight[0, 0] += 1
     tables = head.share_tables(target)
-    assert tables.lm_head is head.lm_head
+    assert tables.logits.module is head.lm_head
     assert tables.embed is target.get_input_embeddings()
 
 
@@ -144,3 +147,40 @@ def test_published_config_names_the_layout(vanilla, tmp_path):
     vanilla.head().save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).model_type == "qwen3"
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen3DSparkModel"]
+
+
+# -- How a head drafts -------------------------------------------------------------------------------------------
+
+
+def settings_of(head: DSparkHead) -> list:
+    return [getattr(head.generation_config, key) for key in DRAFT_SETTINGS]
+
+
+def test_draft_settings_survive_saving(vanilla, tmp_path):
+    head = DSparkHead.from_pretrained(vanilla.folder / "head")
+    fresh = settings_of(head)
+    head.generation_config.update(num_assistant_tokens=2, assistant_confidence_threshold=0.3)
+    head.save_pretrained(tmp_path)
+    assert settings_of(DSparkHead.from_pretrained(tmp_path)) == [2, "load", 0.3]
+    head.generation_config.update(num_assistant_tokens=head.config.gamma, assistant_confidence_threshold=None)
+    head.save_pretrained(tmp_path)
+    assert settings_of(DSparkHead.from_pretrained(tmp_path)) == fresh == [head.config.gamma, "load", None]
+    assert not (tmp_path / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("name", cases())
+def test_draft_settings_beside_a_head_of_any_layout(name, tmp_path):
+    """The file may be a copy of the target's: what it says about text is not about the head."""
+    shutil.copytree(case_of(name).folder / "head", tmp_path, dirs_exist_ok=True)
+    said = {"num_assistant_tokens": 3, "temperature": 0.6, "do_sample": True, "eos_token_id": 5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    head, _ = DSparkHead.from_pretrained(tmp_path, output_loading_info=True)
+    assert settings_of(head) == [3, "load", None] and head.generation_config.eos_token_id is None
+
+
+def test_draft_settings_that_are_no_settings(vanilla, tmp_path):
+    shutil.copytree(vanilla.folder / "head", tmp_path, dirs_exist_ok=True)
+    for text in ("{", "[]"):
+        (tmp_path / "generation_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="generation_config.json"):
+            DSparkHead.from_pretrained(tmp_path)

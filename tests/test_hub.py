@@ -85,6 +85,14 @@ def test_a_dry_run_writes_the_whole_repository(local_target, tmp_path):
     assert files_of(tmp_path / "again") == WRITTEN
 
 
+def test_draft_settings_are_published(local_target, tmp_path):
+    head = dspark_hf.DSparkHead.from_pretrained(FOLDER / "head")
+    head.generation_config.num_assistant_tokens = 3
+    head.save_pretrained(tmp_path / "head")
+    publishing.build(tmp_path / "head", REPOSITORY, tmp_path / "repository", target=TARGET)
+    assert dspark_hf.DSparkHead.from_pretrained(tmp_path / "repository").generation_config.num_assistant_tokens == 3
+
+
 def test_other_files_are_not_overwritten(local_target, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")

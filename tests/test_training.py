@@ -1,14 +1,17 @@
 """Blocks, data and the training loop."""
 
 import json
+import logging
 
 import pytest
 import torch
 from conftest import tiny_head, tiny_target
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
-from dspark_hf import DSparkHead
+from dspark_hf import DSparkHead, embedded_pair
+from dspark_hf.training import trainer
 from dspark_hf.training.blocks import attention_mask, labels_and_weights, sample_blocks
 from dspark_hf.training.data import collate, encode_chat, load_rows
 from dspark_hf.training.losses import dspark_losses
@@ -78,6 +81,118 @@ def test_chat_supervises_the_assistant(tokenizer):
     words = tokenizer.convert_ids_to_tokens(row["input_ids"])
     assert words == ["user", "a", "b", "end", "assistant", "c", "d", "end", "user", "e", "end", "assistant", "f", "end"]
     assert [word for word, on in zip(words, row["loss_mask"], strict=True) if on] == ["c", "d", "end", "f", "end"]
+
+
+# Writes an empty think block before answers behind the last question only, as Qwen3's template does.
+REWRITES = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{{ m.role + ' ' }}{% if m.role == 'assistant' %}"
+    "{% if m.reasoning is defined and loop.index0 > ns.last %}{{ 'j ' + m.reasoning + ' j ' }}"
+    "{% elif loop.index0 > ns.last %}{{ 'j j ' }}{% endif %}{% endif %}{{ m.content|trim + ' end ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+)
+TWO_TURNS = [
+    {"role": "user", "content": "a b"},
+    {"role": "assistant", "content": " c d "},
+    {"role": "user", "content": "c d c"},
+    {"role": "assistant", "content": "c d"},
+]
+
+
+def words_of(row, tokenizer) -> tuple[str, str]:
+    """The text of a row, and what of it is supervised."""
+    words = tokenizer.convert_ids_to_tokens(row["input_ids"])
+    return " ".join(words), " ".join(word for word, on in zip(words, row["loss_mask"], strict=True) if on)
+
+
+def test_a_template_that_rewrites_earlier_answers(tokenizer):
+    tokenizer.chat_template = REWRITES
+    text, supervised = words_of(encode_chat(TWO_TURNS, tokenizer), tokenizer)
+    assert text == "user a b end assistant c d end user c d c end assistant j j c d end"
+    assert supervised == "c d end c d end"
+
+
+def test_what_was_thought_is_supervised_where_it_is_in_the_text(tokenizer):
+    tokenizer.chat_template = REWRITES
+    chat = [message | ({"reasoning": "e f"} if message["role"] == "assistant" else {}) for message in TWO_TURNS]
+    text, supervised = words_of(encode_chat(chat, tokenizer), tokenizer)
+    assert text == "user a b end assistant c d end user c d c end assistant j e f j c d end"
+    assert supervised == "c d end e f j c d end"
+
+
+def test_a_template_that_marks_what_the_assistant_writes(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ' ' }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ 'j ' + m.content + ' end ' }}{% endgeneration %}{% else %}{{ m.content + ' end ' }}{% endif %}{% endfor %}"
+    )
+    text, supervised = words_of(encode_chat(TWO_TURNS[:2], tokenizer), tokenizer)
+    assert (text, supervised) == ("user a b end assistant j c d end", "j c d end")
+
+
+def test_a_template_that_hides_the_answer(tokenizer):
+    """Written twice, it cannot be told which of the two the assistant wrote."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' + m.content + ' end ' }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="message 2"):
+        encode_chat(TWO_TURNS[:2], tokenizer)
+
+
+def test_the_embedded_pairs_own_template_ends_turns():
+    tokenizer = embedded_pair()[2]
+    row = encode_chat([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "Four."}], tokenizer)
+    supervised = [token for token, on in zip(row["input_ids"], row["loss_mask"], strict=True) if on]
+    assert tokenizer.decode(supervised[:-1]).strip() == "Four." and supervised[-1] in tokenizer.all_special_ids
+
+
+BAD_ROWS = {
+    "null": ({"prompt": "a", "response": None}, "row 2: `response` is None"),
+    "number": ({"prompt": "a", "response": 3}, "row 2: `response` is 3"),
+    "missing": ({"prompt": "a"}, "row 2: no 'response'"),
+    "empty": ({"prompt": "a", "response": ""}, "row 2: fewer than two supervised"),
+    "no object": ("text", "row 2:"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_bad_rows_are_named_and_left_out(kind, tokenizer, tmp_path, caplog):
+    bad, named = BAD_ROWS[kind]
+    path, good = tmp_path / "data.jsonl", {"prompt": "a", "response": "b c"}
+    path.write_text("\n".join(json.dumps(row) for row in (good, bad, good, bad)))
+    transformers_logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        rows = load_rows(str(path), tokenizer, 100)
+    transformers_logging.disable_propagation()
+    assert len(rows) == 2 and len(caplog.messages) == 1
+    assert "2 of 4 rows" in caplog.text and named in caplog.text and "row 4" in caplog.text
+    path.write_text(json.dumps({"prompt": "", "response": "b c"} | (bad if isinstance(bad, dict) else {})) + "\n")
+    if kind not in ("missing", "no object"):
+        with pytest.raises(ValueError, match=named.replace("row 2", "row 1")):
+            load_rows(str(path), tokenizer, 100)
+
+
+BAD_CHATS = {
+    "refused": ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "users take turns"),
+    "no text": ([{"role": "user", "content": None}, {"role": "assistant", "content": "b c"}], "`content` of message 1"),
+    "no role": ([{"content": "a"}], "with a `role`"),
+    "null": (None, "not a list"),
+    "nobody answers": ([{"role": "user", "content": "a"}], "fewer than two supervised"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CHATS)
+def test_bad_chats(kind, tokenizer, tmp_path):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if loop.index0 % 2 == (m.role == 'user')|int %}"
+        "{{ raise_exception('users take turns') }}{% endif %}{{ m.role + ' ' + m.content + ' end ' }}{% endfor %}"
+    )
+    chat, named = BAD_CHATS[kind]
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": chat}))
+    with pytest.raises(ValueError, match=f"row 1: .*{named}"):
+        load_rows(str(path), tokenizer, 100)
+    # What the assistant greets with is no part of a chat that the user has to begin.
+    assert encode_chat(TWO_TURNS[1:], tokenizer) == encode_chat(TWO_TURNS[2:], tokenizer)
 
 
 def test_layouts_of_a_file(tokenizer, tmp_path):
@@ -162,8 +277,6 @@ def test_resumed_run_equals_an_uninterrupted_one(task, tmp_path, monkeypatch):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train(tiny_head(target), target, rows, arguments(straight))
 
-    from dspark_hf.training import trainer
-
     real, calls = trainer.training_step, []
 
     def stops_at_40(*args):
@@ -189,6 +302,48 @@ def test_nothing_to_resume(task, tmp_path):
     target, rows = task
     with pytest.raises(ValueError, match="no checkpoint to resume"):
         train(tiny_head(target), target, rows, arguments(tmp_path), resume=True)
+
+
+OTHERS = {
+    "block size": ({"block_size": 5}, {}, 48, "block_size 4, now 5"),
+    "mask token": ({"mask_token_id": 3}, {}, 48, "mask_token_id 23, now 3"),
+    "learning rate": ({}, {"learning_rate": 1e-3}, 48, "learning_rate 0.005, now 0.001"),
+    "batch size": ({}, {"batch_size": 4}, 48, "batch_size 8, now 4"),
+    "data": ({}, {}, 40, "data 48 sequences, .* now 40 sequences"),
+}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run with a checkpoint, its target and its data."""
+    folder, target = tmp_path_factory.mktemp("begun"), tiny_target(vocab_size=24)
+    rows = [{"input_ids": list(range(1, 16)), "loss_mask": [0] * 5 + [1] * 10}] * 48
+    train(tiny_head(target), target, rows, arguments(folder, epochs=1, save_every=3))
+    return folder, target, rows
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_resuming_with_other_settings(name, begun, monkeypatch):
+    """An error with both values, before any step."""
+    folder, target, rows = begun
+    fields, changed, count, named = OTHERS[name]
+    monkeypatch.setattr(trainer, "training_step", None)
+    with pytest.raises(ValueError, match=named):
+        train(tiny_head(target, **fields), target, rows[:count], arguments(folder, epochs=2, **changed), resume=True)
+
+
+def test_a_run_can_be_made_longer(begun):
+    folder, target, rows = begun
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    train(tiny_head(target), target, rows, arguments(folder, epochs=2, save_every=30), resume=True)
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    assert steps == [6] and [json.loads(line)["step"] for line in lines] == [6, 10, 12]
+
+
+def test_a_head_for_more_tokens_is_not_trained(task, tmp_path):
+    target, rows = task
+    with pytest.raises(ValueError, match="vocabulary of 22, the target one of 24"):
+        train(tiny_head(tiny_target(vocab_size=22)), target, rows, arguments(tmp_path))
 
 
 def test_head_of_another_target(task, tmp_path):

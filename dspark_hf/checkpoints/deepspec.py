@@ -28,6 +28,8 @@ NAMES_OF_GEMMA4 = {
     "hidden_act": "hidden_activation",
     "rope_parameters": "rope_parameters.full_attention",
 }
+# For training only, but DeepSpec's class demands it: its trainer's default for heads that were trained elsewhere.
+NUM_ANCHORS = 512
 # Keys of ours that go without saying in this layout, or have no place in it.
 UNSAID = (
     "backbone",
@@ -98,6 +100,7 @@ def write_config(native: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CannotExpress: for what only other layouts know.
     """
+    native = {"num_anchors": NUM_ANCHORS} | native
     refuse("DeepSpec", native, sample_from_anchor=True, draft_vocab_size=None)
     refuse("DeepSpec", native, borrow_lm_head=native["borrow_embeddings"])
     refuse("DeepSpec", native, layer_types=["full_attention"] * native["num_hidden_layers"])
@@ -108,6 +111,8 @@ def write_config(native: dict[str, Any]) -> dict[str, Any]:
         published, unsaid = native | {"architectures": [QWEN3], "model_type": "qwen3"}, UNSAID + UNSAID_OF_QWEN3
     if not native["borrow_embeddings"]:
         unsaid += ("borrow_embeddings",)
+    if native["borrow_logit_scaling"] or not native["borrow_lm_head"]:
+        unsaid += ("borrow_logit_scaling",)
     if not native["markov_rank"]:
         unsaid += ("markov_head_type",)
     if not native["enable_confidence_head"]:

@@ -67,6 +67,7 @@ def read_draft(published: dict[str, Any], source: str, code: tuple[str, ...]) ->
     return native | {
         "model_type": "dspark",
         "borrow_embeddings": True,
+        "borrow_logit_scaling": False,
         "block_size": published.get("block_size", section.get("block_size")),
         "mask_token_id": section["mask_token_id"],
         "target_layer_ids": default_layer_ids(published, source) if ids is None else ids,

@@ -9,8 +9,9 @@ from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
-from ..generation.compatibility import misfits
+from ..generation.compatibility import misfits, vocabulary_difference
 from ..modeling_dspark import DSparkHead
+from ..tables import scales_logits
 from . import CannotExpress, deepspec, modelopt, specforge, speculators
 from .files import TABLES
 
@@ -35,16 +36,14 @@ def export(
 
     Raises:
         CannotExpress: a `ValueError` that says what the layout has no way to say.
-        ValueError: for an unknown layout, and for a target that the head was not made for.
+        ValueError: for an unknown layout, for a target that the head was not made for, and for quantised tables.
     """
     if to not in LAYOUTS:
         raise ValueError(f"Unknown layout {to!r}; heads are written as {', '.join(LAYOUTS)}.")
     layout, native = LAYOUTS[to], head.config.own_keys() | {"dtype": str(head.dtype).removeprefix("torch.")}
     tensors = head.whole_state_dict()
     if target is not None:
-        problems = misfits(head.config, target.config)
-        if problems:
-            raise ValueError(f"{problems[0]} Pass the target it was made for ({type(target).__name__} was given).")
+        _check_target(head, target)
         native |= _description(target)
     if to in HOLDS_TABLES:
         tensors |= {} if target is None else _missing_tables(head, tensors, target)
@@ -66,6 +65,18 @@ def export(
     return {name: "in the file" if name in tensors else "left to the target" for name in TABLES}
 
 
+def _check_target(head: DSparkHead, target: PreTrainedModel) -> None:
+    problems = *misfits(head.config, target.config), vocabulary_difference(head.config, target.config)
+    problem = next(filter(None, problems), None)
+    if problem is not None:
+        raise ValueError(f"{problem} Pass the target it was made for ({type(target).__name__} was given).")
+    if head.config.scales_as_target and scales_logits(target):
+        raise CannotExpress(
+            f"{type(target).__name__} scales or caps the output of its LM head, and this head was trained with that. "
+            "Only `save_pretrained` writes such heads: in other layouts drafts go by the LM head's output as it is."
+        )
+
+
 def _published_name(name: str, layout) -> str:
     for published, own in layout.PREFIXES.items():
         if name.startswith(own):
@@ -81,14 +92,17 @@ def _description(target: PreTrainedModel) -> dict[str, object]:
     }
 
 
-def _target_tables(target: PreTrainedModel) -> dict[str, torch.Tensor]:
-    modules = target.get_input_embeddings(), target.get_output_embeddings()
-    return {name: module.weight.detach() for name, module in zip(TABLES, modules, strict=True)}
+def _target_table(target: PreTrainedModel, name: str) -> torch.Tensor:
+    modules = {TABLES[0]: target.get_input_embeddings(), TABLES[1]: target.get_output_embeddings()}
+    weight = getattr(modules[name], "weight", None)
+    if weight is None or not weight.is_floating_point():
+        raise ValueError(f"The target's {name} is quantised. To export with it, load it without quantisation.")
+    return weight.detach()
 
 
 def _missing_tables(head: DSparkHead, tensors: dict[str, torch.Tensor], target: PreTrainedModel) -> dict:
     """Copies of the target's tables that the head does not have; of the LM head the rows that it drafts from."""
-    missing = {name: table for name, table in _target_tables(target).items() if name not in tensors}
+    missing = {name: _target_table(target, name) for name in TABLES if name not in tensors}
     if "lm_head.weight" in missing and head.config.draft_vocab_size is not None:
         missing["lm_head.weight"] = missing["lm_head.weight"][head.draft_tokens.to(missing["lm_head.weight"].device)]
     return {name: table.to(head.dtype).clone() for name, table in missing.items()}
@@ -97,9 +111,11 @@ def _missing_tables(head: DSparkHead, tensors: dict[str, torch.Tensor], target: 
 def _check_tables(description: str, tensors: dict[str, torch.Tensor], target: PreTrainedModel | None) -> None:
     if target is None:
         return
-    for name, table in _target_tables(target).items():
-        own = tensors.get(name)
-        if own is not None and (own.shape != table.shape or not torch.equal(own.cpu(), table.to(own.dtype).cpu())):
+    for name in TABLES:
+        if name not in tensors:
+            continue
+        own, table = tensors[name], _target_table(target, name)
+        if own.shape != table.shape or not torch.equal(own.cpu(), table.to(own.dtype).cpu()):
             raise CannotExpress(
                 f"{description} leaves the tables to the target, but the head's {name} differs from the target's."
             )

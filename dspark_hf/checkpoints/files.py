@@ -29,6 +29,9 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 # What a head may borrow from its target.
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
+# Its keys that are about drafting; a head's file may be a copy of its target's, which is about text.
+DRAFT_SETTINGS = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin", "model.pt", "model.pth")
 FLOATS = ("F64", "F32", "F16", "BF16")
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -185,6 +188,25 @@ def read_published(source: str, **hub) -> dict[str, Any]:
     if not isinstance(published, dict):
         raise CheckpointError(config_file(source), "the file", type(published).__name__, "a JSON object")
     return published
+
+
+def read_draft_settings(source: str, **hub) -> dict[str, Any]:
+    """What a `generation_config.json` beside a head says about drafting; nothing where there is none.
+
+    Raises:
+        CheckpointError: when it is no JSON object.
+    """
+    try:
+        path = _find(source, GENERATION_CONFIG, hub)
+    except OSError:
+        path = None
+    if path is None:
+        return {}
+    try:
+        said = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {key: said[key] for key in DRAFT_SETTINGS if said.get(key) is not None}
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(path, "the file", f"no JSON object ({error})", "a JSON object") from error
 
 
 # -- Headers ----------------------------------------------------------------------------------------------------

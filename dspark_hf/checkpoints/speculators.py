@@ -81,6 +81,7 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
         "rope_parameters": _rope(layers),
         "layer_types": layers.get("layer_types") or _full(layers["num_hidden_layers"]),
         "window_counted_from": "block",
+        "borrow_logit_scaling": False,
         "sliding_is_causal": not _flag(published, "sliding_window_non_causal", source),
         "dtype": published.get("dtype"),
         "target_name_or_path": lookup(published, "speculators_config.verifier.name_or_path"),

@@ -23,6 +23,9 @@ HANDLED_INPUTS = {
 }  # fmt: skip
 # Architectures without `position_ids` whose position bias counts the cache's columns, which are each row's positions.
 POSITIONS_FROM_COLUMNS = {"mpt"}
+# Vocabularies that differ by more are those of two tokenizers: padding and added tokens are a few hundreds or thousands
+# beside some ten thousands.
+SHARED_VOCABULARY = 0.75
 
 
 def check_pair(target: PreTrainedModel, head: DSparkHead) -> None:
@@ -38,24 +41,51 @@ def check_pair(target: PreTrainedModel, head: DSparkHead) -> None:
     problems = misfits(config, target.config)
     if problems:
         raise ValueError(f"{problems[0]} Load the head that was trained for this target ({name}).")
-    contradiction = rope_contradiction(config, target.config)
-    if contradiction:
-        logger.warning_once(contradiction)
+    for doubt in doubts(config, target.config):
+        logger.warning_once(doubt)
 
 
 def misfits(head: PreTrainedConfig, target: PreTrainedConfig) -> list[str]:
     """Why a head of this config cannot draft for a target of that, a sentence each."""
     text, found = target.get_text_config(decoder=True), []
-    for key, label in (("vocab_size", "a vocabulary of"), ("hidden_size", "hidden size")):
-        wanted, has = getattr(head, key), getattr(text, key)
-        if wanted != has:
-            found.append(f"The head was made for {label} {wanted}, but the target has {label} {has}.")
+    sizes = head.vocab_size, text.vocab_size
+    if min(sizes) < SHARED_VOCABULARY * max(sizes):
+        found.append(
+            f"The head was made for a vocabulary of {sizes[0]}, but the target has a vocabulary of {sizes[1]}."
+        )
+    if head.hidden_size != text.hidden_size:
+        found.append(
+            f"The head was made for hidden size {head.hidden_size}, but the target has hidden size {text.hidden_size}."
+        )
+    if head.borrow_embeddings and head.mask_token_id >= text.vocab_size:
+        found.append(
+            f"The head borrows its embedding, and its mask token {head.mask_token_id} is beyond the target's "
+            f"vocabulary of {text.vocab_size}."
+        )
     ids, layers = head.target_layer_ids, text.num_hidden_layers
     if ids[-1] >= layers:
         found.append(f"The head reads the target's layers {ids}, but it has {layers} layers (0 to {layers - 1}).")
     if head.num_target_layers not in (None, layers):
         found.append(f"The head was made for a target of {head.num_target_layers} layers, but this one has {layers}.")
     return found
+
+
+def doubts(head: PreTrainedConfig, target: PreTrainedConfig) -> list[str]:
+    """What may be wrong with a head of this config beside a target of that, though it drafts."""
+    found = vocabulary_difference(head, target), rope_contradiction(head, target)
+    return [doubt for doubt in found if doubt is not None]
+
+
+def vocabulary_difference(head: PreTrainedConfig, target: PreTrainedConfig) -> str | None:
+    """What is drafted where one vocabulary is the other one with more tokens behind it."""
+    own, theirs = head.vocab_size, target.get_text_config(decoder=True).vocab_size
+    if own == theirs:
+        return None
+    return (
+        f"The head was made for a vocabulary of {own}, its target has a vocabulary of {theirs}. They are taken for one "
+        f"vocabulary that was padded or extended: only the first {min(own, theirs)} tokens are drafted. If hardly any "
+        "draft is accepted, the head was made for another tokenizer; the text is right either way."
+    )
 
 
 def rope_contradiction(head: PreTrainedConfig, target: PreTrainedConfig) -> str | None:

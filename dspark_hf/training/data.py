@@ -1,74 +1,206 @@
 """Training text: chats, prompts with responses or token ids, from a file or the Hub, as supervised token rows."""
 
-from collections.abc import Iterable
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 LAYOUTS = (
     "`messages` (a chat; assistant turns are supervised), `prompt` and `response`, or `input_ids` with `loss_mask`"
 )
+NAMED_ROWS = 5  # bad rows that a warning lists
+# What rows of the wrong types and templates that refuse a chat raise.
+BAD_ROW = (ValueError, TypeError, KeyError, IndexError, AttributeError, TemplateError)
+# Stands for an answer, to see where the template puts it.
+PLACEHOLDER = "[[what the assistant wrote]]"
+# Where a template marks what the assistant writes; see transformers, `return_assistant_tokens_mask`.
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Row = dict[str, list[int]]
 
 
-def load_rows(source: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, list[int]]]:
-    """Rows `{"input_ids": [...], "loss_mask": [...]}` of at most `max_length` tokens.
+def load_rows(source: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+    """Rows `{"input_ids": [...], "loss_mask": [...]}` of at most `max_length` tokens. Rows that cannot be used are left
+    out with one warning that names the first of them by number, counted from 1.
 
     Args:
         source: a `.json`, `.jsonl` or `.parquet` file, or the id of a Hub data set (its `train` split).
 
     Raises:
-        ValueError: when the columns are none of the known layouts, or nothing in the data is supervised.
+        ValueError: when the columns are none of the known layouts, or no row can be used.
     """
-    from datasets import load_dataset
-
-    path = Path(source)
-    if path.suffix in (".json", ".jsonl"):
-        data = load_dataset("json", data_files=str(path), split="train")
-    elif path.suffix == ".parquet":
-        data = load_dataset("parquet", data_files=str(path), split="train")
-    else:
-        data = load_dataset(source, split="train")
-    encode = _encoder(set(data.column_names), source)
-    rows = [{key: value[:max_length] for key, value in encode(row, tokenizer).items()} for row in data]
-    # A block needs an anchor and at least one label.
-    rows = [row for row in rows if sum(row["loss_mask"]) > 1]
+    data, columns = _read(source)
+    encode = _encoder(columns, source)
+    rows, bad = [], []
+    for number, content in enumerate(data, start=1):
+        try:
+            rows.append(_checked(encode(content, tokenizer), max_length))
+        except BAD_ROW as error:
+            bad.append(f"row {number}: {_reason(error)}")
+    listed = "; ".join(bad[:NAMED_ROWS]) + ("; ..." if len(bad) > NAMED_ROWS else "")
     if not rows:
-        raise ValueError(
-            f"Nothing in {source!r} is supervised: no row has two response tokens within {max_length} tokens. "
-            "Raise --max-length, or check the data."
-        )
+        raise ValueError(f"No row of {source!r} can be supervised ({listed or 'it is empty'}).")
+    if bad:
+        logger.warning(f"{len(bad)} of {len(bad) + len(rows)} rows of {source!r} are left out: {listed}")
     return rows
 
 
-def _encoder(columns: set[str], source: str):
+def _read(source: str) -> tuple[Iterable[Any], set[str]]:
+    """The rows of a source, and its columns. JSON is read row by row, so that one bad row spoils no other."""
+    path = Path(source)
+    if path.suffix in (".json", ".jsonl"):
+        data = _read_json(path)
+        return data, {key for row in data if isinstance(row, dict) for key in row}
+    from datasets import load_dataset
+
+    if path.suffix == ".parquet":
+        data = load_dataset("parquet", data_files=str(path), split="train")
+    else:
+        data = load_dataset(source, split="train")
+    return data, set(data.column_names)
+
+
+def _read_json(path: Path) -> list[Any]:
+    """Rows of a file with a list, or with an object a line; a line that is no JSON is kept as it is, as text."""
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [_parsed(line) for line in text.splitlines() if line.strip()]
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line
+
+
+def _encoder(columns: set[str], source: str) -> Callable[[Any, PreTrainedTokenizerBase], Row]:
     if {"input_ids", "loss_mask"} <= columns:
-        return lambda row, _: {"input_ids": row["input_ids"], "loss_mask": row["loss_mask"]}
+        return lambda row, _: {"input_ids": list(row["input_ids"]), "loss_mask": list(row["loss_mask"])}
     if "messages" in columns:
         return lambda row, tokenizer: encode_chat(row["messages"], tokenizer)
     if {"prompt", "response"} <= columns:
         return lambda row, tokenizer: encode_chat(
-            [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}], tokenizer
+            [
+                {"role": "user", "content": _text(row, "prompt")},
+                {"role": "assistant", "content": _text(row, "response")},
+            ],
+            tokenizer,
         )
     raise ValueError(f"{source!r} has the columns {sorted(columns)}; expected {LAYOUTS}.")
 
 
-def encode_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Tokens of a chat and 1 for every token that the assistant wrote."""
+def _text(row: dict[str, Any], key: str) -> str:
+    if not isinstance(row[key], str):
+        raise ValueError(f"`{key}` is {row[key]!r:.40}, not text")
+    return row[key]
 
-    def tokens(count: int, answer_follows: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=answer_follows)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    input_ids = tokens(len(messages), False)
-    loss_mask = [0] * len(input_ids)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start, end = len(tokens(turn, True)), len(tokens(turn + 1, False))
-        loss_mask[start:end] = [1] * (end - start)
-    return {"input_ids": input_ids, "loss_mask": loss_mask[: len(input_ids)]}
+def _checked(row: Row, max_length: int) -> Row:
+    ids, mask = row["input_ids"], row["loss_mask"]
+    if len(ids) != len(mask):
+        raise ValueError(f"{len(ids)} `input_ids` with a `loss_mask` of {len(mask)}")
+    if not all(type(value) is int for value in (*ids, *mask)):
+        raise ValueError("`input_ids` and `loss_mask` must be whole numbers")
+    # A block needs an anchor and at least one label.
+    if sum(mask[:max_length]) < 2:
+        raise ValueError(f"fewer than two supervised tokens within {max_length} tokens (--max-length)")
+    return {"input_ids": ids[:max_length], "loss_mask": mask[:max_length]}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"no {error}"
+    return str(error) if isinstance(error, ValueError | TemplateError) else f"{type(error).__name__}: {error}"
+
+
+def encode_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Row:
+    """Tokens of a chat and 1 for every token that the assistant wrote, up to the special token that ends its turn.
+
+    Templates may write earlier answers otherwise than the last one (Qwen3 leaves out what was thought), so each answer
+    is looked for in the text of the whole chat: it is what differs when the template is given another answer.
+
+    Raises:
+        ValueError: for messages that are none, and for an answer that cannot be found.
+        jinja2.TemplateError: when the template refuses the chat.
+    """
+    _check_messages(messages)
+    template = tokenizer.get_chat_template()
+    if tokenizer.is_fast and GENERATION_BLOCK.search(template):
+        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        return {"input_ids": list(encoded["input_ids"]), "loss_mask": [int(on) for on in encoded["assistant_masks"]]}
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError:
+        # Many templates want the user to begin: what the assistant greets with is then not part of the chat.
+        greeting = next((i for i, message in enumerate(messages) if message["role"] != "assistant"), 0)
+        if not greeting:
+            raise
+        return encode_chat(messages[greeting:], tokenizer)
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = [_answer(messages, turn, text, tokenizer) for turn in turns]
+    ids, places = _tokenize(text, tokenizer)
+    mask, special = [0] * len(ids), set(tokenizer.all_special_ids) | _special_added(tokenizer)
+    for start, end in filter(None, spans):
+        inside = [i for i, (first, last) in enumerate(places) if first < end and last > start and last > first]
+        for i in inside:
+            mask[i] = 1
+        behind = inside[-1] + 1 if inside else len(ids)
+        if behind < len(ids) and ids[behind] in special:
+            mask[behind] = 1
+    return {"input_ids": ids, "loss_mask": mask}
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise ValueError(f"`messages` is {messages!r:.40}, not a list of messages with a `role`")
+    for number, message in enumerate(messages, start=1):
+        # Beside calls of tools there may be no text.
+        if message.get("content") is None and set(message) <= {"role", "content"}:
+            raise ValueError(f"the `content` of message {number} is missing")
+
+
+def _answer(
+    messages: list[dict[str, Any]], turn: int, text: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, int] | None:
+    """Where in the text of the chat the answer of a turn is, `None` where the template leaves it out."""
+    in_parts = isinstance(messages[turn].get("content"), list)
+    placed = [{"type": "text", "text": PLACEHOLDER}] if in_parts else PLACEHOLDER
+    other = [*messages[:turn], {"role": "assistant", "content": placed}, *messages[turn + 1 :]]
+    rendered = tokenizer.apply_chat_template(other, tokenize=False)
+    before, found, behind = rendered.partition(PLACEHOLDER)
+    if not found:
+        return None
+    start = len(os.path.commonprefix([text, before]))
+    end = len(text) - len(os.path.commonprefix([text[::-1], behind[::-1]]))
+    if PLACEHOLDER in behind or start > end:
+        raise ValueError(f"the template hides where message {turn + 1} is in the chat")
+    return start, end
+
+
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids, and where in the text each token begins and ends."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    return ids, list(zip([0, *ends], ends, strict=False))
+
+
+def _special_added(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of tokens such as Gemma's `<end_of_turn>`, which have no role of their own in a tokenizer."""
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def collate(rows: Iterable[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -1,11 +1,13 @@
 """A plain training loop for draft heads: the target is frozen and computes the hidden states on the fly."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ..generation.compatibility import check_pair
 from ..generation.hidden_states import indices_of, request_for
-from ..modeling_dspark import DSparkHead, Tables
+from ..modeling_dspark import DSparkHead
+from ..tables import Tables, target_logits
 from .blocks import attention_mask, labels_and_weights, sample_blocks
 from .data import collate
 from .losses import CE_WEIGHT, Losses, dspark_losses
@@ -107,13 +110,18 @@ def training_step(
     positions = positions.clamp(max=input_ids.shape[1] - 1).flatten(1)
     aligned = last_hidden.gather(1, positions[..., None].expand(-1, -1, last_hidden.shape[-1]))
     with torch.no_grad():
-        target_logits = head.base_logits(aligned, tables).unflatten(1, (-1, config.block_size))
-    return dspark_losses(draft_logits, target_logits, confidence_logits, labels, supervised, ce_weight)
+        aligned_logits = target_logits(target)(aligned).unflatten(1, (-1, config.block_size))
+    return dspark_losses(draft_logits, aligned_logits, confidence_logits, labels, supervised, ce_weight)
 
 
-def check_trainable(head: DSparkHead) -> None:
-    """Raise for heads whose blocks differ from those that `blocks` makes."""
-    config = head.config
+def check_trainable(head: DSparkHead, target: PreTrainedModel) -> None:
+    """Raise for heads whose blocks differ from those that `blocks` makes, or whose tokens from the target's."""
+    config, size = head.config, target.config.get_text_config(decoder=True).vocab_size
+    if config.vocab_size != size:
+        raise ValueError(
+            f"The head has a vocabulary of {config.vocab_size}, the target one of {size}. Such a head can be decoded "
+            "with, but not trained here: begin with a fresh one."
+        )
     reasons = {
         "predicts nothing at the anchor (`sample_from_anchor=False`)": not config.sample_from_anchor,
         "drafts from a part of the vocabulary (`draft_vocab_size`)": config.draft_vocab_size is not None,
@@ -138,12 +146,16 @@ def train(
     steps; `resume` continues from there. `args.output/log.jsonl` gets a line every ten steps.
 
     Raises:
-        ValueError: when head and target do not fit, when there is nothing to resume from, and for kinds of heads that
-            are only decoded with.
+        ValueError: when head and target do not fit, when there is nothing to resume from or it was made with other
+            settings, and for kinds of heads that are only decoded with.
     """
     check_pair(target, head)
-    check_trainable(head)
+    check_trainable(head, target)
     accelerator = accelerator or Accelerator()
+    checkpoint, processes = Path(args.output, "checkpoint"), accelerator.num_processes
+    steps = max(1, round(args.epochs * math.ceil(len(rows) / args.batch_size) / processes))
+    settings = _settings(head, rows, args, accelerator)
+    step = _checkpoint_step(checkpoint, steps, settings) if resume else 0
     set_seed(args.seed)
     target.requires_grad_(False).eval().to(accelerator.device)
     tables = head.share_tables(target)
@@ -151,10 +163,6 @@ def train(
         if getattr(head, name) is not None:
             getattr(head, name).requires_grad_(False)
 
-    checkpoint = Path(args.output, "checkpoint")
-    processes = accelerator.num_processes
-    steps = max(1, round(args.epochs * math.ceil(len(rows) / args.batch_size) / processes))
-    step = _checkpoint_step(checkpoint, steps) if resume else 0
     sampler = ShuffledByLength(
         [len(row["input_ids"]) for row in rows], args.batch_size, args.seed, steps * processes, step * processes
     )
@@ -189,7 +197,7 @@ def train(
             if accelerator.is_main_process and (step % 10 == 0 or step == steps):
                 progress.update(bar, completed=step, losses=_log(args.output, step, losses))
             if step % args.save_every == 0:
-                _save_checkpoint(accelerator, checkpoint, step)
+                _save_checkpoint(accelerator, checkpoint, step, settings)
     trained = accelerator.unwrap_model(head).eval()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -226,26 +234,51 @@ def _warmup_then_cosine(steps: int, warmup_share: float):
     return factor
 
 
-def _save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+def _settings(
+    head: DSparkHead, rows: list[dict[str, list[int]]], args: TrainingArguments, accelerator: Accelerator
+) -> dict[str, Any]:
+    """What a run that goes on from a checkpoint must share with the one that made it. Not how long it is, so that a run
+    can be made longer, nor where and how often it saves."""
+    data = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+    arguments = {key: value for key, value in asdict(args).items() if key not in ("output", "epochs", "save_every")}
+    config = {key: value for key, value in head.config.own_keys().items() if key != "architectures"}
+    run = {"mixed_precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
+    # As JSON gives it back.
+    return json.loads(json.dumps(config | arguments | run | {"data": f"{len(rows)} sequences, {data}"}))
+
+
+def _save_checkpoint(accelerator: Accelerator, folder: Path, step: int, settings: dict[str, Any]) -> None:
     accelerator.save_state(str(folder))
     if accelerator.is_main_process:
-        Path(folder, "step.json").write_text(json.dumps({"step": step}))
+        Path(folder, "step.json").write_text(json.dumps({"step": step, "settings": settings}, indent=2) + "\n")
 
 
-def _checkpoint_step(folder: Path, steps: int) -> int:
-    """The step that the checkpoint in `folder` was made at."""
+def _checkpoint_step(folder: Path, steps: int, settings: dict[str, Any]) -> int:
+    """The step that the checkpoint in `folder` was made at, with the same settings."""
     marker = Path(folder, "step.json")
     if not marker.is_file():
         raise ValueError(
             f"There is no checkpoint to resume from in {str(folder)!r}. Leave out --resume to start afresh."
         )
-    step = json.loads(marker.read_text())["step"]
-    if step > steps:
+    saved = json.loads(marker.read_text())
+    # Checkpoints of earlier versions do not say how they were made.
+    theirs = saved.get("settings", settings)
+    differing = [
+        f"{key} {theirs.get(key)}, now {settings.get(key)}"
+        for key in sorted(theirs.keys() | settings.keys())
+        if theirs.get(key) != settings.get(key)
+    ]
+    if differing:
         raise ValueError(
-            f"The checkpoint in {str(folder)!r} is at step {step}, beyond the {steps} steps of this run. "
-            "Raise --epochs, or pass the --batch-size that the checkpoint was made with."
+            f"The checkpoint in {str(folder)!r} was made with other settings: {'; '.join(differing)}. Resume with its "
+            "settings, or leave out --resume and choose another --output."
         )
-    return step
+    if saved["step"] > steps:
+        raise ValueError(
+            f"The checkpoint in {str(folder)!r} is at step {saved['step']}, beyond the {steps} steps of this run. "
+            "Raise --epochs."
+        )
+    return saved["step"]
 
 
 def _log(output: Path, step: int, losses: Losses) -> str:
