@@ -75,7 +75,7 @@ def test_larger_batches_are_added(folder):
 def test_times_of_short_blocks(block_size):
     target = tiny_target()
     samples = defaultdict(list)
-    trial.measure(target, tiny_head(target, block_size=block_size), 3, [24, 40], samples)
+    trial.measure(target, tiny_head(target, block_size=block_size), 3, [24, 40], samples, seed=0.5)
     found = trial.settled(samples, [24, 40], block_size)
     for kind, sizes in cost.sizes_of(block_size).items():
         assert found[kind].shape == (2, sizes) and np.isfinite(found[kind]).all()
