@@ -24,7 +24,7 @@ from .configuration_dspark import DSparkConfig
 from .registry import head_for
 from .scheduling.load import LoadSensor
 from .sequential_heads import VanillaHead, build_sequential_head
-from .tables import LMHead, Logits, Tables, device_of, is_plain, raw_rows, same, target_logits  # noqa: F401
+from .tables import LMHead, Logits, Tables, is_plain, raw_rows, same, target_logits
 
 # Draft tokens [R] from logits [R, V], and what they were sampled from ([R, V], `None` when they are the argmax).
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]

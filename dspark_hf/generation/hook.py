@@ -122,6 +122,9 @@ def _wrap_validation(stock):
         if isinstance(head, DSparkHead):
             check_pair(self, head)
             check_mode(generation_mode, generation_config)
+            # Of two vocabularies of different sizes the stock check would ask for tokenizers; ours has compared them.
+            rest = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
+            return stock(self, generation_mode, generation_config, rest)
         return stock(self, generation_mode, generation_config, generation_mode_kwargs)
 
     return _validate_generation_mode

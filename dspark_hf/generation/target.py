@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling_dspark import device_of
+from ..tables import device_of
 from . import attention
 from .cache import Placement, SlotCache, causal_mask
 from .hidden_states import indices_of, request_for
