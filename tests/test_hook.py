@@ -134,19 +134,20 @@ target.generate(input_ids=longer, **{CACHE: out[CACHE]}, assistant_model=tiny_he
     assert "deprecated" not in result.stderr + result.stdout
 
 
-@pytest.mark.parametrize(
-    "asked", [{"num_assistant_tokens": 2}, {"generation_config": GenerationConfig(num_assistant_tokens=2)}]
-)
-def test_draft_settings_of_a_call_count(asked):
+def test_draft_settings_of_a_call_count():
     target = tiny_target(sharpness=4)
     head = tiny_head(target)
-    kwargs = {"input_ids": torch.tensor([[3, 4]]), "assistant_model": head, "return_dict_in_generate": True}
-    if "generation_config" in asked:
-        asked["generation_config"].max_new_tokens = 20
-    else:
-        kwargs["max_new_tokens"] = 20
-    assert max(target.generate(**kwargs, **asked).dspark.drafted_lengths[0]) == 2
-    assert max(target.generate(**kwargs | {"max_new_tokens": 20}).dspark.drafted_lengths[0]) == 4
+
+    def longest_draft(**settings) -> int:
+        kwargs = {"input_ids": torch.tensor([[3, 4]]), "assistant_model": head} | settings
+        return max(target.generate(**kwargs).dspark.drafted_lengths[0])
+
+    settings = {"max_new_tokens": 20, "return_dict_in_generate": True}
+    assert longest_draft(**settings) == 4
+    assert longest_draft(**settings, num_assistant_tokens=2) == 2
+    assert longest_draft(generation_config=GenerationConfig(**settings, num_assistant_tokens=2)) == 2
+    with pytest.raises(ValueError, match="num_assistant_tokens_schedule.*'soon'"):
+        longest_draft(**settings, num_assistant_tokens_schedule="soon")
 
 
 def test_output_class():

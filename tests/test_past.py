@@ -132,7 +132,7 @@ def test_batch_of_padded_rows(pattern):
 def test_no_cache_when_none_is_wanted(pair):
     target, head = pair
     output = target.generate(input_ids=PROMPTS[0], max_new_tokens=5, use_cache=False, assistant_model=head, **GREEDY)
-    assert output[CACHE] is None
+    assert output.get(CACHE) is None
 
 
 @pytest.mark.parametrize("limit", [1, 2])

@@ -207,7 +207,7 @@ def test_a_processor_with_a_state_is_exact_when_sampling():
     target = tiny_target(vocab_size=4, sharpness=3)
     head = tiny_head(target)
     kwargs = {"input_ids": torch.tensor([[3, 2]]), "max_new_tokens": 3, "do_sample": True}
-    count = 1500
+    count = 400
 
     def frequencies(**assistant):
         found = torch.zeros(64)

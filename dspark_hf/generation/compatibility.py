@@ -186,7 +186,8 @@ def reason_for_plain(target: PreTrainedModel, input_ids: torch.Tensor, model_kwa
     given, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
     first = target.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
     prepared = first.get(CACHE)
-    if first.get("inputs_embeds") is not None or (prepared is not given and prepared is not None):
+    embeds = model_kwargs.get("inputs_embeds") is None and first.get("inputs_embeds") is not None
+    if embeds or (prepared is not given and prepared is not None):
         return "prompts of virtual tokens (PEFT's prompt and prefix tuning) change every step"
     added = _unknown_input({name: value for name, value in first.items() if name not in model_kwargs})
     if added is not None:

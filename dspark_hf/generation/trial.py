@@ -159,11 +159,8 @@ class Trial:
         config._pad_token_tensor = None
         self.block, self.everybody = head.config.gamma, list(range(rows))
         self.schedule = Told(Settings(self.block, "constant", None), Experience.fresh(self.block), rows)
-        prompts = (
-            torch.arange(2 * rows, device=target.device).view(rows, 2)
-            * 7919
-            % min(head.config.vocab_size, target.config.get_text_config(decoder=True).vocab_size)
-        )
+        vocab_size = min(head.config.vocab_size, target.config.get_text_config(decoder=True).vocab_size)
+        prompts = torch.arange(2 * rows, device=target.device).view(rows, 2) * 7919 % vocab_size
         nothing = LogitsProcessorList(), StoppingCriteriaList()
         self.rounds = Rounds(target, head, prompts, None, None, None, *nothing, config, None, self.schedule)
         outcome, logits = self.rounds.prefill()
