@@ -1,10 +1,14 @@
 """The ways people call `generate`: pipelines, adapters, other kinds of targets, threads, interrupts."""
 
 import copy
+import datetime
+import multiprocessing
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_targets import VOCAB, bigram_head, build, check_same_tokens, prompts
 from transformers import PreTrainedTokenizerFast, StoppingCriteriaList, pipeline
 from transformers.generation.streamers import BaseStreamer
@@ -225,6 +229,43 @@ def test_two_threads_with_one_target_and_one_head(target, head):
     with ThreadPoolExecutor(2) as pool:
         for _ in range(3):
             assert list(pool.map(run, ids)) == alone
+
+
+# -- Processes ---------------------------------------------------------------------------------------------------------
+
+
+def synced(rank, port, results):
+    """One of two processes whose targets wait for each other in every pass, as with ZeRO-3; texts of other lengths."""
+    wait = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=wait)
+    torch.set_num_threads(1)
+    target = build("qwen3")
+    inputs = prompts(1 + rank) | {"do_sample": False, "max_new_tokens": 24}
+    free = target.generate(**inputs)
+    head = bigram_head(target, free[:, 9:])
+    inputs |= {"eos_token_id": free[0, 9 + 4].item()} if rank == 0 else {}
+    plain = target.generate(**inputs)
+    passes = []
+
+    def wait_for_the_other(*_):
+        passes.append(1)
+        dist.all_reduce(torch.ones(1))
+
+    target.register_forward_pre_hook(wait_for_the_other)
+    found = target.generate(**inputs, synced_gpus=True, assistant_model=head)
+    results[rank] = torch.equal(found, plain), len(passes)
+    dist.barrier()
+
+
+def test_synced_processes_end_together():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(synced, (port, results), nprocs=2)
+        (first, passes), (second, others) = results[0], results[1]
+    assert first and second and passes == others
 
 
 # -- Interrupts --------------------------------------------------------------------------------------------------------
