@@ -53,15 +53,10 @@ class Card:
 
 
 def render(card: Card) -> ModelCard:
-    """The card as Markdown with front matter, parsed by huggingface_hub.
+    """The card as Markdown with front matter, parsed by huggingface_hub."""
+    # torch brings it.
+    import jinja2
 
-    Raises:
-        ValueError: when jinja2 is not installed.
-    """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ValueError("Cards need jinja2: pip install jinja2.") from error
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     results = card.results or {}
     rows, settings = results.get("results", []), results.get("settings", {})

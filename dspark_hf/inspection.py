@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoConfig, PreTrainedConfig
 
 from .checkpoints.files import TABLES, Checkpoint, open_checkpoint
@@ -141,7 +142,7 @@ def as_table(found: Inspection) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     for problem in found.problems:
-        table.add_row("[red]problem[/red]", problem)
+        table.add_row(Text("problem", style="red"), problem)
     return table
 
 

@@ -7,7 +7,7 @@ import typer
 from transformers.utils import logging
 
 from .. import DSparkHead
-from .common import app, console
+from .common import app, output_file, say
 
 Target = Annotated[str | None, typer.Option("--model", help="Hub id of the target. Default: the one in the results.")]
 Results = Annotated[Path | None, typer.Option(help="What dspark-hf eval --results wrote.")]
@@ -38,12 +38,12 @@ def publish(
     if dry_run != (output is not None):
         raise ValueError("--dry-run and --output DIR go together: the one writes the repository into the other.")
     if dry_run:
-        console.print(build(folder, repo, output, model, results, license), highlight=False)
-        console.print(f"repository written to {output}; nothing was uploaded", highlight=False)
+        say(build(folder, repo, output, model, results, license))
+        say(f"repository written to {output}; nothing was uploaded")
         return
     checked, address = upload(folder, repo, model, results, license, private)
-    console.print(checked, highlight=False)
-    console.print(f"published: {address}", highlight=False)
+    say(checked)
+    say(f"published: {address}")
 
 
 @app.command()
@@ -53,7 +53,7 @@ def card(
     model: Target = None,
     repo: Annotated[str | None, typer.Option(help="Hub id that the card names, where HEAD is a folder.")] = None,
     license: License = None,
-    output: Annotated[Path | None, typer.Option(help="File for the card. Default: print it.")] = None,
+    output: Annotated[Path | None, output_file("--output", help="File for the card. Default: print it.")] = None,
 ) -> None:
     """Write the model card of a head from its config and the results of an evaluation."""
     from ..cards import card_of, render
@@ -74,4 +74,4 @@ def card(
         typer.echo(text)
     else:
         output.write_text(text, encoding="utf-8")
-        console.print(f"card written to {output}", highlight=False)
+        say(f"card written to {output}")

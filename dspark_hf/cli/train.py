@@ -8,7 +8,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import DSparkConfig, DSparkHead
-from .common import app, console
+from .common import app, say
 
 
 @app.command()
@@ -59,7 +59,7 @@ def train(
         draft_head = DSparkHead(config)
         copied = warm_start(draft_head, target)
         if copied:
-            console.print(f"draft layers start from the target's layers {copied}", highlight=False)
+            say(f"draft layers start from the target's layers {copied}")
     rows = load_rows(data, tokenizer, max_length)
     args = TrainingArguments(
         output=output,
@@ -72,9 +72,9 @@ def train(
         save_every=save_every,
         seed=seed,
     )
-    console.print(f"{len(rows)} sequences, {draft_head.num_parameters():,} parameters in the head", highlight=False)
+    say(f"{len(rows)} sequences, {draft_head.num_parameters():,} parameters in the head")
     run(draft_head, target, rows, args, Accelerator(mixed_precision=mixed_precision), resume)
-    console.print(f"head written to {output}")
+    say(f"head written to {output}")
 
 
 def _mask_token(tokenizer, vocab_size: int) -> int | None:

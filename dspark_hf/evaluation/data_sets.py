@@ -88,10 +88,8 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def _read_from_hub(source: str) -> list[dict]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError("Data sets of the Hub need datasets: pip install 'dspark-hf[eval]'.") from error
+    from datasets import load_dataset
+
     repository, *config, split = source.split(":") if ":" in source else (source, None)
     data = load_dataset(repository, *config)
     if split is None:
