@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, PreTrainedConfig
 
-from .checkpoints.files import TABLES, Checkpoint, open_checkpoint
+from .checkpoints.files import TABLES, Checkpoint, check_source, open_checkpoint
 from .generation.compatibility import misfits, rope_contradiction
 from .modeling_dspark import DSparkHead
 from .registry import published_heads
@@ -98,6 +98,7 @@ def _target_of(checkpoint: Checkpoint) -> str | None:
 
 def _target_config(checkpoint: Checkpoint, target: str | None) -> PreTrainedConfig | None:
     if target is not None:
+        check_source(target)
         return AutoConfig.from_pretrained(target)
     said = _target_of(checkpoint)
     if said is None:

@@ -6,8 +6,10 @@ from typing import Annotated
 import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from .. import DSparkConfig, DSparkHead
+from ..checkpoints.files import check_source
 from .common import app, say
 
 
@@ -41,8 +43,12 @@ def train(
     from ..training.trainer import train as run
     from ..training.warm_start import warm_start
 
-    target = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    logging.disable_progress_bar()
+    check_source(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
+    # What is wrong with the data is said before the models are loaded.
+    rows = load_rows(data, tokenizer, max_length)
+    target = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     torch.manual_seed(seed)
     if head is not None:
         draft_head = DSparkHead.from_pretrained(head, dtype=torch.float32)
@@ -60,7 +66,6 @@ def train(
         copied = warm_start(draft_head, target)
         if copied:
             say(f"draft layers start from the target's layers {copied}")
-    rows = load_rows(data, tokenizer, max_length)
     args = TrainingArguments(
         output=output,
         epochs=epochs,
