@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .licenses import License, as_license
 from .modeling_dspark import DSparkHead
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
@@ -41,7 +42,7 @@ class Card:
     embedded: bool = False
     serving: str | None = None
     no_serving: str = ""
-    license: str | None = None
+    license: License | None = None
     datasets: list[str] | None = None
     paper: dict | None = None
     results: dict | None = None
@@ -53,15 +54,10 @@ class Card:
 
 
 def render(card: Card) -> ModelCard:
-    """The card as Markdown with front matter, parsed by huggingface_hub.
+    """The card as Markdown with front matter, parsed by huggingface_hub."""
+    # torch brings it.
+    import jinja2
 
-    Raises:
-        ValueError: when jinja2 is not installed.
-    """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ValueError("Cards need jinja2: pip install jinja2.") from error
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     results = card.results or {}
     rows, settings = results.get("results", []), results.get("settings", {})
@@ -88,7 +84,9 @@ def _front_matter(card: Card) -> ModelCardData:
         base_model_relation="adapter" if card.target else None,
         pipeline_tag="text-generation",
         tags=tags,
-        license=card.license,
+        license=card.license and card.license.identifier,
+        license_name=card.license and card.license.name,
+        license_link=card.license and card.license.link,
         datasets=card.datasets,
         model_name=card.name if measured else None,
         eval_results=measured or None,
@@ -122,14 +120,17 @@ def card_of(
     target: str | None,
     own: bool = True,
     results: dict | None = None,
-    license: str | None = None,
+    license: str | License | None = None,
     datasets: list[str] | None = None,
 ) -> Card:
     """The card of a head, from its config.
 
     Args:
         repository, target: Hub ids. own: whether the repository brings `custom_generate`. results: from
-            [`~evaluation.results.read_results`].
+            [`~evaluation.results.read_results`]. license: an identifier that the Hub knows, or a `License`.
+
+    Raises:
+        ValueError: for a licence that the Hub refuses.
     """
     config = head.config
     method = "dspark" if config.markov_rank else "dflash"
@@ -142,7 +143,7 @@ def card_of(
         own=own,
         serving=vllm_command(target, repository, method, config.gamma) if target else None,
         no_serving="" if target else "Serving it beside its target with another engine takes the target's repository.",
-        license=license,
+        license=as_license(license),
         datasets=datasets,
         results=results,
     )

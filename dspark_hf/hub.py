@@ -21,13 +21,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from . import licenses
 from .configuration_dspark import DSparkConfig
+from .licenses import License, as_license
 from .modeling_dspark import DSparkHead
 
 CUSTOM_GENERATE = Path(__file__).parent / "custom_generate"
 RESULTS = "eval_results.json"
 # The files of a head that are published; logs, checkpoints and whatever else is in its folder are not.
-HEAD_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+HEAD_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *licenses.FILES)
 OUR_FILES = ("README.md", RESULTS, "custom_generate/generate.py", "custom_generate/requirements.txt")
 # Fields in which two versions of one head agree.
 SAME = ("block_size", "vocab_size", "hidden_size", "num_target_layers", "target_layer_ids", "num_hidden_layers")
@@ -64,7 +66,7 @@ def build(
     output: str | Path,
     target: str | None = None,
     results: str | Path | None = None,
-    license: str | None = None,
+    license: str | License | None = None,
 ) -> str:
     """Write the repository of a head into a folder, and check it there: its weights and config, the card, what
     `custom_generate` needs and the results of its evaluation.
@@ -74,19 +76,23 @@ def build(
             earlier call wrote, which is replaced.
         target: Hub id of its target; by default the one that the results or the head's config name.
         results: what `dspark-hf eval` wrote; by default `eval_results.json` in the folder, if it is there.
+        license: an identifier that the Hub knows, or a `License`.
 
     Returns:
         what was checked and what could not be, in sentences.
 
     Raises:
-        ValueError: for ids that are none, results of another head, a head that does not draft, or a folder that holds
-            other files. OSError: for files that are missing.
+        ValueError: for ids that are none, a licence that the Hub refuses, results of another head, a head that does not
+            draft, or a folder that holds other files. OSError: for files that are missing.
     """
     from .cards import card_of, render
     from .evaluation.results import check_results, read_results
 
     source, output = Path(source), Path(output)
     _check_id(repository, "--repo")
+    license = as_license(license)
+    if license is not None and license.link in licenses.FILES and not (source / license.link).is_file():
+        raise OSError(f"--license-link {license.link}: there is no such file in {str(source)!r}.")
     if not (source / "config.json").is_file():
         raise OSError(f"There is no head in {str(source)!r}: it has no config.json.")
     head, found = DSparkHead.from_pretrained(source, dtype="auto"), None
@@ -195,7 +201,7 @@ def publish(
     repository: str,
     target: str | None = None,
     results: str | Path | None = None,
-    license: str | None = None,
+    license: str | License | None = None,
     private: bool = False,
     message: str = "Upload a draft head with dspark-hf",
 ) -> tuple[str, str]:

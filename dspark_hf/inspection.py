@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoConfig, PreTrainedConfig
 
-from .checkpoints.files import TABLES, Checkpoint, open_checkpoint
+from .checkpoints.files import TABLES, Checkpoint, check_source, open_checkpoint
 from .generation.compatibility import doubts, misfits
 from .modeling_dspark import DSparkHead
 from .registry import published_heads
@@ -96,6 +97,7 @@ def _target_of(checkpoint: Checkpoint) -> str | None:
 
 def _target_config(checkpoint: Checkpoint, target: str | None) -> PreTrainedConfig | None:
     if target is not None:
+        check_source(target)
         return AutoConfig.from_pretrained(target)
     said = _target_of(checkpoint)
     if said is None:
@@ -140,7 +142,7 @@ def as_table(found: Inspection) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     for problem in found.problems:
-        table.add_row("[red]problem[/red]", problem)
+        table.add_row(Text("problem", style="red"), problem)
     return table
 
 

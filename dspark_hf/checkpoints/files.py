@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -151,10 +152,11 @@ def open_checkpoint(source: str | os.PathLike, download: bool = True, **hub) -> 
         hub: of `HUB_ARGUMENTS`.
 
     Raises:
-        OSError: when config.json or the weights cannot be found.
+        OSError: when the folder, config.json or the weights cannot be found.
         CheckpointError: when what is there is no sound head.
     """
     source = os.fspath(source)
+    check_source(source)
     published = read_published(source, **hub)
     dialect = dialect_of(published, source)
     native = read_config(published, source)
@@ -167,6 +169,13 @@ def open_checkpoint(source: str | os.PathLike, download: bool = True, **hub) -> 
             "borrow_lm_head": "lm_head.weight" not in tensors,
         }
     return Checkpoint(source, dialect, published, native, tensors, published_names)
+
+
+def check_source(source: str | os.PathLike) -> None:
+    """Raises OSError for a path of no folder. What could be an id of the Hub, `NAME` or `USER/NAME`, is left to it."""
+    path = os.fspath(source)
+    if not os.path.isdir(path) and not re.fullmatch(r"[^/\\.~][^/\\]*(/[^/\\]+)?", path):
+        raise OSError(f"There is no folder {path!r}.")
 
 
 def _renamed(name: str, dialect: ModuleType) -> str:

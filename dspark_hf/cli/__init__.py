@@ -17,12 +17,27 @@ from . import (  # noqa: F401
     verify,
 )
 from .common import app, errors
+from .extras import extra_with
 
 
 def main() -> None:
-    """Run the command; errors that users can mend are shown without a stack trace."""
+    """Run the command; errors that its user can put right are shown without a stack trace."""
     try:
         app()
+    except ImportError as error:
+        command = sys.argv[1]
+        extra = extra_with(error.name, command)
+        if extra is not None:
+            _fail(f"`dspark-hf {command}` needs {error.name}, which is not installed: pip install 'dspark-hf[{extra}]'")
+        if error.name is not None:
+            # Not what a user lacks, but a broken installation or a fault of ours.
+            raise
+        # Of transformers, for a model that needs another package; the message says which.
+        _fail(str(error))
     except (ValueError, OSError) as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    errors.print(f"error: {message}", soft_wrap=True)
+    sys.exit(1)

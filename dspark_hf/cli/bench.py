@@ -3,11 +3,27 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
+from rich.markup import escape
 
 from ..evaluation.prompts import DOMAINS, domain_prompts, read_prompts
-from .common import Dtype, Head, Limit, MaxNewTokens, Model, Prompts, app, console, load, numbers, write_json
+from .common import (
+    Dtype,
+    Head,
+    Limit,
+    MaxNewTokens,
+    Model,
+    Prompts,
+    app,
+    console,
+    counts,
+    entries,
+    load,
+    output_file,
+    say,
+    show,
+    write_json,
+)
 
 
 @app.command()
@@ -26,11 +42,11 @@ def bench(
             help="Batch sizes at which plain, every fixed length and load are compared, instead of the above."
         ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture of the sweep, such as sweep.png.")] = None,
+    plot: Annotated[Path | None, output_file("--plot", help="Picture of the sweep, such as sweep.png.")] = None,
     max_new_tokens: MaxNewTokens = 128,
     limit: Limit = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the records to this file, as they come.")
+        Path | None, output_file("--json", help="Also write the records to this file, as they come.")
     ] = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -40,17 +56,19 @@ def bench(
     """
     from ..evaluation import bench as speed
     from ..evaluation import sweep
-    from ..evaluation.plots import import_pyplot
+    from ..evaluation.plots import check_picture
+    from ..evaluation.report import device_name
 
     if plot is not None:
         if sweep_batch is None:
             raise ValueError(f"--plot {plot} shows a sweep: give --sweep-batch too.")
-        import_pyplot()
-    sizes = numbers(sweep_batch or batch_sizes)
+        check_picture(plot)
+    names = entries("--methods", methods)
+    sizes = counts("--batch-sizes", batch_sizes) if sweep_batch is None else counts("--sweep-batch", sweep_batch)
     texts = read_prompts(prompts)[:limit]
     target, draft_head, tokenizer = load(model, head, dtype)
     if sweep_batch is None:
-        tables, names = speed, methods.split(",")
+        tables = speed
         measured = speed.bench(target, draft_head, tokenizer, texts, sizes, names, max_new_tokens)
         sets = f"{len(texts)} prompts"
     else:
@@ -64,9 +82,8 @@ def bench(
             if json_file is not None:
                 # What is measured is kept, should the rest be cut off.
                 write_json(json_file, speed.as_json(records))
-            status.update(f"measured {record.domain or ''} {record.method} at batch {record.batch_size}")
-    console.print(tables.as_table(records))
-    device = torch.cuda.get_device_name() if target.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    console.print(f"[dim]{sets}, {max_new_tokens} new tokens, {target.dtype}, {device}[/dim]", highlight=False)
+            status.update(escape(f"measured {record.domain or ''} {record.method} at batch {record.batch_size}"))
+    show(tables.as_table(records))
+    say(f"{sets}, {max_new_tokens} new tokens, {target.dtype}, {device_name(target.device)}", style="dim")
     if plot is not None:
         sweep.plot(records, plot)

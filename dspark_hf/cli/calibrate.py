@@ -5,8 +5,23 @@ from typing import Annotated
 
 import typer
 
+from ..checkpoints.files import check_source
 from ..evaluation.prompts import DOMAINS, domain_prompts, read_prompts
-from .common import Dtype, Head, Limit, MaxNewTokens, Model, Prompts, app, console, load, write_json
+from .common import (
+    Dtype,
+    Head,
+    Limit,
+    MaxNewTokens,
+    Model,
+    Prompts,
+    app,
+    console,
+    load,
+    output_file,
+    say,
+    show,
+    write_json,
+)
 
 
 @app.command()
@@ -21,8 +36,8 @@ def calibrate(
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option(min=0, help="Of decoding; 0 is greedy.")] = 0.0,
     limit: Limit = None,
-    plot: Annotated[Path | None, typer.Option(help="Reliability diagram, such as reliability.png.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    plot: Annotated[Path | None, output_file("--plot", help="Reliability diagram, such as reliability.png.")] = None,
+    json_file: Annotated[Path | None, output_file("--json", help="Also write the report to this file.")] = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Fit the temperatures and shifts of a head's confidence and write them into its config.
@@ -31,11 +46,12 @@ def calibrate(
     taken; a head should be calibrated on what it will be used for.
     """
     from ..evaluation import calibrate as calibration
-    from ..evaluation.plots import import_pyplot
+    from ..evaluation.plots import check_picture
 
     if plot is not None:
-        import_pyplot()
+        check_picture(plot)
     if output is None and head is not None and not Path(head).is_dir():
+        check_source(head)
         raise ValueError(f"--head {head} is not a folder to write into: give --output.")
     texts = read_prompts(prompts) if prompts else [p for name in DOMAINS for p in domain_prompts(name)]
     texts = texts[:limit]
@@ -45,16 +61,16 @@ def calibrate(
             target, draft_head, tokenizer, texts, batch_size, max_new_tokens, temperature
         ):
             status.update(f"drafted for {found} of {len(texts)} prompts")
-    console.print(calibration.as_table(found))
+    show(calibration.as_table(found))
     draft_head.config.update({"confidence_temperatures": found.temperatures, "confidence_shifts": found.shifts})
     if output is not None:
         draft_head.save_pretrained(output)
-        console.print(f"head written to {output}")
+        say(f"head written to {output}")
     elif head is not None:
         draft_head.config.save_pretrained(head)
-        console.print(f"temperatures written to {Path(head) / 'config.json'}")
+        say(f"temperatures written to {Path(head) / 'config.json'}")
     else:
-        console.print("the embedded head is left as it is: give --output to write a calibrated copy")
+        say("the embedded head is left as it is: give --output to write a calibrated copy")
     if plot is not None:
         calibration.plot(found, plot)
     if json_file is not None:

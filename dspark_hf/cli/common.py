@@ -1,16 +1,19 @@
-"""What every command shares: the app, its options, loading and writing."""
+"""What every command shares: the app, its options, loading, printing and writing."""
 
 import json
 from pathlib import Path
 from typing import Annotated
 
 import torch
+import transformers
 import typer
 from rich.console import Console
+from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from .. import DSparkHead
+from .. import DSparkHead, __version__
+from ..checkpoints.files import check_source
 from ..embedded import embedded_pair
 from ..registry import head_for
 
@@ -20,38 +23,106 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console, errors = Console(), Console(stderr=True)
+# What is printed holds names, paths and errors, in which brackets are brackets: styles are arguments, not markup.
+console, errors = (Console(stderr=stderr, markup=False, highlight=False) for stderr in (False, True))
+
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+
+
+def output_file(name: str, help: str):
+    """An option for a file to write. Its folder is made at once: where that fails, no work has been done in vain."""
+    return typer.Option(name, help=help, dir_okay=False, callback=_with_folder)
+
+
+def _with_folder(path: Path | None) -> Path | None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
 
 Model = Annotated[str | None, typer.Option(help="Target: a Hub id or a folder. Default: the embedded pair.")]
 Head = Annotated[str | None, typer.Option(help="Draft head for --model: a Hub id or a folder. Default: a known one.")]
-Dtype = Annotated[str, typer.Option(help="dtype of target and head, such as float32 or bfloat16; auto: as stored.")]
+Dtype = Annotated[str, typer.Option(help=f"dtype of target and head: {', '.join(DTYPES)}. auto: as stored.")]
 Prompts = Annotated[Path | None, typer.Option(help="JSON lines with turns, prompt or question, or a prompt a line.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts only.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dspark-hf {__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 def load(model: str | None, head: str | None, dtype: str, needs_head: bool = True):
-    """Target, head (`None` where it is not needed and not given) and tokenizer."""
+    """Target, head (`None` where it is not needed and not given) and tokenizer.
+
+    Raises:
+        ValueError, OSError: for a dtype, folder or id that there is not; before a model is loaded.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else None
     if model is None:
         if head is not None:
             raise ValueError(f"--head {head} needs --model: the embedded target has its own head.")
         return embedded_pair(dtype=dtype, device=device)
+    for source in (model, head):
+        if source is not None:
+            check_source(source)
     if head is None and needs_head:
         head = head_for(model).head
-        errors.print(f"[dim]head: {head}[/dim]", highlight=False)
+        errors.print(f"head: {head}", style="dim", soft_wrap=True)
     target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device).eval()
     loaded = DSparkHead.from_pretrained(head, dtype=dtype, device_map=device).eval() if head else None
     return target, loaded, AutoTokenizer.from_pretrained(model)
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print a line that no narrow terminal breaks inside an id or a path."""
+    console.print(text, style=style, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """Print a table as wide as it is: cells that are cut or broken cannot be copied."""
+    wide = console.options.update(max_width=10_000)
+    console.print(table, width=console.measure(table, options=wide).maximum, crop=False)
 
 
 def write_json(path: Path, content: dict | list) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"Expected comma-separated numbers such as 1,4,16, got {text!r}.") from None
+def entries(option: str, text: str) -> list[str]:
+    """The entries of a comma-separated option.
+
+    Raises:
+        ValueError: for an empty one.
+    """
+    found = [entry.strip() for entry in text.split(",")]
+    if not all(found):
+        raise ValueError(f"{option} {text!r} has an empty entry: expected a comma-separated list.")
+    return found
+
+
+def counts(option: str, text: str) -> list[int]:
+    """The numbers, from 1 up, of a comma-separated option.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    found = entries(option, text)
+    wrong = next((entry for entry in found if not (entry.isascii() and entry.isdigit() and int(entry))), None)
+    if wrong is not None:
+        raise ValueError(f"{option} {text}: {wrong!r} is no number from 1 up; expected some such as 1,4,16.")
+    return [int(entry) for entry in found]

@@ -15,10 +15,7 @@ def demo(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860.")] = None,
 ) -> None:
     """Watch the speed-up in a browser: a race, a chat, the inside of a round, and load."""
-    try:
-        from ..demo import app as page
-    except ImportError as error:
-        raise ValueError(f"The demo needs Gradio: pip install 'dspark-hf[demo]' ({error}).") from error
+    from ..demo import app as page
 
     given = load(model, head, "auto") if model or head else ()
     page.launch(page.build(*given), share=share, server_port=port)

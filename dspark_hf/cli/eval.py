@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from ..evaluation.prompts import DOMAINS
-from .common import Dtype, Head, Limit, Model, app, console, load, write_json
+from .common import Dtype, Head, Limit, Model, app, console, entries, load, output_file, say, show, write_json
 
 
 @app.command("eval")
@@ -23,9 +23,12 @@ def evaluate(
         ),
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(help="JSON file for the results; the prompts done so far are kept beside it.")
+        Path | None,
+        output_file("--results", help="JSON file for the results; the prompts done so far are kept beside it."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture of acceptance and confidence, such as eval.png.")] = None,
+    plot: Annotated[
+        Path | None, output_file("--plot", help="Picture of acceptance and confidence, such as eval.png.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a turn at most; DeepSpec takes 2048.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; the paper's tables are at 1.")] = 0.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
@@ -49,11 +52,12 @@ def evaluate(
     from ..evaluation.data_sets import load_data_sets
     from ..evaluation.evaluate import Log, Processes, Settings
     from ..evaluation.evaluate import evaluate as records_of
-    from ..evaluation.plots import import_pyplot
+    from ..evaluation.plots import check_picture
+    from ..evaluation.report import device_name
 
     if plot is not None:
-        import_pyplot()
-    sources = [source for given in data or DOMAINS for source in given.split(",")]
+        check_picture(plot)
+    sources = [source for given in data or DOMAINS for source in entries("--data", given)]
     sets = load_data_sets(sources, limit)
     processes = Processes()
     target, draft_head, tokenizer = load(model, head, dtype)
@@ -62,7 +66,7 @@ def evaluate(
         "head": "embedded" if model is None else draft_head.name_or_path,
         "fingerprint": reports.fingerprint(draft_head),
         "target": model or "embedded",
-        "device": reports.device_name(target.device),
+        "device": device_name(target.device),
         "dtype": str(target.dtype).removeprefix("torch."),
         "settings": asdict(settings),
         "data": [one.identity for one in sets],
@@ -85,8 +89,8 @@ def evaluate(
     records = [records[one.name, i] for one in sets for i in range(len(one.conversations))]
     found = [summarise(one.name, [r for r in records if r.data == one.name]) for one in sets]
     for table in reports.as_tables(found):
-        console.print(table)
-    console.print(f"[dim]{max_new_tokens} new tokens, {run['dtype']}, {run['device']}[/dim]", highlight=False)
+        show(table)
+    say(f"{max_new_tokens} new tokens, {run['dtype']}, {run['device']}", style="dim")
     if plot is not None:
         reports.plot(found, records, plot)
     if results is not None:

@@ -8,7 +8,8 @@ import typer
 from transformers import AutoModelForCausalLM
 
 from .. import DSparkHead
-from .common import app, console
+from ..checkpoints.files import check_source
+from .common import app, say
 
 
 class Layout(StrEnum):
@@ -30,9 +31,11 @@ def export(
     """Write a head for an engine that reads another trainer's layout."""
     from ..checkpoints.export import export as write
 
+    if model is not None:
+        check_source(model)
     loaded = DSparkHead.from_pretrained(head, dtype="auto")
     target = None if model is None else AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     tables = write(loaded, to.value, output, target)
-    console.print(f"head written to {output} in the layout of {to.value}", highlight=False)
+    say(f"head written to {output} in the layout of {to.value}")
     for name, place in tables.items():
-        console.print(f"[dim]{name}: {place}[/dim]", highlight=False)
+        say(f"{name}: {place}", style="dim")

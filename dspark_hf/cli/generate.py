@@ -8,7 +8,7 @@ import typer
 from transformers import TextStreamer
 
 from ..evaluation.prompts import encode, sampling
-from .common import Dtype, Head, MaxNewTokens, Model, app, console, errors, load
+from .common import Dtype, Head, MaxNewTokens, Model, app, errors, load, say
 
 
 @app.command()
@@ -43,7 +43,7 @@ def generate(
         return
     summary = f"{len(new)} tokens in {seconds:.2f} s: {len(new) / seconds:.1f} tokens/s"
     rounds = "without a draft head" if no_draft else f"tau {tau:.2f} tokens a round, {output.dspark.rounds} rounds"
-    console.print(f"[dim]{summary}, {rounds}[/dim]", highlight=False)
+    say(f"{summary}, {rounds}", style="dim")
 
 
 def _measure_step_times(target, head) -> None:

@@ -5,10 +5,9 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from ..registry import heads_for, published_heads
-from .common import app, console
+from .common import app, say
 
 
 @app.command()
@@ -22,12 +21,10 @@ def heads(
         typer.echo(json.dumps([asdict(head) for head in listed], indent=2))
         return
     if not listed:
-        console.print(f"No published head is known for {model}.", highlight=False)
+        say(f"No published head is known for {model}.")
         raise typer.Exit(1)
-    table = Table(box=None)
-    for name in ("target", "head", "method", "block size", "layout", "trained by"):
-        table.add_column(name, overflow="fold")
-    for head in listed:
-        size = "" if head.block_size is None else str(head.block_size)
-        table.add_row(head.target, head.head, head.method, size, head.dialect, head.source)
-    console.print(table, highlight=False)
+    for target in dict.fromkeys(head.target for head in listed):
+        say(target, style="bold")
+        for head in (head for head in listed if head.target == target):
+            size = f"block size {head.block_size}, " if head.block_size else ""
+            say(f"  {head.head}  ({head.method}, {size}layout {head.dialect}, by {head.source})")

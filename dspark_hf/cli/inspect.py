@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .common import app, console
+from .common import app, show
 
 
 @app.command()
@@ -21,4 +21,4 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(inspection.as_json(found), indent=2))
     else:
-        console.print(inspection.as_table(found), highlight=False, soft_wrap=True)
+        show(inspection.as_table(found))

@@ -6,9 +6,11 @@ from typing import Annotated
 import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from .. import DSparkConfig, DSparkHead
-from .common import app, console
+from ..checkpoints.files import check_source
+from .common import app, say
 
 
 @app.command()
@@ -41,8 +43,12 @@ def train(
     from ..training.trainer import train as run
     from ..training.warm_start import warm_start
 
-    target = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    logging.disable_progress_bar()
+    check_source(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
+    # What is wrong with the data is said before the models are loaded.
+    rows = load_rows(data, tokenizer, max_length)
+    target = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     torch.manual_seed(seed)
     if head is not None:
         draft_head = DSparkHead.from_pretrained(head, dtype=torch.float32)
@@ -59,8 +65,7 @@ def train(
         draft_head = DSparkHead(config)
         copied = warm_start(draft_head, target)
         if copied:
-            console.print(f"draft layers start from the target's layers {copied}", highlight=False)
-    rows = load_rows(data, tokenizer, max_length)
+            say(f"draft layers start from the target's layers {copied}")
     args = TrainingArguments(
         output=output,
         epochs=epochs,
@@ -72,9 +77,9 @@ def train(
         save_every=save_every,
         seed=seed,
     )
-    console.print(f"{len(rows)} sequences, {draft_head.num_parameters():,} parameters in the head", highlight=False)
+    say(f"{len(rows)} sequences, {draft_head.num_parameters():,} parameters in the head")
     run(draft_head, target, rows, args, Accelerator(mixed_precision=mixed_precision), resume)
-    console.print(f"head written to {output}")
+    say(f"head written to {output}")
 
 
 def _mask_token(tokenizer, vocab_size: int) -> int | None:

@@ -6,7 +6,21 @@ from typing import Annotated
 import typer
 
 from ..evaluation.prompts import read_prompts
-from .common import Dtype, Head, Limit, MaxNewTokens, Model, Prompts, app, console, load, write_json
+from .common import (
+    Dtype,
+    Head,
+    Limit,
+    MaxNewTokens,
+    Model,
+    Prompts,
+    app,
+    console,
+    load,
+    output_file,
+    say,
+    show,
+    write_json,
+)
 
 
 @app.command()
@@ -21,7 +35,7 @@ def verify(
         bool, typer.Option("--sampling", help="Audit sampling at temperature 1 instead of greedy decoding.")
     ] = False,
     draws: Annotated[int, typer.Option(min=1, help="Continuations to sample with --sampling.")] = 2000,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the findings to this file.")] = None,
+    json_file: Annotated[Path | None, output_file("--json", help="Also write the findings to this file.")] = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Audit losslessness: the tokens with the head against the target's own. Exit status 1 when it is BROKEN.
@@ -43,7 +57,7 @@ def verify(
         findings |= {"batch_size": batch_size, "dtype": str(target.dtype)}
         write_json(json_file, findings)
     broken = findings["verdict"] == BROKEN
-    console.print(f"verdict: [{'red' if broken else 'green'}]{findings['verdict']}[/]", highlight=False)
+    say(f"verdict: {findings['verdict']}", style="red" if broken else "green")
     if broken:
         raise typer.Exit(1)
 
@@ -60,9 +74,9 @@ def _verify_greedy(target, draft_head, tokenizer, texts: list[str], batch_size: 
     findings = greedy_as_json(rows)
     differing = len(findings["differences"])
     if differing:
-        console.print(as_table(rows, tokenizer))
+        show(as_table(rows, tokenizer))
     counts = f"{len(rows) - differing} of {len(rows)} prompts identical, {findings['tokens']} tokens"
-    console.print(f"[dim]{counts}, batches of {batch_size}, {target.dtype}[/dim]", highlight=False)
+    say(f"{counts}, batches of {batch_size}, {target.dtype}", style="dim")
     return findings
 
 
@@ -78,5 +92,5 @@ def _verify_sampling(target, draft_head, tokenizer, texts: list[str], batch_size
         status.update("comparing with the target's distribution")
         audit = audit_sampling(target, tokenizer, texts, drawn, batch_size)
     test = f"chi-square {audit.statistic:.1f} at {audit.degrees_of_freedom} degrees of freedom"
-    console.print(f"[dim]{audit.draws} draws, {target.dtype}: {test}, p = {audit.p_value:.2g}[/dim]", highlight=False)
+    say(f"{audit.draws} draws, {target.dtype}: {test}, p = {audit.p_value:.2g}", style="dim")
     return sampling_as_json(audit)

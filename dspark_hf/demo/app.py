@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..embedded import embedded_pair
+from ..evaluation.report import device_name
 from ..modeling_dspark import DSparkHead
 from . import chat, load, race, rounds
 from .engine import Engine
@@ -37,13 +38,12 @@ def build(
     embedded = model is None
     engine = Engine(*default_pair()) if embedded else Engine(model, head, tokenizer)
     name = "the built-in pair" if embedded else f"{model.name_or_path} and {head.name_or_path}"
-    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} of a processor"
-    device = torch.cuda.get_device_name() if engine.model.device.type == "cuda" else threads
     with gr.Blocks(title=TITLE, analytics_enabled=False) as app:
         gr.Markdown(f"# {TITLE}")
         gr.Markdown(
             "A small draft head guesses the next tokens, the model checks all of them at once and keeps what it would "
-            f"have written anyway. Here: {name}, {str(engine.model.dtype).removeprefix('torch.')}, on {device}."
+            f"have written anyway. Here: {name}, {str(engine.model.dtype).removeprefix('torch.')}, on "
+            f"{device_name(engine.model.device)}."
         )
         with gr.Tab("Race"):
             race.tab(engine)

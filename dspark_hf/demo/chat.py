@@ -7,7 +7,7 @@ from html import escape
 import gradio as gr
 
 from . import parts
-from .engine import Committed, Engine, Finished, Generation, Ready, Stop
+from .engine import Committed, Engine, Finished, Ready, Stop
 
 EXAMPLES = [
     "A box holds 6 eggs and costs $3. How much do 42 eggs cost?",
@@ -54,11 +54,16 @@ class Answer:
 
 
 def answer(
-    engine: Engine, history: list[Message], most: int, temperature: float, top_p: float, stop: Stop
+    engine: Engine,
+    history: list[Message],
+    most: float | None,
+    temperature: float | None,
+    top_p: float | None,
+    stop: Stop,
 ) -> Iterator[Answer]:
     """The answer to the last message, every tick and once it is over."""
     result = Answer()
-    work = Generation(engine.encode(history), int(most), True, temperature, top_p)
+    work = engine.generation(engine.encode(history), True, most, temperature, top_p)
     for event in engine.stream(work, stop):
         result.take(event)
         if event is None:
@@ -111,14 +116,14 @@ def tab(engine: Engine, embedded: bool) -> None:
         gr.Examples(EXAMPLES, message, label="Things that the built-in model was trained for")
     with gr.Row():
         temperature = parts.temperature()
-        top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p (when sampling)", min_width=180)
-        most = parts.max_tokens(engine.most_new_tokens, 256)
+        top_p = parts.top_p()
+        most = parts.max_tokens(engine.most_new_tokens)
     stop, history = gr.State(Stop()), gr.State([])
 
     def run(text: str, history: list[Message], temperature: float, top_p: float, most: float, stop: Stop):
         asked = [*history, {"role": "user", "content": text}]
         for current in answer(engine, asked, most, temperature, top_p, stop):
-            said = engine.decode(current.tokens)
+            said = engine.decode(current.tokens, current.ended)
             new = [*asked, {"role": "assistant", "content": said}] if said else asked
             yield shown(new), new, "", parts.figures(current.figures())
         if not current.ended:

@@ -21,11 +21,16 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two looks at whether a visitor has stopped or left, and two pictures of what streams.
 TICK = 0.2
-MOST_PROMPT_TOKENS, MOST_NEW_TOKENS = 1024, 512
+MOST_PROMPT_TOKENS, MOST_NEW_TOKENS, FEWEST_NEW_TOKENS = 1024, 512, 2
+# What the fields of a generation hold at first, and what counts where a visitor has emptied them.
+DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 256, 0.0, 1.0
 # No token is longer than this on average in text that a limit of tokens would let through.
 CHARACTERS_A_TOKEN = 16
 # Plain tokens from which the step time is taken, and answers from which the schedule learns what drafts are worth here.
 MEASURED_TOKENS, LEARNED_ANSWERS = 64, 3
+# Ends the events of a piece of work.
+DONE = object()
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 WARM_UP = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How many pencils are left?"
 
 
@@ -39,7 +44,7 @@ def on_gpu(work: Callable) -> Callable:
 
 
 class Stop:
-    """A visitor's wish that what runs in a tab ends; kept in a `gr.State`."""
+    """A visitor's request that what runs in a tab ends; kept in a `gr.State`."""
 
     requested = False
 
@@ -128,6 +133,9 @@ class Engine:
 
     Attributes:
         most_prompt_tokens, most_new_tokens: the longest prompt and answer, which fit the target's positions together.
+
+    Raises:
+        ValueError: when they hold no answer.
     """
 
     def __init__(self, model: PreTrainedModel, head: DSparkHead, tokenizer: PreTrainedTokenizerBase):
@@ -135,8 +143,12 @@ class Engine:
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         positions = positions or MOST_PROMPT_TOKENS + MOST_NEW_TOKENS + head.config.block_size
         self.most_prompt_tokens = min(MOST_PROMPT_TOKENS, positions // 2)
-        room = positions - self.most_prompt_tokens - head.config.block_size
-        self.most_new_tokens = min(MOST_NEW_TOKENS, room // 8 * 8)
+        self.most_new_tokens = min(MOST_NEW_TOKENS, positions - self.most_prompt_tokens - head.config.block_size)
+        if self.most_new_tokens < FEWEST_NEW_TOKENS:
+            raise ValueError(
+                f"The target has {positions} positions: too few for a prompt, an answer and a block of "
+                f"{head.config.block_size}."
+            )
         self._plain_step: float | None = None
         self._lock = threading.Lock()
         self._events = on_gpu(self._events)
@@ -154,6 +166,23 @@ class Engine:
                 if stop.requested:
                     return
                 yield event
+
+    def generation(
+        self,
+        input_ids: list[int],
+        draft: bool,
+        most: float | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+    ) -> Generation:
+        """The work that the fields of a tab ask for. One that is empty, `None`, counts as its default."""
+        return Generation(
+            input_ids,
+            int(min(DEFAULT_NEW_TOKENS, self.most_new_tokens) if most is None else most),
+            draft,
+            DEFAULT_TEMPERATURE if temperature is None else temperature,
+            DEFAULT_TOP_P if top_p is None else top_p,
+        )
 
     def generate(self, input_ids: list[int], head: DSparkHead | None, **kwargs):
         """`model.generate` for one prompt, with its output class."""
@@ -174,22 +203,33 @@ class Engine:
         length = sum(len(message["content"]) for message in messages)
         if length > CHARACTERS_A_TOKEN * self.most_prompt_tokens:
             raise self._too_long(f"{length:,} characters")
-        if self.tokenizer.chat_template is None:
-            ids = self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
-        else:
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
+        ids = self._tokens(messages)
         if len(ids) > self.most_prompt_tokens:
             raise self._too_long(f"{len(ids):,} tokens")
         return ids
 
-    def decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+    def own_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt of the demo's own, which measures speed: its end, where the target is too short for
+        all of it."""
+        return self._tokens([{"role": "user", "content": text}])[-self.most_prompt_tokens :]
+
+    def decode(self, tokens: list[int], ended: bool = True) -> str:
+        """The text of new tokens. Before it has ended, without a character at its end that is not whole yet."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        if ended or not text.endswith(REPLACEMENT):
+            return text
+        # Tokenizers that fall back to bytes lose a whole run of them to its last character, which is at most 4 long.
+        shorter = (self.tokenizer.decode(tokens[:-held], skip_special_tokens=True) for held in range(1, 4))
+        return max((one.rstrip(REPLACEMENT) for one in (text, *shorter)), key=len)
 
     def warm_up(self) -> None:
         """Measure this machine in the background, so that the first visitor need not wait for it."""
         threading.Thread(target=lambda: list(self._events(nothing)), daemon=True).start()
+
+    def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     def _too_long(self, length: str) -> gr.Error:
         text = f"The prompt has {length} with what came before it; this demo takes {self.most_prompt_tokens:,} tokens."
@@ -211,7 +251,7 @@ class Engine:
                     event = inbox.get(timeout=wait)
                 except queue.Empty:
                     continue
-                if event is self:
+                if event is DONE:
                     return
                 if isinstance(event, Exception):
                     raise event
@@ -225,7 +265,7 @@ class Engine:
                 if not stop.is_set():
                     emit(Ready(self._measured_step()))
                     work(self, emit, stop)
-            emit(self)
+            emit(DONE)
         except Exception as error:
             logger.exception("The demo's work failed.")
             emit(gr.Error(f"{type(error).__name__}: {error}", title="The model failed", print_exception=False))
@@ -233,14 +273,14 @@ class Engine:
     def _measured_step(self) -> float:
         """Seconds of a plain step. The first call also has the step times of the schedule measured."""
         if self._plain_step is None:
-            ids = self.encode([{"role": "user", "content": WARM_UP}])
-            options = {"max_new_tokens": MEASURED_TOKENS, "do_sample": False}
+            ids, count = self.own_prompt(WARM_UP), min(MEASURED_TOKENS, self.most_new_tokens)
+            options = {"max_new_tokens": count, "do_sample": False}
             for _ in range(LEARNED_ANSWERS):
                 self.generate(ids, self.head, **options)
-            self.generate(ids, None, max_new_tokens=4, do_sample=False)
+            self.generate(ids, None, **options | {"max_new_tokens": min(4, count)})
             times: list[float] = []
             streamer = Streamer(lambda _: times.append(time.perf_counter()))
-            self.generate(ids, None, streamer=streamer, min_new_tokens=MEASURED_TOKENS, **options)
+            self.generate(ids, None, streamer=streamer, min_new_tokens=count, **options)
             self._plain_step = (times[-1] - times[0]) / (len(times) - 1)
         return self._plain_step
 

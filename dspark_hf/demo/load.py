@@ -91,7 +91,7 @@ class Measured:
 
 @dataclass
 class Level:
-    """How many requests a visitor wants; moved while they run. Kept in a `gr.State`."""
+    """How many requests a visitor wants; updated while they run. Kept in a `gr.State`."""
 
     requests: int = 4
 
@@ -105,7 +105,7 @@ def _verified(stats: list[DSparkStats]) -> float:
 
 def run(engine: Engine, level: Level, stop: Stop) -> Iterator[tuple[float, Measured] | None]:
     """Slices in turn with the head and without it, each with the seconds since the start; `None` every tick."""
-    prompts = tuple(engine.encode([{"role": "user", "content": prompt}]) for prompt in DEFAULT_PROMPTS)
+    prompts = tuple(engine.own_prompt(prompt) for prompt in DEFAULT_PROMPTS)
     started = time.monotonic()
     for draft in itertools.cycle((True, False)):
         if time.monotonic() - started > LONGEST_SECONDS:
@@ -144,10 +144,10 @@ def figures(last: dict[bool, Measured], requests: int) -> dict[str, str]:
 def tab(engine: Engine) -> None:
     """The tab's components and what they do."""
     gr.Markdown(
-        "Requests of many users at once: the busier the machine, the dearer a draft that is thrown away, so the "
+        "Requests of many users at once: the busier the machine, the more a draft costs that is thrown away, so the "
         "schedule verifies fewer of them. Move the slider while it runs; both ways take turns at the same load."
     )
-    requests = gr.Slider(1, MOST_REQUESTS, value=Level.requests, step=1, label="Requests at once", elem_id="load-level")
+    requests = parts.slider(1, MOST_REQUESTS, Level.requests, step=1, label="Requests at once", elem_id="load-level")
     with gr.Row():
         start = gr.Button("Start", variant="primary", elem_id="load-start")
         halt = gr.Button("Stop", elem_id="load-stop")
@@ -184,5 +184,8 @@ def tab(engine: Engine) -> None:
     start.click(show, [level, stop], [numbers, plot], **parts.MODEL, show_progress_on=numbers)
     parts.request(stop, halt)
     requests.change(
-        lambda level, count: setattr(level, "requests", int(count)), [level, requests], None, **parts.AT_ONCE
+        lambda level, count: setattr(level, "requests", int(count or Level.requests)),
+        [level, requests],
+        None,
+        **parts.AT_ONCE,
     )

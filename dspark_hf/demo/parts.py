@@ -6,6 +6,8 @@ from html import escape
 import gradio as gr
 from transformers import PreTrainedTokenizerBase
 
+from .engine import DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_TOP_P, REPLACEMENT
+
 # One piece of work at a time; further visitors wait in the queue of this name and see their place in it.
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal", "api_visibility": "private"}
 # For what does not need the model.
@@ -13,7 +15,6 @@ FREE = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": 
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 WAITING = "Waiting for the model. Right after the start it measures step times of this machine, which takes a while."
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def figures(values: dict[str, str]) -> str:
@@ -55,18 +56,30 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> li
 
 
 def clear(stop: gr.State, starts: list[Callable]) -> None:
-    """Events that start work take back the visitor's wish to stop, an `engine.Stop`; to be wired before the work."""
+    """Events that start work take back the visitor's request to stop, an `engine.Stop`; to be wired before the work."""
     gr.on(starts, lambda stop: setattr(stop, "requested", False), stop, None, **AT_ONCE)
 
 
 def request(stop: gr.State, button: gr.Button, cancels: list | None = None) -> None:
-    """The button wishes the work to stop, and ends the given events."""
+    """The button requests that the work stops, and ends the given events."""
     button.click(lambda stop: setattr(stop, "requested", True), stop, None, cancels=cancels, **AT_ONCE)
 
 
-def max_tokens(most: int, value: int) -> gr.Slider:
-    return gr.Slider(16, most, value=min(value, most), step=1, label="New tokens, at most", min_width=180)
+def slider(minimum: float, maximum: float, value: float, **options) -> gr.Slider:
+    """A slider whose number may be deleted, which gives `None`: Gradio's own fails to compare that with its bounds."""
+    made = gr.Slider(minimum, maximum, value=value, **options)
+    preprocess = made.preprocess
+    made.preprocess = lambda payload: None if payload is None else preprocess(payload)
+    return made
 
 
-def temperature(value: float = 0.0) -> gr.Slider:
-    return gr.Slider(0, 1.5, value=value, step=0.05, label="Temperature (0: greedy)", min_width=180)
+def max_tokens(most: int, value: int = DEFAULT_NEW_TOKENS) -> gr.Slider:
+    return slider(1, most, min(value, most), step=1, label="New tokens, at most", min_width=180)
+
+
+def temperature() -> gr.Slider:
+    return slider(0, 1.5, DEFAULT_TEMPERATURE, step=0.05, label="Temperature (0: greedy)", min_width=180)
+
+
+def top_p() -> gr.Slider:
+    return slider(0.05, 1, DEFAULT_TOP_P, step=0.05, label="Top-p (when sampling)", min_width=180)

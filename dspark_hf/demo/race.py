@@ -11,7 +11,7 @@ import torch
 
 from ..evaluation.verify import BROKEN, IDENTICAL, ROUNDING, ROUNDINGS
 from . import parts
-from .engine import TICK, Committed, Engine, Finished, Generation, Stop
+from .engine import TICK, Committed, Engine, Finished, Stop
 
 # A replay of the slower run takes at least so long, so that eyes can follow; the clock is slowed for both alike.
 REPLAY_SECONDS = 6.0
@@ -94,11 +94,11 @@ class Gap:
         emit(bool(scores.max() - scores[self.token] <= bound))
 
 
-def race(engine: Engine, ids: list[int], most: int, temperature: float, stop: Stop) -> Iterator[Race]:
+def race(engine: Engine, ids: list[int], most: float | None, temperature: float | None, stop: Stop) -> Iterator[Race]:
     """Run both sides; the race so far, every tick."""
     result = Race()
     for run in (result.plain, result.dspark):
-        for event in engine.stream(Generation(ids, int(most), run.draft, temperature), stop):
+        for event in engine.stream(engine.generation(ids, run.draft, most, temperature), stop):
             run.take(event)
             if event is None and run.commits:
                 yield result
@@ -110,7 +110,7 @@ def race(engine: Engine, ids: list[int], most: int, temperature: float, stop: St
     yield result
 
 
-def _verdict(engine: Engine, ids: list[int], result: Race, temperature: float, stop: Stop) -> tuple[str, str]:
+def _verdict(engine: Engine, ids: list[int], result: Race, temperature: float | None, stop: Stop) -> tuple[str, str]:
     plain, ours = result.plain.tokens, result.dspark.tokens
     faster = f"{parts.times(result.speedup)} the speed of plain decoding"
     if temperature:
@@ -153,7 +153,7 @@ def tab(engine: Engine) -> None:
     prompt = gr.Textbox(value=EXAMPLES[0], label="Prompt", lines=3, max_lines=6, elem_id="race-prompt")
     gr.Examples(EXAMPLES, prompt, label="Examples")
     with gr.Row():
-        most = parts.max_tokens(engine.most_new_tokens, 256)
+        most = parts.max_tokens(engine.most_new_tokens)
         temperature = parts.temperature()
     with gr.Row():
         start = gr.Button("Race", variant="primary", elem_id="race-start")
@@ -216,5 +216,5 @@ def _panes(engine: Engine, whole: Race, plain: Run, dspark: Run) -> tuple[str, s
         goal = len(final.tokens) if final.ended else max(len(whole.plain.tokens), 1)
         share = len(run.tokens) / goal if final.ended or run.draft else 0.0
         kind = "dspark" if run.draft else "plain"
-        sides += [parts.figures(values) + parts.bar(share, kind), engine.decode(run.tokens)]
+        sides += [parts.figures(values) + parts.bar(share, kind), engine.decode(run.tokens, run.ended)]
     return tuple(sides)

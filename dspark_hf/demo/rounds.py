@@ -11,7 +11,7 @@ import pandas as pd
 from ..generation.stats import DSparkStats
 from ..scheduling.algorithm import survival
 from . import parts
-from .engine import Committed, Engine, Finished, Generation, Stop
+from .engine import Committed, Engine, Finished, Stop
 
 ACCEPTED, CORRECTION, BONUS, OWN = "accepted", "correction", "bonus", "own"
 LEGEND = {
@@ -97,10 +97,12 @@ def acceptance(rounds: list[Round], block_size: int) -> pd.DataFrame | None:
     return pd.DataFrame(rows) if rows else None
 
 
-def run(engine: Engine, ids: list[int], most: int, temperature: float, stop: Stop) -> Iterator[list[int] | Story]:
+def run(
+    engine: Engine, ids: list[int], most: float | None, temperature: float | None, stop: Stop
+) -> Iterator[list[int] | Story]:
     """The tokens so far, every tick, and at the end the story of the rounds, if there was a round."""
     tokens: list[int] = []
-    for event in engine.stream(Generation(ids, int(most), True, temperature), stop):
+    for event in engine.stream(engine.generation(ids, True, most, temperature), stop):
         if isinstance(event, Committed):
             tokens += event.tokens
         elif isinstance(event, Finished):
@@ -201,7 +203,7 @@ def tab(engine: Engine) -> None:
     )
     prompt = gr.Textbox(value=EXAMPLE, label="Prompt", lines=2, max_lines=6, elem_id="rounds-prompt")
     with gr.Row():
-        most = parts.max_tokens(engine.most_new_tokens, 128)
+        most = parts.max_tokens(engine.most_new_tokens)
         temperature = parts.temperature()
     with gr.Row():
         start = gr.Button("Generate", variant="primary", elem_id="rounds-start")
@@ -248,7 +250,7 @@ def tab(engine: Engine) -> None:
                 slider = gr.Slider(1, max(total, 2), value=total, visible=True)
                 yield *view(last, total), slider, last
             else:
-                text = f'<div class="tokens">{escape(engine.decode(last))}</div>'
+                text = f'<div class="tokens">{escape(engine.decode(last, ended=False))}</div>'
                 yield parts.note(f"{len(last)} tokens"), text, gr.skip(), "", gr.skip(), None
         if not isinstance(last, Story):
             yield (
@@ -271,4 +273,6 @@ def tab(engine: Engine) -> None:
         show_progress_on=numbers,
     )
     parts.request(stop, halt)
-    count.input(view, [told, count], views, **parts.FREE, trigger_mode="always_last")
+    # A slider that its own update has replaced is Gradio's again: a number that is deleted has to stay in the browser.
+    first = "(told, count) => [told, count ?? 1]"
+    count.input(view, [told, count], views, **parts.FREE, trigger_mode="always_last", js=first)

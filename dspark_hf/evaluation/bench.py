@@ -16,6 +16,7 @@ from ..generation.hook import stock_loop
 from ..generation.stats import DSparkStats, synchronize
 from ..modeling_dspark import DSparkHead
 from .prompts import encode
+from .report import cell
 
 # Rounds of median polish; it mostly settles in three.
 POLISHED = 10
@@ -266,19 +267,15 @@ def as_table(records: list[Record]) -> Table:
             r.method,
             str(r.batch_size),
             f"{r.tokens_per_second:.1f}",
-            _cell(r.speedup, "{:.2f}x"),
-            _cell(r.tau, "{:.2f}"),
-            _cell(r.draft_ms, "{:.1f}"),
-            _cell(r.verify_ms, "{:.1f}"),
-            _cell(r.ceiling, "{:.2f}x"),
-            _cell(share, "{:.0%}"),
+            cell(r.speedup, "{:.2f}x"),
+            cell(r.tau, "{:.2f}"),
+            cell(r.draft_ms, "{:.1f}"),
+            cell(r.verify_ms, "{:.1f}"),
+            cell(r.ceiling, "{:.2f}x"),
+            cell(share, "{:.0%}"),
             same,
         )
     return table
-
-
-def _cell(value: float | None, pattern: str) -> str:
-    return "-" if value is None else pattern.format(value)
 
 
 def as_json(records: list[Record]) -> list[dict]:

@@ -10,9 +10,9 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_dspark import DSparkHead
-from ..scheduling.calibration import auc, bins, brier_score, calibration_error, fit, survival_at
+from ..scheduling.calibration import auc, brier_score, calibration_error, fit, survival_at
 from .bench import schedule_of
-from .plots import import_pyplot
+from .plots import draw_reliability, import_pyplot, save
 from .prompts import encode, sampling
 
 # Of this many prompts one is held out for the report.
@@ -190,25 +190,17 @@ def as_json(calibration: Calibration) -> dict:
 
 def plot(calibration: Calibration, path: Path) -> None:
     """Reliability diagram: how often drafts survived against the survival they were given, a panel a position."""
-    pyplot = import_pyplot()
     blocks, size = calibration.held_out, len(calibration.temperatures)
     as_given, fitted = (
         (np.ones(size), np.zeros(size)),
         (np.array(calibration.temperatures), np.array(calibration.shifts)),
     )
-    figure, axes = pyplot.subplots(1, size, figsize=(2.2 * size, 2.8), sharey=True, squeeze=False)
+    figure, axes = import_pyplot().subplots(1, size, figsize=(2.2 * size, 2.8), sharey=True, squeeze=False)
     for label, at, color in (("before", as_given, "tab:gray"), ("after", fitted, "tab:red")):
         predicted = survival_at(blocks.logits, *at)
         for k, panel in enumerate(axes[0]):
-            counts, promised, observed = bins(predicted[:, k], blocks.survived[:, k])
-            filled = counts > 0
-            share = counts[filled]
-            panel.plot([0, 1], [0, 1], color="black", linewidth=0.5)
-            panel.plot(promised[filled] / share, observed[filled] / share, color=color, marker=".", label=label)
-            panel.set_title(f"position {k + 1}", fontsize="small")
+            draw_reliability(panel, k, predicted[:, k], blocks.survived[:, k], color=color, label=label)
     axes[0, 0].set_ylabel("survived")
     figure.supxlabel("survival given", fontsize="medium")
     axes[0, 0].legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .prompts import DOMAINS, turns_of
+from .prompts import DOMAINS, read_conversations, turns_of
 
 SHIPPED = Path(__file__).parent / "data"
 
@@ -57,41 +57,24 @@ def load_data_set(source: str, limit: int | None = None) -> DataSet:
     """
     path = SHIPPED / f"{source}.jsonl" if source in DOMAINS else Path(source)
     if path.is_file():
-        rows, name = _read_lines(path), path.stem
+        conversations, name = read_conversations(path), path.stem
     elif path.suffix in (".jsonl", ".json", ".txt"):
         raise ValueError(f"There is no file {source!r}.")
     elif "/" in source:
         rows, name = _read_from_hub(source), source.partition(":")[0].rstrip("/").rpartition("/")[2]
+        conversations = [turns_of(row, f"Row {number} of {source!r}") for number, row in enumerate(rows[:limit], 1)]
     else:
         raise ValueError(
             f"{source!r} is no data set: expected a .jsonl file, {' or '.join(DOMAINS)}, or a Hub id as USER/NAME."
         )
-    rows = rows[:limit]
-    if not rows:
+    if not conversations:
         raise ValueError(f"{source!r} holds no prompts.")
-    turns = [turns_of(row, f"Row {number} of {source!r}") for number, row in enumerate(rows, start=1)]
-    return DataSet(name, source, turns)
-
-
-def _read_lines(path: Path) -> list[dict]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Line {number} of {str(path)!r} is not JSON ({error}).") from error
-        if not isinstance(rows[-1], dict):
-            raise ValueError(f"Line {number} of {str(path)!r} is no JSON object with `turns`, `prompt` or `question`.")
-    return rows
+    return DataSet(name, source, conversations[:limit])
 
 
 def _read_from_hub(source: str) -> list[dict]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError("Data sets of the Hub need datasets: pip install 'dspark-hf[eval]'.") from error
+    from datasets import load_dataset
+
     repository, *config, split = source.split(":") if ":" in source else (source, None)
     data = load_dataset(repository, *config)
     if split is None:

@@ -152,10 +152,8 @@ class Processes:
     def __init__(self):
         self.index, self.count = 0, 1
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            try:
-                from accelerate import PartialState
-            except ImportError as error:
-                raise ValueError("Several processes need accelerate: pip install 'dspark-hf[eval]'.") from error
+            from accelerate import PartialState
+
             self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
             self.index, self.count = self.state.process_index, self.state.num_processes
 

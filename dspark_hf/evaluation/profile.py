@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from ..scheduling.cost import KINDS, CostTable
-from .plots import import_pyplot
+from .plots import import_pyplot, save
 
 TITLES = {
     "verify": "verify: tokens a row",
@@ -38,9 +38,8 @@ def as_json(table: CostTable) -> dict:
 
 def plot(table: CostTable, path: Path) -> None:
     """Step time against tokens in the step, a line for each number of rows, at the shortest context."""
-    pyplot = import_pyplot()
     kinds = [kind for kind in KINDS if kind != "start"]
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(4.5 * len(kinds), 3.5), sharey=True)
+    figure, axes = import_pyplot().subplots(1, len(kinds), figsize=(4.5 * len(kinds), 3.5), sharey=True)
     for axis, kind in zip(axes, kinds, strict=True):
         for rows, line in zip(table.rows, getattr(table, kind)[0], strict=True):
             tokens = [rows * size for size in range(1, len(line) + 1)]
@@ -51,6 +50,4 @@ def plot(table: CostTable, path: Path) -> None:
         axis.set_xlabel("tokens in the step" if kind != "draft" else "positions drafted, of all rows")
     axes[0].set_ylabel("ms")
     axes[-1].legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)

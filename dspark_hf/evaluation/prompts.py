@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -35,38 +36,61 @@ def read_prompts(path: str | Path | None) -> list[str]:
             `prompt` or `question`.
 
     Raises:
-        ValueError: when the file is empty or a row has none of those keys.
+        ValueError: when the file is empty or a row has none of those keys. OSError: for no file.
     """
     if path is None:
         return list(DEFAULT_PROMPTS)
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
+    if Path(path).suffix in (".jsonl", ".json"):
+        prompts = [turns[0] for turns in read_conversations(path)]
+    else:
+        prompts = [line for _, line in _lines(path)]
+    if not prompts:
         raise ValueError(f"{str(path)!r} holds no prompts.")
-    if Path(path).suffix not in (".jsonl", ".json"):
-        return lines
-    return [_prompt_of(line, number, path) for number, line in enumerate(lines, start=1)]
+    return prompts
 
 
-def _prompt_of(line: str, number: int, path: str | Path) -> str:
+def read_conversations(path: str | Path) -> list[list[str]]:
+    """What the user says, turn by turn, in every row of a JSON-lines file; see [`turns_of`].
+
+    Raises:
+        ValueError: for a line that is no such row, which it names. OSError: for no file.
+    """
+    conversations = []
+    for number, line in _lines(path):
+        where = f"Line {number} of {str(path)!r}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON ({error}).") from error
+        conversations.append(turns_of(row, where))
+    return conversations
+
+
+def _lines(path: str | Path) -> list[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers from 1."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"Line {number} of {str(path)!r} is not JSON ({error}).") from error
-    return turns_of(row, f"Line {number} of {str(path)!r}")[0]
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is no text in UTF-8 ({error}).") from error
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def turns_of(row: dict, where: str) -> list[str]:
+def turns_of(row: Any, where: str) -> list[str]:
     """What the user says in a row of data, turn by turn: its `turns`, or its `prompt` or `question` alone.
 
     Raises:
         ValueError: when it has none of those keys, or something else than text in them; `where` names the row.
     """
-    found = row.get("turns") or next((row[key] for key in ("prompt", "question") if key in row), None)
-    if found is None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is no JSON object with `turns`, `prompt` or `question`.")
+    key = next((key for key in ("turns", "prompt", "question") if row.get(key) is not None), None)
+    if key is None:
         raise ValueError(f"{where} has the keys {sorted(row)}; expected `turns`, `prompt` or `question`.")
-    turns = [found] if isinstance(found, str) else found
-    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-        raise ValueError(f"{where} should hold text, or a list of texts in `turns`; it holds {str(found)[:80]!r}.")
+    turns = [row[key]] if isinstance(row[key], str) else row[key]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+        raise ValueError(
+            f"{where} should hold a text in `{key}`, or a list of texts in `turns`; it holds {str(row[key])[:80]!r}."
+        )
     return turns
 
 

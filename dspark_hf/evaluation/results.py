@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,9 +12,9 @@ from rich import box
 from rich.table import Table
 
 from ..modeling_dspark import DSparkHead
-from ..scheduling.calibration import bins
 from .acceptance import Record, Result, survivals
-from .plots import import_pyplot
+from .plots import draw_reliability, import_pyplot, save
+from .report import cell
 
 FORMAT = 1
 TABLES = ("embed_tokens.", "lm_head.")
@@ -47,17 +46,6 @@ def fingerprint(head: DSparkHead) -> str:
             digest.update(name.encode())
             digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def device_name(device: torch.device) -> str:
-    """The processor, as people name it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = f"{torch.get_num_threads()} CPU thread{'s' if torch.get_num_threads() > 1 else ''}"
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{threads} of {model or platform.processor() or platform.machine()}"
 
 
 def as_json(run: dict, results: list[Result]) -> dict:
@@ -116,26 +104,21 @@ def as_tables(results: list[Result]) -> list[Table]:
             f"{r.proposal_length:.2f}+1",
             f"{r.accepted_length:.2f}",
             f"{r.verify_rate:.1%}",
-            _cell(r.ece, "{:.1%}"),
-            _cell(r.auc, "{:.3f}"),
-            _cell(r.brier, "{:.3f}"),
+            cell(r.ece, "{:.1%}"),
+            cell(r.auc, "{:.3f}"),
+            cell(r.brier, "{:.3f}"),
         )
         by_position.add_row(r.name, *(f"{p.acceptance:.1%}" for p in r.positions))
     return [table, by_position]
 
 
-def _cell(value: float | None, pattern: str) -> str:
-    return "-" if value is None else pattern.format(value)
-
-
 def plot(results: list[Result], records: list[Record], path: Path) -> None:
     """Acceptance by position, a line a data set; and with a confidence head how often drafts were kept against the
     survival they were given, a panel a position."""
-    pyplot = import_pyplot()
     confidence = [c for r in records for c in r.confidence]
     kept = [k for r in records if r.confidence for k in r.kept]
     positions = max(map(len, confidence), default=0)
-    figure, axes = pyplot.subplots(1, 1 + positions, figsize=(4 + 2.2 * positions, 3), squeeze=False)
+    figure, axes = import_pyplot().subplots(1, 1 + positions, figsize=(4 + 2.2 * positions, 3), squeeze=False)
     first, *panels = axes[0]
     for result in results:
         rates = [p.acceptance for p in result.positions]
@@ -143,12 +126,6 @@ def plot(results: list[Result], records: list[Record], path: Path) -> None:
     first.set(xlabel="position", ylabel="kept", ylim=(0, 1), title="accepted length")
     first.legend(fontsize="small")
     for k, panel in enumerate(panels):
-        counts, promised, observed = bins(*survivals(k, confidence, kept))
-        filled = counts > 0
-        panel.plot([0, 1], [0, 1], color="black", linewidth=0.5)
-        panel.plot(promised[filled] / counts[filled], observed[filled] / counts[filled], color="tab:red", marker=".")
-        panel.set_title(f"position {k + 1}", fontsize="small")
+        draw_reliability(panel, k, *survivals(k, confidence, kept), color="tab:red")
         panel.set_xlabel("survival given", fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)

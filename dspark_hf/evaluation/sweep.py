@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_dspark import DSparkHead
 from .bench import Record, bench, fixed_methods
-from .plots import import_pyplot
+from .plots import import_pyplot, save
 
 # Batches of prompts at batch size 1, and fewer at larger ones, which take longer and depend less on their prompts.
 BATCHES, FEWEST_BATCHES = 8, 2
@@ -75,15 +75,10 @@ def as_table(records: list[Record]) -> Table:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """Throughput and verified drafts against batch size, a column a set of prompts, as a picture file.
-
-    Raises:
-        ValueError: without matplotlib.
-    """
-    pyplot = import_pyplot()
+    """Throughput and verified drafts against batch size, a column a set of prompts, as a picture file."""
     groups = _groups(records)
     domains = list(dict.fromkeys(domain for domain, _ in groups))
-    figure, axes = pyplot.subplots(2, len(domains), figsize=(5 * len(domains), 6), sharex=True, squeeze=False)
+    figure, axes = import_pyplot().subplots(2, len(domains), figsize=(5 * len(domains), 6), sharex=True, squeeze=False)
     for (speed, length), domain in zip(axes.T, domains, strict=True):
         sizes = [size for name, size in groups if name == domain]
         for method in next(iter(groups.values())):
@@ -99,9 +94,7 @@ def plot(records: list[Record], path: Path) -> None:
     axes[0, 0].set_ylabel("throughput, plain = 1")
     axes[1, 0].set_ylabel("drafts verified a row and round")
     axes[0, -1].legend(fontsize="small", ncols=2)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def _style(method: str) -> dict:

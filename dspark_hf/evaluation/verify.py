@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_dspark import DSparkHead
@@ -324,8 +324,8 @@ def as_table(rows: list[CheckedRow], tokenizer: PreTrainedTokenizerBase) -> Tabl
     return table
 
 
-def _token_cell(token: int | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    return "ended" if token is None else escape(f"{token} {tokenizer.decode([token])!r}")
+def _token_cell(token: int | None, tokenizer: PreTrainedTokenizerBase) -> Text:
+    return Text("ended" if token is None else f"{token} {tokenizer.decode([token])!r}")
 
 
 def greedy_as_json(rows: list[CheckedRow]) -> dict:
