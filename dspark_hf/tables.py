@@ -130,10 +130,10 @@ def _scales(target: PreTrainedModel) -> bool:
 
 
 def raw_rows(table: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of an embedding as they are stored, also where the module scales what it looks up; only a quantised table
-    has to be asked."""
+    """Rows of an embedding as they are stored, also where the module scales what it looks up; a plain module, sharded
+    perhaps, and a quantised one have to be asked."""
     weight = getattr(table, "weight", None)
-    if weight is None or not weight.is_floating_point():
+    if type(table) is nn.Embedding or weight is None or not weight.is_floating_point():
         return table(ids)
     return F.embedding(ids, weight)
 

@@ -183,6 +183,7 @@ def settings_of(target, head, device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads",
         "attention": target.config.get_text_config(decoder=True)._attn_implementation,
         "compiled": target._compiled_call_impl is not None,
+        "processes": target.tp_size or 1,
     }
 
 
