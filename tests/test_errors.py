@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from dspark_hf import DSparkConfig, DSparkHead
+from dspark_hf.generation import compatibility
 from dspark_hf.generation.compatibility import check_inputs
 from dspark_hf.generation.releases import CACHE
 
@@ -65,6 +66,21 @@ def test_encoder_decoder_target():
 def test_beam_search():
     target = tiny_target()
     assert "beam" in message_of(target, tiny_head(target), num_beams=2).lower()
+
+
+def test_settings_that_do_nothing_are_pointed_out(monkeypatch):
+    target, warnings = tiny_target(), []
+    monkeypatch.setattr(compatibility.logger, "warning_once", warnings.append)
+    kwargs = {"input_ids": IDS, "max_new_tokens": 4, "assistant_model": tiny_head(target)}
+    target.generate(**kwargs)
+    assert not warnings
+    target.generate(**kwargs, prefill_chunk_size=2)
+    assert len(warnings) == 1 and "prefill_chunk_size=2" in warnings[0]
+
+
+def test_a_lossy_mix():
+    target = tiny_target()
+    assert "assistant_ensemble_weight=0.5" in message_of(target, tiny_head(target), assistant_ensemble_weight=0.5)
 
 
 def test_several_return_sequences():

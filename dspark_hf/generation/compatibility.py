@@ -153,12 +153,23 @@ def check_attention(target: PreTrainedModel) -> None:
 
 
 def check_mode(mode: GenerationMode, config: GenerationConfig) -> None:
-    """Raise for decoding modes that a head cannot serve; transformers would ignore the head with a warning."""
+    """Raise for decoding modes that a head cannot serve; transformers would ignore the head with a warning. Point out
+    settings that change no text but do nothing beside a head."""
     if mode != GenerationMode.ASSISTED_GENERATION:
         raise ValueError(
             f"A DSpark head works with greedy decoding and sampling, but the settings ask for {mode.value} "
             f"(num_beams={config.num_beams}). Pass `num_beams=1`, or leave out `assistant_model`."
         )
+    weight = getattr(config, "assistant_ensemble_weight", None)
+    if weight is not None:
+        raise ValueError(
+            f"`assistant_ensemble_weight={weight}` mixes the assistant's distribution into the target's, but with a "
+            "DSpark head text is the target's own. Leave it out."
+        )
+    for name in ("cache_implementation", "prefill_chunk_size", "compile_config"):
+        value = getattr(config, name, None)
+        if value is not None:
+            logger.warning_once(f"`{name}={value}` does nothing with a DSpark head, whose rounds keep their own cache.")
 
 
 def check_inputs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
