@@ -117,8 +117,8 @@ def test_bench_reads_prompt_files(tmp_path):
     for content, message in [
         ("\n{not json\n", "Line 2 of .* not JSON"),
         ("[1]\n", "Line 1 .* no JSON object"),
-        ('{"turns": []}\n', r"`turns`; it holds '\[\]'"),
-        ('{"prompt": 4}\n', "`prompt`.*; it holds '4'"),
+        ('{"turns": []}\n', r"should hold text.*; it holds '\[\]'"),
+        ('{"prompt": 4}\n', "should hold text.*; it holds '4'"),
         ("\n", "holds no prompts"),
     ]:
         path.write_text(content)

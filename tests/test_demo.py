@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 import torch
 from conftest import tiny_head, tiny_target, whole_blocks
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TextStreamer
 
 import dspark_hf
 from dspark_hf.evaluation.verify import BROKEN, IDENTICAL
@@ -169,6 +169,25 @@ def test_characters_are_shown_when_they_are_whole(engine, fallback):
     assert set(whole) >= {text[:count] for count in range(text.index(REPLACEMENT)) if text[count - 1 : count] != " "}
     # A text that ends in half a character says so.
     assert other.decode(tokens[:-1]).endswith(REPLACEMENT)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_the_streamer_of_the_command_shows_whole_characters(engine, fallback):
+    """`dspark-hf generate` streams blocks of any length through transformers' own."""
+
+    class Printed(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            printed.append(text)
+
+    tokenizer = byte_fallback_tokenizer() if fallback else engine.tokenizer
+    text = "a Ω 🙂🙂 你好\n🙂 你🙂好 b"
+    tokens = list(text.encode()) if fallback else tokenizer.encode(text)
+    for size in range(1, 8):
+        printed, streamer = [], Printed(tokenizer)
+        for start in range(0, len(tokens), size):
+            streamer.put(torch.tensor(tokens[start : start + size]))
+        streamer.end()
+        assert "".join(printed) == text and not any(REPLACEMENT in part for part in printed)
 
 
 def test_a_failure_is_a_message_and_leaves_the_model_free(engine):
