@@ -72,7 +72,7 @@ def load(model: str | None, head: str | None, dtype: str, needs_head: bool = Tru
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if model is None:
         if head is not None:
             raise ValueError(f"--head {head} needs --model: the embedded target has its own head.")
@@ -83,8 +83,9 @@ def load(model: str | None, head: str | None, dtype: str, needs_head: bool = Tru
     if head is None and needs_head:
         head = head_for(model).head
         errors.print(f"head: {head}", style="dim", soft_wrap=True)
-    target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device).eval()
-    loaded = DSparkHead.from_pretrained(head, dtype=dtype, device_map=device).eval() if head else None
+    # Not by `device_map`, which needs accelerate.
+    target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
+    loaded = DSparkHead.from_pretrained(head, dtype=dtype).eval().to(device) if head else None
     return target, loaded, AutoTokenizer.from_pretrained(model)
 
 
