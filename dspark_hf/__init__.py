@@ -10,6 +10,7 @@ from .embedded import embedded_pair
 from .generation.candidate_generator import DSparkCandidateGenerator
 from .generation.hook import install
 from .generation.stats import DSparkGenerateOutput, DSparkStats
+from .heads import add_methods
 from .modeling_dspark import DraftBlock, DSparkHead
 
 __version__ = "0.1.0"
@@ -23,4 +24,5 @@ __all__ = [
     "embedded_pair",
 ]
 
+add_methods()
 install()

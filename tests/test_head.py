@@ -11,7 +11,7 @@ from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from dspark_hf import DSparkConfig, DSparkHead
 from dspark_hf.checkpoints import CheckpointError
-from dspark_hf.checkpoints.files import DRAFT_SETTINGS
+from dspark_hf.scheduling.settings import DRAFT_SETTINGS
 
 # Published in the layout that `save_pretrained` writes.
 DEEPSPEC = [name for name in cases() if name.startswith("deepspec")]
