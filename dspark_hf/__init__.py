@@ -12,8 +12,8 @@ from .generation.hook import install
 from .generation.stats import DSparkGenerateOutput, DSparkStats
 from .heads import add_methods
 from .modeling_dspark import DraftBlock, DSparkHead
+from .version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "DSparkCandidateGenerator",
     "DSparkConfig",
