@@ -94,9 +94,9 @@ def say(text: str, style: str | None = None) -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table as wide as it is: cells that are cut or broken cannot be copied."""
-    wide = console.options.update(max_width=10_000)
-    console.print(table, width=console.measure(table, options=wide).maximum, crop=False)
+    """Print a table with every cell in one line: what a narrow terminal cuts or breaks cannot be copied."""
+    table.width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    console.print(table, crop=False)
 
 
 def write_json(path: Path, content: dict | list) -> None:
