@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import dspark_hf
-from dspark_hf import registry
 from dspark_hf.embedded import FOLDER
-from dspark_hf.registry import PublishedHead
+from dspark_hf.hub import registry
+from dspark_hf.hub.registry import PublishedHead
 
 README = Path(__file__).parents[1] / "README.md"
 LOCAL = {
