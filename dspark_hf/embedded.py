@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent / "pair"
 
 
 def embedded_pair(
-    dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+    dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, DSparkHead, PreTrainedTokenizerBase]:
     """`model, head, tokenizer` of the embedded pair, ready to generate, without a download.
 
@@ -22,6 +22,7 @@ def embedded_pair(
         dtype: of model and head; the weights are stored in bfloat16.
         device: where to put both; the processor by default.
     """
-    model = AutoModelForCausalLM.from_pretrained(FOLDER / "target", dtype=dtype, device_map=device).eval()
-    head = DSparkHead.from_pretrained(FOLDER / "head", dtype=dtype, device_map=device).eval()
+    # Not by `device_map`, which needs accelerate.
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / "target", dtype=dtype).eval().to(device)
+    head = DSparkHead.from_pretrained(FOLDER / "head", dtype=dtype).eval().to(device)
     return model, head, AutoTokenizer.from_pretrained(FOLDER / "target")

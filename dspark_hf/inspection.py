@@ -121,11 +121,12 @@ def as_json(found: Inspection) -> dict[str, Any]:
 
 
 def as_table(found: Inspection) -> Table:
-    table = Table(show_header=False, box=None, title=found.head, title_justify="left")
+    table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column()
     sliding = found.layer_types.count("sliding_attention")
     rows = {
+        "head": found.head,
         "dialect": found.dialect,
         "target": found.target or "not said",
         "layers": f"{found.layers} of {found.backbone}{f', {sliding} of them sliding' if sliding else ''}",

@@ -34,6 +34,7 @@ from dspark_hf.evaluation.bench import (
     expectation,
 )
 from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode, read_prompts
+from dspark_hf.registry import published_heads
 
 PROMPT = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How many pencils are left?"
 
@@ -242,8 +243,18 @@ def test_bench_reads_prompt_files(tmp_path):
     path.write_text('{"text": "x"}\n')
     with pytest.raises(ValueError, match=r"Line 1 .*\['text'\]"):
         read_prompts(path)
-    path.write_text("{not json\n")
-    with pytest.raises(ValueError, match="not JSON"):
+    for content, message in [
+        ("\n{not json\n", "Line 2 of .* not JSON"),
+        ("[1]\n", "Line 1 .* no JSON object"),
+        ('{"turns": []}\n', r"should hold text.*; it holds '\[\]'"),
+        ('{"prompt": 4}\n', "should hold text.*; it holds '4'"),
+        ("\n", "holds no prompts"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_prompts(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="prompts.jsonl' is no text in UTF-8"):
         read_prompts(path)
 
 
@@ -273,10 +284,115 @@ def test_train_writes_a_head_that_generates(tmp_path):
         (["bench", "--batch-sizes", "99"], "99"),
         (["bench", "--methods", "plain,magic"], "magic"),
         (["bench", "--prompts", "/no/such/file.jsonl"], "/no/such/file.jsonl"),
+        (["bench", "--prompts", "[demo]/file.jsonl"], "[demo]/file.jsonl"),
+        (["bench", "--batch-sizes", "0"], "--batch-sizes 0: '0' is no number from 1 up"),
+        (["bench", "--batch-sizes", "2,-1"], "--batch-sizes 2,-1: '-1' is no number from 1 up"),
+        (["bench", "--batch-sizes", ""], "--batch-sizes '' has an empty entry"),
+        (["bench", "--sweep-batch", "4,,8"], "--sweep-batch '4,,8' has an empty entry"),
+        (["bench", "--sweep-batch", ""], "--sweep-batch '' has an empty entry"),
+        (["bench", "--methods", "plain,"], "--methods 'plain,' has an empty entry"),
+        (["eval", "--data", "gsm8k,"], "--data 'gsm8k,' has an empty entry"),
+        (["profile", "--dtype", "nonsense"], "--dtype nonsense: expected one of auto, float64, float32, bfloat16"),
+        (["profile", "--plot", "times.foo"], "'times.foo' names no picture: expected one of"),
     ],
 )
 def test_errors_name_the_value(args, named):
-    assert named in fails(*args)
+    error = fails(*args)
+    assert error.startswith("error: ") and named in error
+
+
+@pytest.mark.parametrize("source", ["./foo", "/tmp/no/foo", "/foo", "foo/", "a/b/c", "~/foo", "../foo"])
+def test_a_folder_that_does_not_exist_is_called_that(source):
+    data = ["--data", "x.jsonl", "--output", "y"]
+    for args in (
+        ["inspect", source],
+        ["inspect", str(FOLDER / "head"), "--model", source],
+        ["generate", "x", "--model", source],
+        ["generate", "x", "--model", str(FOLDER / "target"), "--head", source],
+        ["export", source, "out", "--to", "deepspec"],
+        ["export", str(FOLDER / "head"), "out", "--to", "deepspec", "--model", source],
+        ["card", source, "--repo", "a/b"],
+        ["calibrate", "--model", str(FOLDER / "target"), "--head", source],
+        ["train", "--model", source, *data],
+    ):
+        assert fails(*args) == f"error: There is no folder {source!r}.", args
+
+
+def test_ids_of_the_hub_are_not_taken_for_folders():
+    for source in ("gpt2", "Qwen/Qwen3-0.6B", "a.b/c_d-e"):
+        assert "folder" not in fails("inspect", source)
+
+
+HIDDEN = """
+import os, sys
+
+for name in ("accelerate", "datasets", "gradio", "matplotlib"):
+    sys.modules[name] = None
+from dspark_hf.cli import main
+
+for command in {commands}:
+    sys.argv = ["dspark-hf", *command]
+    os.environ["WORLD_SIZE"] = "2" if "gsm8k" in command else "1"
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 1
+"""
+
+
+def test_a_missing_extra_is_one_line_that_names_it():
+    wanted = {
+        ("train", "--model", "m", "--data", "d", "--output", "o"): ("accelerate", "train"),
+        ("demo",): ("gradio", "demo"),
+        ("bench", "--sweep-batch", "1", "--plot", "x.png"): ("matplotlib", "plot"),
+        ("profile", "--plot", "x.png"): ("matplotlib", "plot"),
+        ("eval", "--plot", "x.png"): ("matplotlib", "eval"),
+        ("eval", "--data", "some/data"): ("datasets", "eval"),
+        # In two processes.
+        ("eval", "--data", "gsm8k"): ("accelerate", "eval"),
+    }
+    code = HIDDEN.format(commands=list(wanted))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        f"error: `dspark-hf {command[0]}` needs {package}, which is not installed: pip install 'dspark-hf[{extra}]'"
+        for command, (package, extra) in wanted.items()
+    ]
+
+
+def test_a_package_of_no_extra_is_a_traceback(monkeypatch):
+    """It is a fault of the installation or of ours."""
+
+    def broken(*args):
+        raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
+
+    monkeypatch.setattr("dspark_hf.inspection.inspect_head", broken)
+    with patch.object(sys, "argv", ["dspark-hf", "inspect", "x"]), pytest.raises(ModuleNotFoundError, match="nowhere"):
+        main()
+
+
+def test_version():
+    assert run("--version").startswith(f"dspark-hf {dspark_hf.__version__}, transformers ")
+
+
+def test_ids_and_paths_are_printed_whole(tmp_path):
+    """At 80 columns, which a terminal of unknown width has."""
+    printed = run("heads").split()
+    for head in published_heads():
+        assert head.head in printed and head.target in printed
+    folder = tmp_path / ("a folder with a long name, so that nothing fits in one line of the terminal" * 2)
+    shutil.copytree(FOLDER / "head", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["target_name_or_path"] = (
+        "someone-with-a-long-name/and-a-model-with-a-name-so-long-that-it-is-not-in-one-line"
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    printed = run("inspect", str(folder))
+    assert str(folder) in printed and config["target_name_or_path"] in printed
+    file = tmp_path / "new [bold] folder" / "deeper" / "card.md"
+    options = ["--repo", "someone/head", "--model", "someone/target", "--output", str(file)]
+    assert run("card", str(folder), *options) == f"card written to {file}\n"
+    assert file.read_text().startswith("---")
 
 
 def test_profile_shows_what_is_stored(tmp_path):

@@ -8,8 +8,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
-from conftest import whole_blocks
+from conftest import tiny_head, tiny_target, whole_blocks
+from transformers import PreTrainedTokenizerFast, TextStreamer
 
 import dspark_hf
 from dspark_hf.evaluation.verify import BROKEN, IDENTICAL
@@ -17,7 +19,15 @@ from dspark_hf.evaluation.verify import BROKEN, IDENTICAL
 gr = pytest.importorskip("gradio", reason="the demo needs the extra `demo`")
 
 from dspark_hf.demo import chat, load, parts, race, rounds  # noqa: E402
-from dspark_hf.demo.engine import Committed, Engine, Finished, Generation, Ready, Stop  # noqa: E402
+from dspark_hf.demo.engine import (  # noqa: E402
+    REPLACEMENT,
+    Committed,
+    Engine,
+    Finished,
+    Generation,
+    Ready,
+    Stop,
+)
 
 ROOT = Path(__file__).parents[1]
 PROMPT = [{"role": "user", "content": race.EXAMPLES[0]}]
@@ -89,6 +99,95 @@ def test_very_long_text_is_refused_before_it_is_read(engine):
 def test_the_longest_prompt_and_answer_fit(engine):
     positions = engine.model.config.max_position_embeddings
     assert engine.most_prompt_tokens + engine.most_new_tokens + engine.head.config.block_size <= positions
+
+
+def test_a_target_of_few_positions(engine):
+    """All tabs work, with a smaller slider; nothing is read behind the last position."""
+    model = tiny_target(vocab_size=len(engine.tokenizer), max_position_embeddings=32)
+    short = Engine(model, tiny_head(model), engine.tokenizer)
+    assert short.most_prompt_tokens == 16 and short.most_new_tokens == 32 - 16 - 4
+    with gr.Blocks():
+        slider = parts.max_tokens(short.most_new_tokens)
+    assert (slider.minimum, slider.maximum, slider.value) == (1, 12, 12)
+    lengths = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(int(kwargs["position_ids"].max())), with_kwargs=True
+    )
+    *_, answer = chat.answer(short, [{"role": "user", "content": "Hi"}], None, None, None, Stop())
+    assert answer.ended and len(answer.tokens) == 12 and answer.plain_step > 0
+    assert any(
+        isinstance(event, load.Measured)
+        for event in short.stream(
+            load.Slice(2, True, tuple(map(short.own_prompt, load.DEFAULT_PROMPTS)), seconds=0.1), Stop()
+        )
+    )
+    assert max(lengths) < 32
+    with pytest.raises(gr.Error, match="takes 16 tokens"):
+        short.encode(PROMPT)
+    with pytest.raises(ValueError, match="The target has 9 positions: too few"):
+        model.config.max_position_embeddings = 9
+        Engine(model, short.head, engine.tokenizer)
+
+
+def test_emptied_fields_count_as_their_defaults(engine):
+    ids = engine.encode(PROMPT)
+    assert engine.generation(ids, True) == Generation(ids, 256, True, 0.0, 1.0)
+    assert engine.generation(ids, False, None, None, None) == engine.generation(ids, False)
+    assert engine.generation(ids, True, 7, 0.5, 0.9) == Generation(ids, 7, True, 0.5, 0.9)
+    with gr.Blocks() as page:
+        for tab in (race.tab, rounds.tab, load.tab, lambda of: chat.tab(of, True)):
+            tab(engine)
+    fields = [block for block in page.blocks.values() if isinstance(block, gr.Slider) and block.visible]
+    assert len(fields) == 8 and [field.preprocess(None) for field in fields] == [None] * 8
+    assert [field.preprocess(field.value) for field in fields] == [field.value for field in fields]
+    with pytest.raises(gr.Error, match="greater than maximum"):
+        fields[0].preprocess(10_000)
+    for work in (race.race, rounds.run):
+        assert list(work(engine, engine.encode([{"role": "user", "content": "Hi"}]), None, None, Stop()))
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Like Llama's: bytes of characters that it has no token for, which it decodes a run at a time."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\N{LOWER ONE EIGHTH BLOCK}": 256}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    made.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_characters_are_shown_when_they_are_whole(engine, fallback):
+    """However rounds cut a text into tokens, what is shown grows, and holds nothing that is put right later."""
+    tokenizer = byte_fallback_tokenizer() if fallback else engine.tokenizer
+    text = "a Ω 🙂🙂 你好 \N{REPLACEMENT CHARACTER} b 🙂"
+    tokens = list(text.encode()) if fallback else tokenizer.encode(text)
+    assert len(tokens) > len(text) and tokenizer.decode(tokens) == text
+    other = Engine(engine.model, engine.head, tokenizer)
+    shown = [other.decode(tokens[:count], ended=False) for count in range(len(tokens) + 1)]
+    assert all(text.startswith(part) for part in shown) and shown[-1] == text
+    assert [len(part) for part in shown] == sorted(len(part) for part in shown)
+    whole = [part for part in shown if REPLACEMENT not in part]
+    assert set(whole) >= {text[:count] for count in range(text.index(REPLACEMENT)) if text[count - 1 : count] != " "}
+    # A text that ends in half a character says so.
+    assert other.decode(tokens[:-1]).endswith(REPLACEMENT)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_the_streamer_of_the_command_shows_whole_characters(engine, fallback):
+    """`dspark-hf generate` streams blocks of any length through transformers' own."""
+
+    class Printed(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            printed.append(text)
+
+    tokenizer = byte_fallback_tokenizer() if fallback else engine.tokenizer
+    text = "a Ω 🙂🙂 你好\n🙂 你🙂好 b"
+    tokens = list(text.encode()) if fallback else tokenizer.encode(text)
+    for size in range(1, 8):
+        printed, streamer = [], Printed(tokenizer)
+        for start in range(0, len(tokens), size):
+            streamer.put(torch.tensor(tokens[start : start + size]))
+        streamer.end()
+        assert "".join(printed) == text and not any(REPLACEMENT in part for part in printed)
 
 
 def test_a_failure_is_a_message_and_leaves_the_model_free(engine):
@@ -292,18 +391,6 @@ def test_the_front_matter_of_the_space():
     lowest = re.search(r"gradio>=([\d.]+)", (ROOT / "demo" / "requirements.txt").read_text()).group(1)
     assert tuple(map(int, front["sdk_version"].split("."))) >= tuple(map(int, lowest.split(".")))
     assert front["short_description"] and len(front["short_description"]) <= 60
-
-
-def test_the_command_without_gradio_says_what_to_install(monkeypatch):
-    from typer.testing import CliRunner
-
-    from dspark_hf.cli import app
-
-    for name in [name for name in sys.modules if name.startswith("dspark_hf.demo")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    result = CliRunner().invoke(app, ["demo"])
-    assert isinstance(result.exception, ValueError) and "dspark-hf[demo]" in str(result.exception)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import in_cache, tiny_head, tiny_target
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 from test_cli import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -206,6 +206,45 @@ def test_publish_uploads_one_commit_and_may_be_repeated(remote, tmp_path):
     (remote.folder / REPOSITORY / "model-00001-of-00002.safetensors").write_text("of an earlier version")
     run("publish", *OPTIONS)
     assert files_of(remote.folder / REPOSITORY) == WRITTEN and remote.commits[REPOSITORY] == 3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--license", "MIT"], "no licence 'MIT'. Did you mean mit"),
+        (["--license", "apache2"], "Did you mean apache-2.0"),
+        (["--license", "proprietary"], "--license other with --license-name"),
+        (["--license", "other"], "needs --license-name and --license-link"),
+        (["--license", "other", "--license-name", "My Licence", "--license-link", "LICENSE"], "'My Licence': .*lower"),
+        (["--license", "other", "--license-name", "mine", "--license-link", "somewhere"], "'somewhere': expected"),
+        (["--license", "other", "--license-name", "mine", "--license-link", "LICENSE"], "LICENSE: there is no such"),
+        (["--license", "mit", "--license-name", "mine"], "for --license other, not mit"),
+        (["--license-name", "mine"], "go with --license other"),
+    ],
+)
+def test_licences_that_the_hub_refuses(remote, options, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        run("publish", *OPTIONS, *options)
+    assert not remote.commits
+    if "LICENSE" not in options[-1:]:
+        with pytest.raises(ValueError, match=message):
+            run("card", *OPTIONS, *options)
+
+
+def test_a_licence_that_is_not_on_the_list_of_the_hub(remote, tmp_path):
+    """Its card says what the Hub asks for, and its text is published with the head."""
+    source = tmp_path / "head"
+    shutil.copytree(FOLDER / "head", source)
+    (source / "LICENSE").write_text("For the weights of this head ...")
+    options = ["--license", "other", "--license-name", "my-licence-1.0", "--license-link"]
+    run("publish", str(source), *OPTIONS[1:], *options, "LICENSE")
+    published = remote.folder / REPOSITORY
+    data = ModelCard.load(published / "README.md").data
+    assert (data.license, data.license_name, data.license_link) == ("other", "my-licence-1.0", "LICENSE")
+    assert files_of(published) == sorted([*WRITTEN, "LICENSE"])
+    address = "https://example.com/licence"
+    assert f"license_link: {address}" in run("card", *OPTIONS, *options, address)
+    assert "license" not in ModelCard(run("card", *OPTIONS)).data.to_dict()
 
 
 def test_push_to_hub_does_the_same(remote, tmp_path):

@@ -34,23 +34,39 @@ def test_snippet(code, capsys, monkeypatch):
     exec(compile(code, str(README), "exec"), {"__name__": "__main__"})
 
 
+def codes() -> list[str]:
+    """Every line of the README that is indented as code, and what stands between backticks, but for Python."""
+    text = re.sub(r"```.*?```", "", README.read_text(), flags=re.DOTALL).replace("\\\n", " ")
+    lines = re.findall(r"^ {4}(\S.*)$", text, flags=re.MULTILINE)
+    return lines + [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+
+
 def test_commands_of_the_readme_exist():
-    """Each `dspark-hf` and `make` line names a command and options that exist."""
+    """Each names a command, and options that this command has; options that are named alone are one's."""
     from typer.main import get_command
 
     from dspark_hf.cli import app
 
     commands = get_command(app).commands
-    targets = re.search(r"^\.PHONY: (.*)$", (README.parent / "Makefile").read_text(), flags=re.MULTILINE)[1].split()
-    lines = re.findall(r"^ {4}(?:dspark-hf|make) .*$", README.read_text(), flags=re.MULTILINE)
-    assert len(lines) > 20
-    for line in lines:
-        tool, name, *rest = line.split()
-        if tool == "make":
-            assert name in targets, line
-            continue
-        known = {option for parameter in commands[name].params for option in parameter.opts}
-        assert {word for word in rest if word.startswith("--")} <= known, line
+    known = {name: {option for one in command.params for option in one.opts} for name, command in commands.items()}
+    makefile = (README.parent / "Makefile").read_text()
+    seen, options = set(), set()
+    for code in codes():
+        words = code.partition(" #")[0].split()
+        for start in (["make"], ["dspark-hf"], ["accelerate", "launch", "-m", "dspark_hf.cli"]):
+            if words[: len(start)] != start or words == start:
+                continue
+            name, *rest = words[len(start) :]
+            if start == ["make"]:
+                assert f"\n{name}:" in makefile, code
+            else:
+                used = {word for word in rest if word.startswith("--")}
+                assert used <= known[name], code
+                seen.add(name)
+                options |= used
+        if code.startswith("--"):
+            assert any(words[0] in of_one for of_one in known.values()), code
+    assert len(seen) > 10 and len(options) > 15
 
 
 def test_version_is_the_package_version():

@@ -25,11 +25,11 @@ def main() -> None:
     try:
         app()
     except ImportError as error:
-        command = sys.argv[1]
-        extra = extra_with(error.name, command)
+        command, package = sys.argv[1], (error.name or "").partition(".")[0]
+        extra = extra_with(package, command)
         if extra is not None:
-            _fail(f"`dspark-hf {command}` needs {error.name}, which is not installed: pip install 'dspark-hf[{extra}]'")
-        if error.name is not None:
+            _fail(f"`dspark-hf {command}` needs {package}, which is not installed: pip install 'dspark-hf[{extra}]'")
+        if package:
             # Not what a user lacks, but a broken installation or a fault of ours.
             raise
         # Of transformers, for a model that needs another package; the message says which.

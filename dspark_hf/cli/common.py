@@ -79,7 +79,7 @@ def load(model: str | None, head: str | None, dtype: str, needs_head: bool = Tru
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if model is None:
         if head is not None:
             raise ValueError(f"--head {head} needs --model: the embedded target has its own head.")
@@ -90,8 +90,9 @@ def load(model: str | None, head: str | None, dtype: str, needs_head: bool = Tru
     if head is None and needs_head:
         head = head_for(model).head
         note(f"head: {head}")
-    target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device).eval()
-    loaded = DSparkHead.from_pretrained(head, dtype=dtype, device_map=device).eval() if head else None
+    # Not by `device_map`, which needs accelerate.
+    target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
+    loaded = DSparkHead.from_pretrained(head, dtype=dtype).eval().to(device) if head else None
     return target, loaded, AutoTokenizer.from_pretrained(model)
 
 
@@ -128,9 +129,9 @@ def progress(doing: str, clock: Callable[[], float] = time.monotonic) -> Iterato
 
 
 def show(table: Table) -> None:
-    """Print a table as wide as it is: cells that are cut or broken cannot be copied."""
-    wide = console.options.update(max_width=10_000)
-    console.print(table, width=console.measure(table, options=wide).maximum, crop=False)
+    """Print a table with every cell in one line: what a narrow terminal cuts or breaks cannot be copied."""
+    table.width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    console.print(table, crop=False)
 
 
 def write_json(path: Path, content: dict | list) -> None:

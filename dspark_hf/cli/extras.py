@@ -8,10 +8,9 @@ from packaging.requirements import Requirement
 NOT_FOR_USERS = "test"
 
 
-def extra_with(module: str | None, command: str) -> str | None:
-    """The extra to install for a module that is missing: the one called like the command, or else the first that
-    pyproject.toml lists with its package; `None` where no extra has it."""
-    package = (module or "").partition(".")[0]
+def extra_with(package: str, command: str) -> str | None:
+    """The extra to install for a package that is missing: the one called like the command, or else the first that
+    pyproject.toml lists with it; `None` where no extra has it."""
     named = [one for one in map(Requirement, requires("dspark-hf")) if one.name == package and one.marker is not None]
     extras = [
         extra

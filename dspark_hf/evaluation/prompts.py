@@ -88,9 +88,7 @@ def turns_of(row: Any, where: str) -> list[str]:
         raise ValueError(f"{where} has the keys {sorted(row)}; expected `turns`, `prompt` or `question`.")
     turns = [row[key]] if isinstance(row[key], str) else row[key]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-        raise ValueError(
-            f"{where} should hold a text in `{key}`, or a list of texts in `turns`; it holds {str(row[key])[:80]!r}."
-        )
+        raise ValueError(f"{where} should hold text, or a list of texts in `turns`; it holds {str(row[key])[:80]!r}.")
     return turns
 
 

@@ -81,16 +81,10 @@ class BlockProcessors:
         """
         for of_prefix, run in self.runs:
             if of_prefix:
-                logits = torch.stack([self._of_row(run, *row) for row in zip(logits, prefixes, strict=True)])
+                logits = _with_prefixes(run, logits, prefixes)
             else:
                 logits = run(None, logits.flatten(0, 1)).view_as(logits)
         return logits
-
-    @staticmethod
-    def _of_row(run: LogitsProcessorList, logits: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-        """[n, V] of one row, a position at a time."""
-        before = len(prefix) - len(logits) + 1
-        return torch.cat([run(prefix[None, : before + j], logits[j : j + 1]) for j in range(len(logits))])
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """Tokens [R] from processed logits [R, V]."""
@@ -106,6 +100,19 @@ class BlockProcessors:
             prefixes: for every row its tokens [length], anchor included; only needed when `needs_prefix`.
         """
         return Selection(self, prefixes)
+
+
+def _with_prefixes(run: LogitsProcessorList, logits: torch.Tensor, prefixes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[R, n, V], a position after the other; rows of one length together."""
+    count, columns = logits.shape[1], []
+    for j in range(count):
+        seen = [prefix[: len(prefix) - count + 1 + j] for prefix in prefixes]
+        if len(set(map(len, seen))) == 1:
+            columns.append(run(torch.stack(seen), logits[:, j]))
+        else:
+            rows = zip(seen, logits[:, j : j + 1].unbind(), strict=True)
+            columns.append(torch.cat([run(prefix[None], row) for prefix, row in rows]))
+    return columns[0][:, None] if count == 1 else torch.stack(columns, dim=1)
 
 
 class Selection:
