@@ -1,6 +1,7 @@
 """The commands as a user types them, on the embedded pair."""
 
 import io
+import itertools
 import json
 import shutil
 import subprocess
@@ -13,12 +14,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import GSM8K_SAMPLE
+from rich.console import Console
 from typer.testing import CliRunner
 
 import dspark_hf
-from dspark_hf.cli import app, main
+from dspark_hf.cli import app, common, main
 from dspark_hf.embedded import FOLDER
-from dspark_hf.evaluation.bench import Record, Run, _is_settled, _records, beside_each_other
+from dspark_hf.evaluation.bench import (
+    Cell,
+    Record,
+    Run,
+    _is_settled,
+    _records,
+    as_table,
+    bench,
+    beside_each_other,
+    cells_of,
+    estimate,
+    expectation,
+)
 from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode, read_prompts
 from dspark_hf.hub.registry import published_heads
 
@@ -26,9 +40,14 @@ PROMPT = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How ma
 
 
 def run(*args: str) -> str:
+    """What the command prints to stdout."""
+    return ran(*args).stdout
+
+
+def ran(*args: str):
     result = CliRunner().invoke(app, list(args), catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result
 
 
 def fails(*args: str) -> str:
@@ -89,17 +108,127 @@ def pair_options() -> list[str]:
 def test_bench_prints_a_table_and_writes_json(tmp_path):
     file = tmp_path / "bench.json"
     options = ["--batch-sizes", "1,2", "--methods", "plain,stock,dspark", "--limit", "2", "--max-new-tokens", "12"]
-    output = run("bench", *options, "--dtype", "float32", "--json", str(file))
-    assert "plain" in output and "stock" in output and "dspark" in output
+    result = ran("bench", *options, "--dtype", "float32", "--json", str(file), "--seconds", "3600")
+    assert "plain" in result.stdout and "stock" in result.stdout and "dspark" in result.stdout
+    assert "2 of 8 prompts" in result.stdout
+    expected = "plain, stock, dspark at batch 1; plain, dspark at batch 2; 2 prompts: 9 turns or up to twice as many"
+    assert expected in result.stderr and "at most 3600 s" in result.stderr and "\x1b" not in result.stderr
     records = [Record(**record) for record in json.loads(file.read_text())]
     found = [(record.batch_size, record.method) for record in records]
     assert found == [(1, "plain"), (1, "stock"), (1, "dspark"), (2, "plain"), (2, "dspark")]
     for record in records:
         assert record.identical is True and record.tokens_per_second > 0
+        assert record.prompts == 2 and not record.cut_short
+        assert 6 // record.batch_size <= record.turns <= 12 // record.batch_size
     plain, _, ours = records[:3]
     assert plain.speedup == 1 and plain.tau is None
     assert ours.speedup == pytest.approx(ours.tokens_per_second / plain.tokens_per_second)
     assert 1 <= ours.tau <= 8 and ours.draft_ms > 0 and ours.verify_ms > 0 and ours.ceiling > 0
+
+
+class FakeClock:
+    """A clock that stands almost still, but for a turn, which takes so many seconds."""
+
+    def __init__(self, turn: float):
+        self.now, self.turn = 0.0, turn
+
+    def __call__(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def pass_turn(self, text: str) -> None:
+        self.now += self.turn
+
+
+@pytest.mark.parametrize(
+    ("seconds", "turn", "turns"),
+    [
+        (180, 10, [12, 6]),
+        # Too short: of 12 and 6 turns every cell has as many as its share of the time allows.
+        (100, 10, [7, 3]),
+        (40, 10, [3, 1]),
+        # Slower than was expected: the limit is over with the first turn, and each has one.
+        (40, 100, [1, 1]),
+    ],
+)
+def test_bench_ends_at_its_limit(seconds, turn, turns):
+    model, head, tokenizer = dspark_hf.embedded_pair(dtype=torch.float32)
+    cells = cells_of(head, list(DEFAULT_PROMPTS[:4]), [1, 2], ["plain", "fixed-1"])
+    clock = FakeClock(turn)
+    limits = {"max_new_tokens": 2, "seconds": seconds}
+    records = list(bench(model, head, tokenizer, cells, [10.0, 10.0], **limits, report=clock.pass_turn, clock=clock))
+    assert [record.turns for record in records] == [n for n in turns for _ in range(2)]
+    assert all(record.cut_short == (turns != [12, 6]) for record in records)
+    # Every prompt has a turn before one has two.
+    expected = [min(4, size * n) for size, n in zip((1, 2), turns, strict=True)]
+    assert [record.prompts for record in records] == [n for n in expected for _ in range(2)]
+    for record in records:
+        of_batches = record.turns * record.batch_size / record.prompts
+        assert (record.noise is None) == (of_batches < 2) and record.identical
+
+
+def test_bench_refuses_a_limit_that_is_too_short():
+    cells = [Cell([["a"]], ["plain"]), Cell([["a", "b"]], ["plain"])]
+    with pytest.raises(ValueError, match="--seconds 39 is too short .* takes about 40 s. Give --seconds 80, or fewer"):
+        next(bench(None, None, None, cells, [12.0, 8.0], seconds=39))
+
+
+def test_bench_says_what_it_will_do():
+    model, head, tokenizer = dspark_hf.embedded_pair(dtype=torch.float32)
+    cells = cells_of(head, list(DEFAULT_PROMPTS[:5]), [1, 4], ["plain", "stock"])
+    clock = itertools.count(step=2)
+    # Two seconds a call, of 8 tokens.
+    turn_seconds = estimate(model, head, tokenizer, cells, 40, lambda: next(clock))
+    assert turn_seconds == [2 * 40 / 8 * 2, 2 * 40 / 8]
+    text = expectation(cells, turn_seconds, 400)
+    assert text.startswith("plain, stock at batch 1; plain at batch 4; 5 prompts: 18 turns or up to twice as many, ")
+    assert text.endswith("about 360 s or up to twice as long, at most 400 s")
+    assert expectation(cells, turn_seconds, 120).endswith("cut short at 120 s")
+
+
+def test_bench_takes_32_prompts_unless_told_otherwise(tmp_path):
+    prompts, file = tmp_path / "prompts.txt", tmp_path / "bench.json"
+    prompts.write_text("".join(f"{n}\n" for n in range(40)))
+    options = ["--prompts", str(prompts), "--methods", "plain", "--max-new-tokens", "1", "--json", str(file)]
+    assert "32 of 40 prompts" in run("bench", *options, "--batch-sizes", "32")
+    assert [record["prompts"] for record in json.loads(file.read_text())] == [32]
+    assert "there are 32: give" in fails("bench", *options, "--batch-sizes", "33")
+    assert "36 of 40 prompts" in run("bench", *options, "--batch-sizes", "33", "--limit", "36")
+    assert [record["prompts"] for record in json.loads(file.read_text())] == [33]
+
+
+def test_tables_say_what_was_cut_short():
+    records = [Record("plain", size, 10.0, None, 4, 7, size == 2, "code") for size in (1, 2)]
+    printed = io.StringIO()
+    Console(file=printed, width=200).print(as_table(records))
+    rows = [line.split() for line in printed.getvalue().splitlines() if line.split()[:1] == ["plain"]]
+    assert [row[1:5] for row in rows] == [["1", "4", "7", "10.0"], ["2", "4", "7", "cut"]]
+
+
+def test_progress_without_a_terminal_is_a_plain_line_now_and_then(monkeypatch):
+    printed = io.StringIO()
+    monkeypatch.setattr(common, "errors", Console(file=printed, markup=False, force_terminal=False))
+    now = 0
+    with common.progress("measuring", lambda: now) as report:
+        for now in (1, 9, 10, 11, 19, 25):
+            report(f"at [{now}]")
+    assert printed.getvalue() == "measuring\nat [10]\nat [25]\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "last"),
+    [
+        (["eval", "--data", "code", "--limit", "1", "--max-new-tokens", "4"], "evaluated 1 of 1 prompts"),
+        (["verify", "--limit", "1", "--max-new-tokens", "4"], "verified 1 of 1 prompts"),
+        (["verify", "--limit", "1", "--sampling", "--draws", "100"], "comparing with the target's distribution"),
+        (["calibrate", "--limit", "64", "--max-new-tokens", "32"], "drafted for 64 of 64 prompts"),
+    ],
+)
+def test_long_commands_show_progress(command, last, monkeypatch):
+    monkeypatch.setattr(common, "PROGRESS_EVERY", 0.0)
+    result = ran(*command)
+    lines = result.stderr.splitlines()
+    assert len(lines) > 1 and lines[-1] == last and last not in result.stdout
 
 
 def test_bench_reads_prompt_files(tmp_path):
@@ -332,6 +461,7 @@ def test_methods_are_compared_within_their_turns():
     np.testing.assert_allclose(found / found[0], right, rtol=0.01)
     assert seconds[:, 0].min() < found[0] < 1.6
     assert (errors < 0.005).all()
+    assert np.isinf(beside_each_other(seconds[:1])[1]).all()
 
 
 def test_standard_errors_are_those_of_repeated_measurements():
@@ -354,6 +484,7 @@ def test_turns_are_as_many_as_asked_and_at_most_twice_as_many():
         return [[Run(s, [], None) for s in seconds], [Run(1.0, [], None) for _ in seconds]]
 
     assert not _is_settled([[], []], 3, 1)
+    assert not _is_settled(runs(1.0), 1, 1)
     assert not _is_settled(runs(1.0, 1.0), 3, 1)
     assert _is_settled(runs(1.0, 1.0, 1.0), 3, 1)
     assert not _is_settled(runs(1.0, 2.0, 3.0, 4.0, 5.0), 3, 1)
@@ -366,9 +497,10 @@ def test_speeds_are_those_of_all_tokens():
 
     plain, other = [runs(4.0, 2.0, 2.0), runs(6.0, 6.0, 6.0)], [runs(2.0, 1.0, 1.0), runs(3.0, 3.0, 3.0)]
     measured = {"plain": plain, "other": other}
-    plain, other = _records(measured, 1, None)
+    cell = Cell([["a"], ["b"]], list(measured))
+    plain, other = _records(measured, cell, False)
     assert plain.tokens_per_second == pytest.approx(6 / 8)
     assert plain.noise == pytest.approx(0.0)
     assert other.speedup == pytest.approx(2) and other.identical
     measured["other"][1][2] = Run(3.0, [[1, 2, 4]], None)
-    assert not list(_records(measured, 1, None))[1].identical
+    assert not list(_records(measured, cell, False))[1].identical

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from ..evaluation.prompts import DOMAINS, domain_prompts, read_prompts
 from .common import (
@@ -15,11 +14,12 @@ from .common import (
     Model,
     Prompts,
     app,
-    console,
     counts,
     entries,
     load,
+    note,
     output_file,
+    progress,
     say,
     show,
     write_json,
@@ -44,7 +44,16 @@ def bench(
     ] = None,
     plot: Annotated[Path | None, output_file("--plot", help="Picture of the sweep, such as sweep.png.")] = None,
     max_new_tokens: MaxNewTokens = 128,
-    limit: Limit = None,
+    limit: Limit = 32,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            show_default=False,
+            help="Time limit: the turn under way is finished and what is measured is shown. "
+            "Default: 120, with --sweep-batch 1800.",
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, output_file("--json", help="Also write the records to this file, as they come.")
     ] = None,
@@ -52,7 +61,7 @@ def bench(
 ) -> None:
     """Measure plain decoding, transformers' stock assisted loop and DSpark on the same prompts, alternately.
 
-    A sweep without --prompts takes 64 problems of GSM8K and 64 beginnings of Python source.
+    A sweep without --prompts takes problems of GSM8K and beginnings of Python source, 64 of each with --limit 64.
     """
     from ..evaluation import bench as speed
     from ..evaluation import sweep
@@ -65,25 +74,31 @@ def bench(
         check_picture(plot)
     names = entries("--methods", methods)
     sizes = counts("--batch-sizes", batch_sizes) if sweep_batch is None else counts("--sweep-batch", sweep_batch)
-    texts = read_prompts(prompts)[:limit]
+    tables = speed if sweep_batch is None else sweep
+    seconds = seconds or tables.SECONDS
+    if sweep_batch is not None and prompts is None:
+        sets = {name: domain_prompts(name) for name in DOMAINS}
+    else:
+        sets = {prompts.stem if prompts else "built in": read_prompts(prompts)}
+    given = {name: texts[:limit] for name, texts in sets.items()}
     target, draft_head, tokenizer = load(model, head, dtype)
     if sweep_batch is None:
-        tables = speed
-        measured = speed.bench(target, draft_head, tokenizer, texts, sizes, names, max_new_tokens)
-        sets = f"{len(texts)} prompts"
+        [texts] = given.values()
+        cells = speed.cells_of(draft_head, texts, sizes, names)
     else:
-        given = {prompts.stem: texts} if prompts else {name: domain_prompts(name)[:limit] for name in DOMAINS}
-        tables, sets = sweep, ", ".join(given)
-        measured = sweep.sweep(target, draft_head, tokenizer, given, sizes, max_new_tokens)
+        cells = sweep.sweep_cells(draft_head, given, sizes)
+    with progress("estimating how long it takes"):
+        turn_seconds = speed.estimate(target, draft_head, tokenizer, cells, max_new_tokens)
+    note(speed.expectation(cells, turn_seconds, seconds))
     records = []
-    with console.status("measuring") as status:
-        for record in measured:
+    with progress("measuring") as report:
+        for record in speed.bench(target, draft_head, tokenizer, cells, turn_seconds, max_new_tokens, seconds, report):
             records.append(record)
             if json_file is not None:
                 # What is measured is kept, should the rest be cut off.
                 write_json(json_file, speed.as_json(records))
-            status.update(escape(f"measured {record.domain or ''} {record.method} at batch {record.batch_size}"))
     show(tables.as_table(records))
-    say(f"{sets}, {max_new_tokens} new tokens, {target.dtype}, {device_name(target.device)}", style="dim")
+    used = ", ".join(f"{len(texts)} of {len(sets[name])} prompts ({name})" for name, texts in given.items())
+    say(f"{used}, {max_new_tokens} new tokens, {target.dtype}, {device_name(target.device)}", style="dim")
     if plot is not None:
         sweep.plot(records, plot)

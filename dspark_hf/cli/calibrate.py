@@ -15,9 +15,9 @@ from .common import (
     Model,
     Prompts,
     app,
-    console,
     load,
     output_file,
+    progress,
     say,
     show,
     write_json,
@@ -56,11 +56,11 @@ def calibrate(
     texts = read_prompts(prompts) if prompts else [p for name in DOMAINS for p in domain_prompts(name)]
     texts = texts[:limit]
     target, draft_head, tokenizer = load(model, head, dtype)
-    with console.status("drafting") as status:
+    with progress("drafting") as report:
         for found in calibration.calibrate(
             target, draft_head, tokenizer, texts, batch_size, max_new_tokens, temperature
         ):
-            status.update(f"drafted for {found} of {len(texts)} prompts")
+            report(f"drafted for {found} of {len(texts)} prompts")
     show(calibration.as_table(found))
     draft_head.config.update({"confidence_temperatures": found.temperatures, "confidence_shifts": found.shifts})
     if output is not None:

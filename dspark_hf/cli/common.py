@@ -1,6 +1,9 @@
 """What every command shares: the app, its options, loading, printing and writing."""
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +12,7 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -25,6 +29,9 @@ app = typer.Typer(
 )
 # What is printed holds names, paths and errors, in which brackets are brackets: styles are arguments, not markup.
 console, errors = (Console(stderr=stderr, markup=False, highlight=False) for stderr in (False, True))
+
+# Seconds from one line of progress to the next, where no terminal shows it in place.
+PROGRESS_EVERY = 10.0
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
@@ -82,7 +89,7 @@ def load(model: str | None, head: str | None, dtype: str, needs_head: bool = Tru
             check_source(source)
     if head is None and needs_head:
         head = head_for(model).head
-        errors.print(f"head: {head}", style="dim", soft_wrap=True)
+        note(f"head: {head}")
     # Not by `device_map`, which needs accelerate.
     target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
     loaded = DSparkHead.from_pretrained(head, dtype=dtype).eval().to(device) if head else None
@@ -92,6 +99,33 @@ def load(model: str | None, head: str | None, dtype: str, needs_head: bool = Tru
 def say(text: str, style: str | None = None) -> None:
     """Print a line that no narrow terminal breaks inside an id or a path."""
     console.print(text, style=style, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """`say` on standard error, for what is no result."""
+    errors.print(text, style="dim", soft_wrap=True)
+
+
+@contextmanager
+def progress(doing: str, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[str], None]]:
+    """Shows on standard error what is being done, and how far it is: what the function that it gives is called with.
+
+    A terminal shows the last of it in place; elsewhere it becomes plain lines, one in ten seconds at most.
+    """
+    if errors.is_terminal and not errors.is_dumb_terminal:
+        with errors.status(Text(doing)) as status:
+            yield lambda text: status.update(Text(text))
+        return
+    note(doing)
+    shown = clock()
+
+    def report(text: str) -> None:
+        nonlocal shown
+        if clock() - shown >= PROGRESS_EVERY:
+            note(text)
+            shown = clock()
+
+    yield report
 
 
 def show(table: Table) -> None:

@@ -1,14 +1,14 @@
 """Evaluation of a head."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..evaluation.prompts import DOMAINS
-from .common import Dtype, Head, Limit, Model, app, console, entries, load, output_file, say, show, write_json
+from .common import Dtype, Head, Limit, Model, app, entries, load, output_file, progress, say, show, write_json
 
 
 @app.command("eval")
@@ -74,14 +74,13 @@ def evaluate(
     log = Log(results, run, processes.index) if results is not None else None
     done = log.read() if log is not None else []
     processes.wait()
-    shown = console if processes.index == 0 else Console(quiet=True)
     total, new = sum(len(one.conversations) for one in sets), []
-    with shown.status("evaluating") as status:
+    with progress("evaluating") if processes.index == 0 else nullcontext(lambda text: None) as report:
         for found in records_of(target, draft_head, tokenizer, sets, settings, done, processes.index, processes.count):
             new += found
             if log is not None:
                 log.append(found)
-            status.update(f"evaluated {min(len(done) + len(new) * processes.count, total)} of {total} prompts")
+            report(f"evaluated {min(len(done) + len(new) * processes.count, total)} of {total} prompts")
     records = {(record.data, record.prompt): record for record in done + processes.gather(new)}
     processes.close()
     if processes.index > 0:

@@ -14,9 +14,9 @@ from .common import (
     Model,
     Prompts,
     app,
-    console,
     load,
     output_file,
+    progress,
     say,
     show,
     write_json,
@@ -67,10 +67,10 @@ def _verify_greedy(target, draft_head, tokenizer, texts: list[str], batch_size: 
     from ..evaluation.verify import as_table, audit_greedy, greedy_as_json
 
     rows = []
-    with console.status("verifying") as status:
+    with progress("verifying") as report:
         for row in audit_greedy(target, draft_head, tokenizer, texts, batch_size, max_new_tokens):
             rows.append(row)
-            status.update(f"verified {len(rows)} of {len(texts)} prompts")
+            report(f"verified {len(rows)} of {len(texts)} prompts")
     findings = greedy_as_json(rows)
     differing = len(findings["differences"])
     if differing:
@@ -85,11 +85,11 @@ def _verify_sampling(target, draft_head, tokenizer, texts: list[str], batch_size
     from ..evaluation.verify import audit_sampling, draw, sampling_as_json
 
     drawn = []
-    with console.status("drawing") as status:
+    with progress("drawing") as report:
         for batch in draw(target, draft_head, tokenizer, texts, batch_size, draws):
             drawn += batch
-            status.update(f"drew {len(drawn)} of {draws} continuations")
-        status.update("comparing with the target's distribution")
+            report(f"drew {len(drawn)} of {draws} continuations")
+    with progress("comparing with the target's distribution"):
         audit = audit_sampling(target, tokenizer, texts, drawn, batch_size)
     test = f"chi-square {audit.statistic:.1f} at {audit.degrees_of_freedom} degrees of freedom"
     say(f"{audit.draws} draws, {target.dtype}: {test}, p = {audit.p_value:.2g}", style="dim")

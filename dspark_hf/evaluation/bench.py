@@ -3,7 +3,8 @@
 import copy
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -16,7 +17,7 @@ from ..generation.hook import stock_loop
 from ..generation.stats import DSparkStats, synchronize
 from ..modeling_dspark import DSparkHead
 from .prompts import encode
-from .report import cell
+from .report import format_cell
 
 # Rounds of median polish; it mostly settles in three.
 POLISHED = 10
@@ -24,6 +25,36 @@ POLISHED = 10
 STANDARD_ERROR = 1.86
 # The standard error of a speed, as a share of it, above which turns go on.
 SURE = 0.01
+# Turns of a batch of prompts, at least.
+TURNS = 3
+# A table's limit in seconds: a default table is through by then on a small machine.
+SECONDS = 120.0
+# What tables say of the mark in `turns_cell`.
+CUT_SHORT = "turns: runs of a method; cut: the time limit came before the turns that were to be."
+# Of the call that says how long the others will take: so few that it is short, so many that the prompt weighs little.
+FIRST_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured at one batch size.
+
+    batches: of prompts, all of one size. methods: see [`cells_of`]. turns: of every batch, at least. domain: the set of
+    prompts, where there are several.
+    """
+
+    batches: list[list[str]]
+    methods: list[str]
+    turns: int = TURNS
+    domain: str | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.batches[0])
+
+    @property
+    def fewest_turns(self) -> int:
+        return self.turns * len(self.batches)
 
 
 @dataclass(frozen=True)
@@ -31,7 +62,9 @@ class Record:
     """One method at one batch size.
 
     domain: the set of prompts, where there are several. tokens_per_second: all tokens over all seconds, as in
-        [`beside_each_other`], all rows together. noise: its standard error beside the other methods, a share of it.
+        [`beside_each_other`], all rows together. noise: its standard error beside the other methods, a share of it;
+        `None` where a batch of prompts had one turn only. prompts: so many were decoded, in turns: so many runs of the
+        method. cut_short: whether the time limit came before the speeds of this batch size were known as well as asked.
     speedup: of tokens_per_second over plain's. tau: tokens a round of a row. verify_length: drafts verified a round of
     a row. draft_ms, schedule_ms, verify_ms: mean a round. ceiling: tau * T(1) / (T_verify + T_draft), the speed-up if
     everything but the two model passes were free, with T(1) plain's time a step. identical: whether all outputs
@@ -41,7 +74,10 @@ class Record:
     method: str
     batch_size: int
     tokens_per_second: float
-    noise: float
+    noise: float | None
+    prompts: int
+    turns: int
+    cut_short: bool
     domain: str | None = None
     speedup: float | None = None
     tau: float | None = None
@@ -75,36 +111,40 @@ class Run:
 Runs = list[list[Run]]
 
 
-def bench(
-    model: PreTrainedModel,
+def cells_of(
     head: DSparkHead,
-    tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     batch_sizes: list[int],
     methods: list[str],
-    max_new_tokens: int = 128,
+    turns: int = TURNS,
     domain: str | None = None,
-    runs: int = 3,
-) -> Iterator[Record]:
-    """Records of every batch size, as soon as it is measured. Decoding is greedy.
-
-    A turn is one run of every method over a batch of prompts, in random order. After one that is not measured there are
-    `runs` turns of every batch, and up to twice as many where a method's speed is not yet known within 1 %.
+) -> list[Cell]:
+    """A cell for every batch size. Prompts that fill no batch are left out.
 
     Args:
         methods: `plain`; `stock`, transformers' own loop with the same head, at batch 1 only; `dspark`, the head as it
             is set; `load` and `fixed-1`, `fixed-2`, .., the head with that schedule.
+
+    Raises:
+        ValueError: for a method that there is not, and a batch size without prompts or methods for it.
     """
     known = ["plain", "stock", "dspark", "load", *fixed_methods(head)]
     unknown = set(methods) - set(known)
     if unknown:
         raise ValueError(f"Unknown methods {sorted(unknown)}; choose from {', '.join(known)}.")
+    cells = []
     for size in batch_sizes:
         if not 1 <= size <= len(prompts):
-            raise ValueError(f"Batch size {size} needs between 1 and {len(prompts)} prompts, the number given.")
+            raise ValueError(
+                f"Batch size {size} needs as many prompts, and there are {len(prompts)}: give more --prompts, a higher "
+                "--limit, or a smaller batch."
+            )
         chosen = [method for method in methods if method != "stock" or size == 1]
-        measured = _measure(model, head, tokenizer, prompts, size, chosen, max_new_tokens, runs)
-        yield from _records(measured, size, domain)
+        if not chosen:
+            raise ValueError(f"No method is left at batch size {size}: transformers' stock loop takes one row only.")
+        batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)]
+        cells.append(Cell(batches, chosen, turns, domain))
+    return cells
 
 
 def fixed_methods(head: DSparkHead) -> list[str]:
@@ -112,28 +152,119 @@ def fixed_methods(head: DSparkHead) -> list[str]:
     return [f"fixed-{k}" for k in range(1, head.config.gamma + 1)]
 
 
-def _measure(model, head, tokenizer, prompts, size, methods, max_new_tokens, turns) -> dict[str, Runs]:
-    batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)]
-    runs: dict[str, Runs] = {method: [] for method in methods}
-    draw = random.Random(0)
+def estimate(
+    model: PreTrainedModel,
+    head: DSparkHead,
+    tokenizer: PreTrainedTokenizerBase,
+    cells: list[Cell],
+    max_new_tokens: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Seconds of a turn of each cell, by a short call of plain decoding at its batch size.
 
-    def run_all(inputs) -> dict[str, Run]:
+    That is about the most: the prompt is counted with every few tokens, and all methods are taken to be no faster.
+    """
+    seconds = []
+    for cell in cells:
+        inputs, tokens = encode(cell.batches[0], tokenizer, model.device), min(FIRST_TOKENS, max_new_tokens)
+        # The first call pays for what is done once.
+        _, run = (_run("plain", model, head, inputs, tokens, clock) for _ in range(2))
+        seconds.append(run.seconds / run.steps * max_new_tokens * len(cell.methods))
+    return seconds
+
+
+def expectation(cells: list[Cell], turn_seconds: list[float], seconds: float) -> str:
+    """What will be measured, and how long that takes, as people read it."""
+    sizes: dict[str, dict[int, None]] = {}
+    for cell in cells:
+        sizes.setdefault(", ".join(cell.methods), {})[cell.batch_size] = None
+    what = "; ".join(f"{methods} at batch {', '.join(map(str, of_them))}" for methods, of_them in sizes.items())
+    prompts = len({prompt for cell in cells for batch in cell.batches for prompt in batch})
+    turns, needed = sum(cell.fewest_turns for cell in cells), sum(_needs(cells, turn_seconds))
+    limit = f"cut short at {seconds:g} s" if needed > seconds else f"at most {seconds:g} s"
+    return (
+        f"{what}; {prompts} prompt{'s' if prompts > 1 else ''}: {turns} turns or up to twice as many, "
+        f"about {needed:.0f} s or up to twice as long, {limit}"
+    )
+
+
+def _needs(cells: list[Cell], turn_seconds: list[float]) -> list[float]:
+    """Seconds of each cell for its fewest turns and the one before them."""
+    return [(1 + cell.fewest_turns) * turn for cell, turn in zip(cells, turn_seconds, strict=True)]
+
+
+def bench(
+    model: PreTrainedModel,
+    head: DSparkHead,
+    tokenizer: PreTrainedTokenizerBase,
+    cells: list[Cell],
+    turn_seconds: list[float],
+    max_new_tokens: int = 128,
+    seconds: float = SECONDS,
+    report: Callable[[str], None] = lambda text: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Record]:
+    """Records of every cell, as soon as it is measured. Decoding is greedy.
+
+    A turn is one run of every method over a batch of prompts, in random order; batches take turns. After a turn that is
+    not measured each has as many as its cell says, and up to twice as many where a method's speed is not yet known
+    within 1 %. What is left of the time is shared among the cells that are left, by what they need: where it is too
+    short, all have fewer turns. Each has one in any case, and a turn under way is finished.
+
+    Args:
+        turn_seconds: see [`estimate`].
+        seconds: the time limit.
+        report: told of every turn.
+
+    Raises:
+        ValueError: when one turn of every cell would take longer than the limit.
+    """
+    least = 2 * sum(turn_seconds)
+    if least > seconds:
+        raise ValueError(
+            f"--seconds {seconds:g} is too short to run every method twice at every batch size, once to warm up: that "
+            f"takes about {least:.0f} s. Give --seconds {2 * least:.0f}, or fewer methods, batch sizes or "
+            "--max-new-tokens."
+        )
+    started, needs, draw = clock(), _needs(cells, turn_seconds), random.Random(0)
+
+    def run_turn(cell: Cell, prompts: list[str]) -> dict[str, Run]:
+        inputs = encode(prompts, tokenizer, model.device)
         # What a run leaves in caches and memory helps or hinders the next, which must not always be the same one.
-        order = draw.sample(methods, len(methods))
-        return {method: _run(method, model, head, inputs, max_new_tokens) for method in order}
+        order = draw.sample(cell.methods, len(cell.methods))
+        return {method: _run(method, model, head, inputs, max_new_tokens, clock) for method in order}
 
-    for index, batch in enumerate(batches):
-        inputs = encode(batch, tokenizer, model.device)
-        if index == 0:
-            # To warm up: step times are measured, and what a head is worth is learned.
-            run_all(inputs)
-        for of_method in runs.values():
-            of_method.append([])
-        present = [of_method[-1] for of_method in runs.values()]
-        while not _is_settled(present, turns, len(batches)):
-            for method, run in run_all(inputs).items():
-                runs[method][-1].append(run)
-    return runs
+    def report_turn(text: str) -> None:
+        report(f"{text}; {clock() - started:.0f} s of at most {seconds:g} s")
+
+    for index, cell in enumerate(cells):
+        now = clock()
+        ends = now + (started + seconds - now) * needs[index] / sum(needs[index:])
+        runs, cut_short = _measure(cell, run_turn, ends, report_turn, clock)
+        yield from _records(runs, cell, cut_short)
+
+
+def _measure(
+    cell: Cell,
+    run_turn: Callable[[Cell, list[str]], dict[str, Run]],
+    ends: float,
+    report: Callable[[str], None],
+    clock: Callable[[], float],
+) -> tuple[dict[str, Runs], bool]:
+    """The runs of a cell, and whether its time ended, on the clock, before it was done."""
+    # To warm up: step times are measured, and what a head is worth is learned.
+    run_turn(cell, cell.batches[0])
+    runs: dict[str, Runs] = {method: [[] for _ in cell.batches] for method in cell.methods}
+    waiting, turns = deque(range(len(cell.batches))), 0
+    while waiting and (turns == 0 or clock() < ends):
+        batch = waiting.popleft()
+        for method, run in run_turn(cell, cell.batches[batch]).items():
+            runs[method][batch].append(run)
+        turns += 1
+        report(f"{cell.domain or ''} batch {cell.batch_size}: turn {turns} of {cell.fewest_turns} or more".strip())
+        if not _is_settled([own[batch] for own in runs.values()], cell.turns, len(cell.batches)):
+            waiting.append(batch)
+    return {method: [of_batch for of_batch in own if of_batch] for method, own in runs.items()}, bool(waiting)
 
 
 def _is_settled(runs: Runs, fewest: int, batches: int) -> bool:
@@ -148,17 +279,17 @@ def _is_settled(runs: Runs, fewest: int, batches: int) -> bool:
     return errors.max() < SURE * batches**0.5
 
 
-def _run(method: str, model, head, inputs, max_new_tokens: int) -> Run:
+def _run(method: str, model, head, inputs, max_new_tokens: int, clock: Callable[[], float]) -> Run:
     kwargs = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
     synchronize(model.device)
-    started = time.perf_counter()
+    started = clock()
     if method == "plain":
         output = model.generate(**inputs, **kwargs)
     else:
         with stock_loop() if method == "stock" else schedule_of(head, method):
             output = model.generate(**inputs, assistant_model=head, **kwargs)
     synchronize(model.device)
-    seconds = time.perf_counter() - started
+    seconds = clock() - started
     new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     outputs = [until_eos(row, model.generation_config.eos_token_id) for row in new]
     return Run(seconds, outputs, getattr(output, "dspark", None))
@@ -183,7 +314,7 @@ def schedule_of(head: DSparkHead, method: str) -> Iterator[None]:
         head.generation_config = before
 
 
-def _records(measured: dict[str, Runs], size: int, domain: str | None) -> Iterator[Record]:
+def _records(measured: dict[str, Runs], cell: Cell, cut_short: bool) -> Iterator[Record]:
     compared = [_compared(runs) for runs in zip(*measured.values(), strict=True)]
     # [batches, methods]
     seconds, errors = (np.array(of_batches) for of_batches in zip(*compared, strict=True))
@@ -202,7 +333,9 @@ def _records(measured: dict[str, Runs], size: int, domain: str | None) -> Iterat
             if plain:
                 step_ms = 1000 * sum(run.seconds for run in of_plain) / sum(run.steps for run in of_plain)
                 fields["ceiling"] = fields["tau"] * step_ms / (fields["draft_ms"] + fields["verify_ms"])
-        yield Record(method, size, float(speeds[method]), float(noise[index]), domain, **fields)
+        share = float(noise[index]) if np.isfinite(noise[index]) else None
+        counts = (len(runs) * cell.batch_size, len(every), cut_short)
+        yield Record(method, cell.batch_size, float(speeds[method]), share, *counts, cell.domain, **fields)
 
 
 def beside_each_other(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,13 +347,15 @@ def beside_each_other(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         [methods] seconds, at the pace of the median turn; [methods] standard errors of their logarithms, by the median
-        of the rests' absolute values.
+        of the rests' absolute values, which are infinite after one turn.
     """
     times, method = np.log(seconds), np.zeros(seconds.shape[1])
     for _ in range(POLISHED):
         turn = np.median(times - method, axis=1, keepdims=True)
         method = np.median(times - turn, axis=0)
     errors = STANDARD_ERROR * np.median(np.abs(times - turn - method), axis=0) / len(seconds) ** 0.5
+    if len(seconds) == 1:
+        errors = np.full_like(errors, np.inf)
     return np.exp(np.median(turn) + method), errors
 
 
@@ -248,17 +383,22 @@ def until_eos(row: list[int], eos_token_id: int | list[int] | None) -> list[int]
     return row[:end]
 
 
+def turns_cell(record: Record) -> str:
+    """The turns of a record as a table shows them, with a mark where the time limit came first."""
+    return f"{record.turns}{' cut' if record.cut_short else ''}"
+
+
 def as_table(records: list[Record]) -> Table:
     """The records as people read them."""
     table = Table(
         title="greedy decoding, methods measured alternately",
-        caption="of it: share of the ceiling that was reached. same: whether all tokens equal plain's.",
+        caption="of it: share of the ceiling that was reached. same: whether all tokens equal plain's.\n" + CUT_SHORT,
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    columns = ("batch", "tok/s", "speed up", "tau", "draft ms", "verify ms", "ceiling", "of it", "same")
+    columns = ("batch", "prompts", "turns", "tok/s", "speed up", "tau", "draft ms", "verify ms", "ceiling", "of it")
     table.add_column("method", no_wrap=True)
-    for column in columns:
+    for column in (*columns, "same"):
         table.add_column(column, justify="right")
     for r in records:
         share = r.speedup / r.ceiling if r.ceiling else None
@@ -266,13 +406,15 @@ def as_table(records: list[Record]) -> Table:
         table.add_row(
             r.method,
             str(r.batch_size),
+            str(r.prompts),
+            turns_cell(r),
             f"{r.tokens_per_second:.1f}",
-            cell(r.speedup, "{:.2f}x"),
-            cell(r.tau, "{:.2f}"),
-            cell(r.draft_ms, "{:.1f}"),
-            cell(r.verify_ms, "{:.1f}"),
-            cell(r.ceiling, "{:.2f}x"),
-            cell(share, "{:.0%}"),
+            format_cell(r.speedup, "{:.2f}x"),
+            format_cell(r.tau, "{:.2f}"),
+            format_cell(r.draft_ms, "{:.1f}"),
+            format_cell(r.verify_ms, "{:.1f}"),
+            format_cell(r.ceiling, "{:.2f}x"),
+            format_cell(share, "{:.0%}"),
             same,
         )
     return table

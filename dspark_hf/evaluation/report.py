@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 
-def cell(value: float | None, pattern: str) -> str:
+def format_cell(value: float | None, pattern: str) -> str:
     """A value as a table shows it, "-" where there is none."""
     return "-" if value is None else pattern.format(value)
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..modeling_dspark import DSparkHead
 from .acceptance import Record, Result, survivals
 from .plots import draw_reliability, import_pyplot, save
-from .report import cell
+from .report import format_cell
 
 FORMAT = 1
 TABLES = ("embed_tokens.", "lm_head.")
@@ -104,9 +104,9 @@ def as_tables(results: list[Result]) -> list[Table]:
             f"{r.proposal_length:.2f}+1",
             f"{r.accepted_length:.2f}",
             f"{r.verify_rate:.1%}",
-            cell(r.ece, "{:.1%}"),
-            cell(r.auc, "{:.3f}"),
-            cell(r.brier, "{:.3f}"),
+            format_cell(r.ece, "{:.1%}"),
+            format_cell(r.auc, "{:.3f}"),
+            format_cell(r.brier, "{:.3f}"),
         )
         by_position.add_row(r.name, *(f"{p.acceptance:.1%}" for p in r.positions))
     return [table, by_position]

@@ -1,38 +1,33 @@
 """Throughput against batch size: plain decoding, every fixed length, and the load schedule, on the same prompts."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_dspark import DSparkHead
-from .bench import Record, bench, fixed_methods
+from .bench import CUT_SHORT, Cell, Record, cells_of, fixed_methods, turns_cell
 from .plots import import_pyplot, save
 
 # Batches of prompts at batch size 1, and fewer at larger ones, which take longer and depend less on their prompts.
 BATCHES, FEWEST_BATCHES = 8, 2
 # Of every method over all batches of a cell, at least: few batches are run more often.
 RUNS = 24
+# The limit: a sweep of 9 methods at 6 batch sizes on 2 sets of prompts has some 17 s for each of these 108, where a
+# table's limit leaves 24 s to each of its 5.
+SECONDS = 1800.0
 
 
-def sweep(
-    model: PreTrainedModel,
-    head: DSparkHead,
-    tokenizer: PreTrainedTokenizerBase,
-    domains: dict[str, list[str]],
-    batch_sizes: list[int],
-    max_new_tokens: int = 128,
-) -> Iterator[Record]:
-    """Records of every set of prompts and batch size; see `bench`."""
+def sweep_cells(head: DSparkHead, domains: dict[str, list[str]], batch_sizes: list[int]) -> list[Cell]:
+    """A cell for every set of prompts and batch size; see `cells_of`."""
     methods = ["plain", *fixed_methods(head), "load"]
+    cells = []
     for domain, prompts in domains.items():
         for size in batch_sizes:
             count = max(FEWEST_BATCHES, round(BATCHES / size**0.5))
-            drawn, runs = _drawn(prompts, count * size), RUNS // count
-            yield from bench(model, head, tokenizer, drawn, [size], methods, max_new_tokens, domain, runs)
+            cells += cells_of(head, _drawn(prompts, count * size), [size], methods, RUNS // count, domain)
+    return cells
 
 
 def _drawn(prompts: list[str], count: int) -> list[str]:
@@ -48,11 +43,11 @@ def as_table(records: list[Record]) -> Table:
     """What the load schedule is measured against: plain decoding and the best fixed length."""
     table = Table(
         title="tokens/s, methods measured alternately",
-        caption="of best: load over the best of all others. length: drafts verified a round of a row.",
+        caption=f"of best: load over the best of all others. length: drafts verified a round of a row.\n{CUT_SHORT}",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("prompts", no_wrap=True)
-    for column in ("batch", "plain", "best fixed", "load", "of best", "speed up", "length", "tau", "schedule"):
+    for column in ("batch", "plain", "best fixed", "load", "of best", "speed up", "length", "tau", "schedule", "turns"):
         table.add_column(column, justify="right")
     for (domain, size), group in _groups(records).items():
         load, plain = group["load"], group["plain"]
@@ -70,6 +65,7 @@ def as_table(records: list[Record]) -> Table:
             f"{load.verify_length:.2f}",
             f"{load.tau:.2f}",
             f"{load.schedule_ms / round_ms:.1%}",
+            turns_cell(load),
         )
     return table
 
