@@ -57,10 +57,11 @@ def for_target(cls: type[DSparkHead], target: PreTrainedModel | str | os.PathLik
     Raises:
         ValueError: when no head is known for the target.
     """
-    if isinstance(target, PreTrainedModel):
-        kwargs = {"dtype": target.dtype, "device_map": target.device} | kwargs
-        target = target.config._name_or_path
-    return cls.from_pretrained(head_for(os.fspath(target)).head, **kwargs)
+    if not isinstance(target, PreTrainedModel):
+        return cls.from_pretrained(head_for(os.fspath(target)).head, **kwargs)
+    head = cls.from_pretrained(head_for(target.config._name_or_path).head, **{"dtype": target.dtype} | kwargs)
+    # Not by `device_map`, which needs accelerate.
+    return head if "device_map" in kwargs else head.to(target.device)
 
 
 def save_pretrained(self: DSparkHead, save_directory: str | os.PathLike, **kwargs) -> None:
