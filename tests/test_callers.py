@@ -235,7 +235,8 @@ def test_two_threads_with_one_target_and_one_head(target, head):
 
 
 def synced(rank, port, results):
-    """One of two processes whose targets wait for each other in every pass, as with ZeRO-3; texts of other lengths."""
+    """One of two processes whose targets wait for each other in every pass, as with ZeRO-3; texts of other lengths, and
+    a schedule that would decide by each one's clock."""
     wait = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=wait)
     torch.set_num_threads(1)
@@ -243,6 +244,9 @@ def synced(rank, port, results):
     inputs = prompts(1 + rank) | {"do_sample": False, "max_new_tokens": 24}
     free = target.generate(**inputs)
     head = bigram_head(target, free[:, 9:])
+    head.generation_config.num_assistant_tokens_schedule = "load"
+    drafts = []
+    head.fc.register_forward_pre_hook(lambda *_: drafts.append(1) and None)
     inputs |= {"eos_token_id": free[0, 9 + 4].item()} if rank == 0 else {}
     plain = target.generate(**inputs)
     passes = []
@@ -253,7 +257,7 @@ def synced(rank, port, results):
 
     target.register_forward_pre_hook(wait_for_the_other)
     found = target.generate(**inputs, synced_gpus=True, assistant_model=head)
-    results[rank] = torch.equal(found, plain), len(passes)
+    results[rank] = torch.equal(found, plain), len(passes), len(drafts)
     dist.barrier()
 
 
@@ -264,8 +268,8 @@ def test_synced_processes_end_together():
     with multiprocessing.get_context("spawn").Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.spawn(synced, (port, results), nprocs=2)
-        (first, passes), (second, others) = results[0], results[1]
-    assert first and second and passes == others
+        (first, *passes), (second, *others) = results[0], results[1]
+    assert first and second and passes == others and min(passes) > 0
 
 
 # -- Interrupts --------------------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ class Rounds:
         self.anchors: torch.Tensor
         self.passed: TargetPass
         self.runs_ahead = runs_ahead(self.target.device)
-        self.scheduler = scheduler or scheduler_for(self.target, self.drafter, size, config, self.runs_ahead)
+        self.scheduler = scheduler or scheduler_for(self.target, self.drafter, size, config, self.runs_ahead, synced)
         self.step: Step | None = None
         self.rooms: list[int]
         # Tokens of a row that this round's draft had to read first, see `_waiting`.
