@@ -10,9 +10,10 @@ from .embedded import embedded_pair
 from .generation.candidate_generator import DSparkCandidateGenerator
 from .generation.hook import install
 from .generation.stats import DSparkGenerateOutput, DSparkStats
+from .heads import add_methods
 from .modeling_dspark import DraftBlock, DSparkHead
+from .version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "DSparkCandidateGenerator",
     "DSparkConfig",
@@ -23,4 +24,5 @@ __all__ = [
     "embedded_pair",
 ]
 
+add_methods()
 install()

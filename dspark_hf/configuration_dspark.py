@@ -1,15 +1,12 @@
 """Configuration of a DSpark draft head."""
 
-import json
-import os
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from .checkpoints import read_config, write_config
-from .checkpoints.schema import BACKBONES, SEQUENTIAL_HEADS
-
+BACKBONES = ("qwen3", "gemma4")
+SEQUENTIAL_HEADS = ("vanilla", "gated", "rnn")
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -138,19 +135,6 @@ class DSparkConfig(Qwen3Config):
                 f"`target_layer_ids` {ids} reach beyond a target of {self.num_target_layers} layers "
                 f"(the last layer is {self.num_target_layers - 1})."
             )
-
-    @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers, with the published layout of the checkpoint translated to this class's keys."""
-        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return read_config(config, str(pretrained_model_name_or_path)), kwargs
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """The config that `save_pretrained` writes: DeepSpec's, which other engines read, where it can express this
-        head, and otherwise one of this class's keys."""
-        return json.dumps(write_config(self.own_keys()), indent=2, sort_keys=True) + "\n"
 
     def own_keys(self) -> dict[str, Any]:
         """All keys but those that transformers gives to every model without a need."""

@@ -1,10 +1,8 @@
 """DSparkHead: a draft head that proposes a block of tokens from the hidden states of its target."""
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import dspark_kernels
 import torch
@@ -13,16 +11,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from .backbones import gemma4, qwen3
 from .backbones.mask import draft_mask
-from .checkpoints.files import (
-    DRAFT_SETTINGS,
-    GENERATION_CONFIG,
-    HUB_ARGUMENTS,
-    open_checkpoint,
-    read_draft_settings,
-)
 from .configuration_dspark import DSparkConfig
-from .registry import head_for
-from .scheduling.load import LoadSensor
 from .sequential_heads import VanillaHead, build_sequential_head
 from .tables import LMHead, Logits, Tables, is_plain, raw_rows, same, target_logits
 
@@ -94,6 +83,9 @@ class DSparkHead(PreTrainedModel):
     weighs the tokens that a draft may bring against measured step times and the load of the device, or `"constant"`;
     `assistant_confidence_threshold`, when set, keeps drafts that survive with a lower probability from verification.
     `load_sensor` may be set to a [`~scheduling.load.LoadSensor`].
+
+    How a head is loaded, saved and published is in `heads.py`: `from_pretrained`, `for_target`, `save_pretrained` and
+    `push_to_hub`.
     """
 
     config_class = DSparkConfig
@@ -125,7 +117,7 @@ class DSparkHead(PreTrainedModel):
         self.markov_head = build_sequential_head(config)
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
         self.generation_config = default_settings(config)
-        self.load_sensor: LoadSensor | None = None
+        self.load_sensor: Callable[[], int] | None = None
         # Parameters of the target that stand in for freed copies: (embedding weight, LM head weight).
         self._stand_ins: dict[str, torch.Tensor] = {}
         self.post_init()
@@ -402,86 +394,6 @@ class DSparkHead(PreTrainedModel):
         if self.markov_head is not None:
             logits = logits + self.markov_head.teacher_forced(hidden, previous)
         return hidden, logits, self.confidence_logits(hidden, previous)
-
-    # -- Files --------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs) -> "DSparkHead":
-        """Load a head from a Hub id or a folder; arguments as in `PreTrainedModel.from_pretrained`.
-
-        Raises:
-            CheckpointError: a `ValueError`, for an unknown layout, a config that contradicts itself, a damaged file, a
-                pickle, or tensors that are missing, left over or of another shape than the config says. Nothing has
-                been loaded then. Code that comes with a head is never run.
-            OSError: transformers' own, when the repository or its weights cannot be found.
-        """
-        settings = {}
-        if pretrained_model_name_or_path is not None:
-            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-            checkpoint = open_checkpoint(pretrained_model_name_or_path, **hub)
-            checkpoint.validate(cls)
-            checkpoint.validate_maps()
-            kwargs = {"key_mapping": checkpoint.key_mapping} | kwargs | {"use_safetensors": True}
-            if kwargs.get("config") is None:
-                kwargs = checkpoint.borrowed | kwargs
-            settings = read_draft_settings(checkpoint.source, **hub)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        head = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
-        head.generation_config.update(**settings)
-        return loaded
-
-    @classmethod
-    def for_target(cls, target: PreTrainedModel | str | os.PathLike, **kwargs) -> "DSparkHead":
-        """Load the published head for a target, see `registry`.
-
-        Args:
-            target: the model, or its Hub id. A model also gives the head its dtype and device.
-            kwargs: of [`~DSparkHead.from_pretrained`].
-
-        Raises:
-            ValueError: when no head is known for the target.
-        """
-        if isinstance(target, PreTrainedModel):
-            kwargs = {"dtype": target.dtype, "device_map": target.device} | kwargs
-            target = target.config._name_or_path
-        return cls.from_pretrained(head_for(os.fspath(target)).head, **kwargs)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Write the head in DeepSpec's layout, which other engines load, or in our own where DeepSpec's cannot express
-        it (see `checkpoints`); arguments as in transformers. [`~checkpoints.export.export`] writes other layouts.
-
-        Settings of drafting that are not those of a fresh head go to generation_config.json."""
-        kwargs = {"state_dict": self.whole_state_dict(), "save_original_format": False} | kwargs
-        super().save_pretrained(save_directory, **kwargs)
-        settings, fresh = self.generation_config, default_settings(self.config)
-        if any(getattr(settings, key) != getattr(fresh, key) for key in DRAFT_SETTINGS):
-            settings.save_pretrained(save_directory)
-        else:
-            Path(save_directory, GENERATION_CONFIG).unlink(missing_ok=True)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        target: str | None = None,
-        results: str | os.PathLike | None = None,
-        license: str | None = None,
-        private: bool = False,
-        commit_message: str = "Upload a draft head with dspark-hf",
-    ) -> str:
-        """Publish the head as `dspark-hf publish` does, with a card and `custom_generate`; see [`~hub.publish`].
-
-        The token is that of huggingface_hub's login.
-
-        Args:
-            target: Hub id of the target; not needed with `results`, what `dspark-hf eval` wrote.
-
-        Returns:
-            the address of the commit.
-        """
-        from .hub import publish_head
-
-        options = {"target": target, "results": results, "license": license, "private": private}
-        return publish_head(self, repo_id, **options, message=commit_message)
 
     def whole_state_dict(self) -> dict[str, torch.Tensor]:
         """The state dict with copies of the target's tables that were freed."""

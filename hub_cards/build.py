@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import dspark_hf
-from dspark_hf.cards import Card, card_of, render, vllm_command
 from dspark_hf.evaluation.results import check_results, read_results
-from dspark_hf.registry import PublishedHead, published_heads
+from dspark_hf.hub.cards import Card, card_of, render, vllm_command
+from dspark_hf.hub.registry import PublishedHead, published_heads
 
 HERE = Path(__file__).parent
 LAYOUTS = {

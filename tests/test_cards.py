@@ -17,10 +17,10 @@ from test_cli import run
 from test_eval import with_tokenizer
 from transformers import AutoTokenizer
 
-from dspark_hf.cards import Card, render
 from dspark_hf.embedded import FOLDER
 from dspark_hf.evaluation.results import read_results
-from dspark_hf.registry import published_heads
+from dspark_hf.hub.cards import Card, render
+from dspark_hf.hub.registry import published_heads
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "hub_cards"
@@ -56,7 +56,7 @@ def test_cards_are_in_step_with_template_and_data():
     assert sorted(made) == names() and len(made) == len(published_heads()) + 1
     for name, text in made.items():
         assert (CARDS / name).read_text() == text, name
-    assert (CARDS / "template.md").read_text() == (ROOT / "dspark_hf" / "card_template.md").read_text()
+    assert (CARDS / "template.md").read_text() == (ROOT / "dspark_hf" / "hub" / "card_template.md").read_text()
 
 
 @pytest.mark.parametrize("name", names())

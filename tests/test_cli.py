@@ -34,7 +34,7 @@ from dspark_hf.evaluation.bench import (
     expectation,
 )
 from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode, read_prompts
-from dspark_hf.registry import published_heads
+from dspark_hf.hub.registry import published_heads
 
 PROMPT = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How many pencils are left?"
 
@@ -366,7 +366,7 @@ def test_a_package_of_no_extra_is_a_traceback(monkeypatch):
     def broken(*args):
         raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
 
-    monkeypatch.setattr("dspark_hf.inspection.inspect_head", broken)
+    monkeypatch.setattr("dspark_hf.hub.inspection.inspect_head", broken)
     with patch.object(sys, "argv", ["dspark-hf", "inspect", "x"]), pytest.raises(ModuleNotFoundError, match="nowhere"):
         main()
 

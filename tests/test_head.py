@@ -1,17 +1,18 @@
 """Config, checkpoint round trip, borrowed tables."""
 
 import json
+import pickle
 import shutil
 
 import pytest
 import torch
 from conftest import case_of, cases, tiny_head, tiny_target
 from safetensors.torch import load_file
-from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, AutoModel, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from dspark_hf import DSparkConfig, DSparkHead
 from dspark_hf.checkpoints import CheckpointError
-from dspark_hf.checkpoints.files import DRAFT_SETTINGS
+from dspark_hf.scheduling.settings import DRAFT_SETTINGS
 
 # Published in the layout that `save_pretrained` writes.
 DEEPSPEC = [name for name in cases() if name.startswith("deepspec")]
@@ -94,6 +95,27 @@ def test_sharded_checkpoint(vanilla, tmp_path):
     again = DSparkHead.from_pretrained(tmp_path)
     for (name, a), b in zip(vanilla.head().state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_methods_for_files_are_those_of_any_class(vanilla, monkeypatch):
+    """Though they are put onto it from above: what a subclass inherits, `AutoModel` calls and pickle finds."""
+
+    class Mine(DSparkHead):
+        pass
+
+    folder = vanilla.folder / "head"
+    loaded = Mine.from_pretrained(folder)
+    assert type(loaded) is Mine and isinstance(loaded, DSparkHead)
+    monkeypatch.setattr(AutoModel, "_model_mapping", {DSparkConfig: DSparkHead})
+    config = DSparkConfig.from_pretrained(folder)
+    found = AutoModel.from_pretrained(folder, config=config)
+    assert type(found) is DSparkHead
+    again = pickle.loads(pickle.dumps(vanilla.head()))
+    load, save = pickle.loads(pickle.dumps((DSparkHead.from_pretrained, again.save_pretrained)))
+    assert load == DSparkHead.from_pretrained and save.__func__ is DSparkHead.save_pretrained
+    for head in (loaded, found, again):
+        assert head.state_dict().keys() == vanilla.head().state_dict().keys()
+        assert all(torch.equal(head.state_dict()[name], own) for name, own in vanilla.head().state_dict().items())
 
 
 def test_fresh_head_borrows_and_round_trips(tmp_path):

@@ -26,11 +26,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dspark_hf import DSparkHead, registry
+from dspark_hf import DSparkHead
 from dspark_hf.embedded import FOLDER
-from dspark_hf.generation.compatibility import rope_contradiction
-from dspark_hf.inspection import inspect_head
-from dspark_hf.registry import PublishedHead, head_for, heads_for, published_heads
+from dspark_hf.hub import registry
+from dspark_hf.hub.inspection import inspect_head
+from dspark_hf.hub.registry import PublishedHead, head_for, heads_for, published_heads
+from dspark_hf.pairing import rope_contradiction
 
 
 def refuses(*args: str) -> str:

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import check_python_requirements
 
 import dspark_hf
-from dspark_hf import hub as publishing
 from dspark_hf.embedded import FOLDER
+from dspark_hf.hub import publishing
 
 ROOT = Path(__file__).parents[1]
 EVALUATED = ROOT / "hub_cards" / "data" / "embedded_pair.json"

@@ -8,6 +8,7 @@ import dataclasses
 from types import ModuleType
 from typing import Any
 
+from ..configuration_dspark import DSparkConfig
 from . import deepspec, dflash, modelopt, native, specforge, speculators
 from .errors import CheckpointError, config_file
 from .schema import check
@@ -65,8 +66,6 @@ def write_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _defaults() -> dict[str, Any]:
-    from ..configuration_dspark import DSparkConfig
-
     fields = dataclasses.fields(DSparkConfig)
     given = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
     return given | {"rope_parameters": None, "layer_types": None}

@@ -9,8 +9,8 @@ from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
-from ..generation.compatibility import misfits, vocabulary_difference
 from ..modeling_dspark import DSparkHead
+from ..pairing import misfits, vocabulary_difference
 from ..tables import scales_logits
 from . import CannotExpress, deepspec, modelopt, specforge, speculators
 from .files import TABLES

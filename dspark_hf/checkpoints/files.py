@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import get_safetensors_metadata
@@ -19,11 +19,10 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
+from ..modeling_dspark import DSparkHead
+from ..scheduling.settings import DRAFT_SETTINGS
 from . import dialect_of, read_config
 from .errors import CheckpointError, config_file
-
-if TYPE_CHECKING:
-    from ..modeling_dspark import DSparkHead
 
 # Arguments of `from_pretrained` that say where files come from.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -31,8 +30,6 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
-# Its keys that are about drafting; a head's file may be a copy of its target's, which is about text.
-DRAFT_SETTINGS = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin", "model.pt", "model.pth")
 FLOATS = ("F64", "F32", "F16", "BF16")
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -84,7 +81,7 @@ class Checkpoint:
         """Config keys: whether the embedding and the LM head are the target's."""
         return {key: self.native[key] for key in ("borrow_embeddings", "borrow_lm_head") if key in self.native}
 
-    def build(self, head_class: type["DSparkHead"]) -> "DSparkHead":
+    def build(self, head_class: type[DSparkHead]) -> DSparkHead:
         """The head on the meta device, without weights."""
         try:
             config = head_class.config_class(**self.native)
@@ -93,7 +90,7 @@ class Checkpoint:
         except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
             raise CheckpointError(config_file(self.source), "the config", f"{error}", "sound values") from error
 
-    def validate(self, head_class: type["DSparkHead"]) -> None:
+    def validate(self, head_class: type[DSparkHead]) -> None:
         """Raise unless the files hold exactly the tensors that their config implies."""
         layers = {name.split(".")[1] for name in self.tensors if name.startswith("layers.")}
         stated = self.native["num_hidden_layers"]
@@ -200,7 +197,8 @@ def read_published(source: str, **hub) -> dict[str, Any]:
 
 
 def read_draft_settings(source: str, **hub) -> dict[str, Any]:
-    """What a `generation_config.json` beside a head says about drafting; nothing where there is none.
+    """What a `generation_config.json` beside a head says about drafting; nothing where there is none. The rest of it is
+    about text, and may be that of its target.
 
     Raises:
         CheckpointError: when it is no JSON object.

@@ -1,7 +1,7 @@
 """Model-Optimizer's export of DSpark: a `DFlashDraftModel` whose `projector_type` is `dspark`, with the tensors of the
 sequential and the confidence head at top level. Embedding and LM head are the target's.
 
-The export may name a rope base that the head was not trained with; see `compatibility.rope_contradiction`.
+The export may name a rope base that the head was not trained with; see `pairing.rope_contradiction`.
 """
 
 from typing import Any

@@ -7,10 +7,9 @@ from typing import Any
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..configuration_dspark import BACKBONES, SEQUENTIAL_HEADS
 from .errors import CheckpointError, config_file
 
-BACKBONES = ("qwen3", "gemma4")
-SEQUENTIAL_HEADS = ("vanilla", "gated", "rnn")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 DTYPES = ("float32", "float16", "bfloat16", "float64")

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .. import DSparkHead, __version__
 from ..checkpoints.files import check_source
 from ..embedded import embedded_pair
-from ..registry import head_for
+from ..hub.registry import head_for
 
 app = typer.Typer(
     help="DSpark speculative decoding for transformers: faster generate, same tokens.",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..registry import heads_for, published_heads
+from ..hub.registry import heads_for, published_heads
 from .common import app, say
 
 

@@ -15,7 +15,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Say what a head is: who trained it, for what, its parts and its memory. Weights are not loaded."""
-    from .. import inspection
+    from ..hub import inspection
 
     found = inspection.inspect_head(head, model)
     if as_json:

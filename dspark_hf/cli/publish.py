@@ -7,7 +7,7 @@ import typer
 from transformers.utils import logging
 
 from .. import DSparkHead
-from ..licenses import License
+from ..hub.licenses import License
 from .common import app, output_file, say
 
 Target = Annotated[str | None, typer.Option("--model", help="Hub id of the target. Default: the one in the results.")]
@@ -38,8 +38,8 @@ def publish(
 
     The token is that of `hf auth login`.
     """
-    from ..hub import build
-    from ..hub import publish as upload
+    from ..hub.publishing import build
+    from ..hub.publishing import publish as upload
 
     logging.disable_progress_bar()
     if dry_run != (output is not None):
@@ -66,8 +66,8 @@ def card(
     output: Annotated[Path | None, output_file("--output", help="File for the card. Default: print it.")] = None,
 ) -> None:
     """Write the model card of a head from its config and the results of an evaluation."""
-    from ..cards import card_of, render
     from ..evaluation.results import check_results, read_results
+    from ..hub.cards import card_of, render
 
     logging.disable_progress_bar()
     licensed = _license(license, license_name, license_link)

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..modeling_dspark import DSparkHead
 from ..scheduling.load import in_flight
 from ..scheduling.settings import DRAFT_SETTINGS
+from ..version import __version__
 from . import attention, loop, packing
 from .candidate_generator import DSparkCandidateGenerator
 from .compatibility import check_mode, check_pair, reason_for_plain
@@ -66,8 +67,6 @@ def _wrap_unknown(stock, differences: list[str]):
     @functools.wraps(stock)
     def generate(self, *args, **kwargs):
         if isinstance(kwargs.get("assistant_model"), DSparkHead):
-            from .. import __version__
-
             raise RuntimeError(
                 f"dspark-hf {__version__} knows transformers {TESTED}, but in transformers {transformers.__version__} "
                 f"{', and '.join(differences)}. Install a release of transformers that it knows, or a newer dspark-hf."

@@ -1,4 +1,4 @@
-"""Published heads and the targets they were made for: `checkpoints/registry.json` and how to ask it.
+"""Published heads and the targets they were made for: `registry.json` and how to ask it.
 
 The ids come from the tables in the READMEs of deepseek-ai/DeepSpec and z-lab/dflash, and from the model cards of
 RedHatAI, read in November 2026. z-lab and Red Hat also publish heads for targets with recurrent layers (Qwen3.5, 3.6
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-FILE = Path(__file__).parent / "checkpoints" / "registry.json"
+FILE = Path(__file__).parent / "registry.json"
 
 
 @dataclass(frozen=True)

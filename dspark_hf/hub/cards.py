@@ -7,8 +7,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..modeling_dspark import DSparkHead
 from .licenses import License, as_license
-from .modeling_dspark import DSparkHead
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 PAPER_NAME, PAPER = "DSpark paper, table 1", "https://huggingface.co/papers/2607.05147"

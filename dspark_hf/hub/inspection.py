@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, PreTrainedConfig
 
-from .checkpoints.files import TABLES, Checkpoint, check_source, open_checkpoint
-from .generation.compatibility import doubts, misfits
-from .modeling_dspark import DSparkHead
+from ..checkpoints.files import TABLES, Checkpoint, check_source, open_checkpoint
+from ..modeling_dspark import DSparkHead
+from ..pairing import doubts, misfits
 from .registry import published_heads
 
 

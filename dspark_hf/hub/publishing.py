@@ -1,4 +1,4 @@
-"""Heads as repositories of the Hub: what is in one, checks before it is uploaded, and decoding with one by its name."""
+"""A head's repository for the Hub: what is in one, checks before it is uploaded, and the upload."""
 
 import json
 import shutil
@@ -6,8 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -19,12 +17,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..configuration_dspark import DSparkConfig
+from ..modeling_dspark import DSparkHead
 from . import licenses
-from .configuration_dspark import DSparkConfig
 from .licenses import License, as_license
-from .modeling_dspark import DSparkHead
 
 CUSTOM_GENERATE = Path(__file__).parent / "custom_generate"
 RESULTS = "eval_results.json"
@@ -33,29 +31,9 @@ HEAD_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safet
 OUR_FILES = ("README.md", RESULTS, "custom_generate/generate.py", "custom_generate/requirements.txt")
 # Fields in which two versions of one head agree.
 SAME = ("block_size", "vocab_size", "hidden_size", "num_target_layers", "target_layer_ids", "num_hidden_layers")
-LOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 CHECKED_TOKENS = 32
 # What every failed request raises; huggingface_hub has it from httpx, and from version 2 on from httpx2.
 HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
-
-_heads: WeakKeyDictionary[PreTrainedModel, dict[tuple, DSparkHead]] = WeakKeyDictionary()
-
-
-def generate_with(model: PreTrainedModel, repository: str, **kwargs) -> Any:
-    """`model.generate(**kwargs)` with the head in a repository or folder, which is loaded once for a model.
-
-    Raises:
-        ValueError: when `kwargs` bring another assistant.
-    """
-    if kwargs.pop("assistant_model", None) is not None:
-        raise ValueError(f"custom_generate={repository!r} brings its own draft head: leave out `assistant_model`.")
-    loading = {key: kwargs.pop(key) for key in LOADING if key in kwargs}
-    heads = _heads.setdefault(model, {})
-    key = (repository, loading.get("revision"), model.dtype, model.device)
-    if key not in heads:
-        heads[key] = DSparkHead.from_pretrained(repository, dtype=model.dtype, **loading).to(model.device).eval()
-    return model.generate(**kwargs, assistant_model=heads[key])
-
 
 # -- Building ---------------------------------------------------------------------------------------------------------
 
@@ -85,8 +63,8 @@ def build(
         ValueError: for ids that are none, a licence that the Hub refuses, results of another head, a head that does not
             draft, or a folder that holds other files. OSError: for files that are missing.
     """
+    from ..evaluation.results import check_results, read_results
     from .cards import card_of, render
-    from .evaluation.results import check_results, read_results
 
     source, output = Path(source), Path(output)
     _check_id(repository, "--repo")
@@ -177,8 +155,8 @@ def check(folder: Path, target: str) -> str:
         tokenizer = AutoTokenizer.from_pretrained(local)
     except OSError:
         return f"The head loads. Not checked: that it drafts, as its target {target} is not on this machine."
-    from .evaluation.bench import schedule_of
-    from .evaluation.prompts import DEFAULT_PROMPTS, encode
+    from ..evaluation.bench import schedule_of
+    from ..evaluation.prompts import DEFAULT_PROMPTS, encode
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, head = model.to(device), head.to(device, model.dtype)

@@ -1,0 +1,131 @@
+"""How heads are loaded, saved and published: the methods of `DSparkHead` and its config that need files or the Hub.
+
+The classes know neither, so that imports point one way; `add_methods` puts these onto them from above.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .checkpoints import read_config, write_config
+from .checkpoints.files import GENERATION_CONFIG, HUB_ARGUMENTS, open_checkpoint, read_draft_settings
+from .configuration_dspark import DSparkConfig
+from .hub.registry import head_for
+from .modeling_dspark import DSparkHead, default_settings
+from .scheduling.settings import DRAFT_SETTINGS
+
+# -- Methods of a head -------------------------------------------------------------------------------------------------
+
+
+def from_pretrained(
+    cls: type[DSparkHead], pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs
+) -> DSparkHead:
+    """Load a head from a Hub id or a folder; arguments as in `PreTrainedModel.from_pretrained`.
+
+    Raises:
+        CheckpointError: a `ValueError`, for an unknown layout, a config that contradicts itself, a damaged file, a
+            pickle, or tensors that are missing, left over or of another shape than the config says. Nothing has
+            been loaded then. Code that comes with a head is never run.
+        OSError: transformers' own, when the repository or its weights cannot be found.
+    """
+    settings = {}
+    if pretrained_model_name_or_path is not None:
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        checkpoint = open_checkpoint(pretrained_model_name_or_path, **hub)
+        checkpoint.validate(cls)
+        checkpoint.validate_maps()
+        kwargs = {"key_mapping": checkpoint.key_mapping} | kwargs | {"use_safetensors": True}
+        if kwargs.get("config") is None:
+            kwargs = checkpoint.borrowed | kwargs
+        settings = read_draft_settings(checkpoint.source, **hub)
+    loaded = super(DSparkHead, cls).from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+    head = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+    head.generation_config.update(**settings)
+    return loaded
+
+
+def for_target(cls: type[DSparkHead], target: PreTrainedModel | str | os.PathLike, **kwargs) -> DSparkHead:
+    """Load the published head for a target, see `registry`.
+
+    Args:
+        target: the model, or its Hub id. A model also gives the head its dtype and device.
+        kwargs: of [`~DSparkHead.from_pretrained`].
+
+    Raises:
+        ValueError: when no head is known for the target.
+    """
+    if not isinstance(target, PreTrainedModel):
+        return cls.from_pretrained(head_for(os.fspath(target)).head, **kwargs)
+    head = cls.from_pretrained(head_for(target.config._name_or_path).head, **{"dtype": target.dtype} | kwargs)
+    # Not by `device_map`, which needs accelerate.
+    return head if "device_map" in kwargs else head.to(target.device)
+
+
+def save_pretrained(self: DSparkHead, save_directory: str | os.PathLike, **kwargs) -> None:
+    """Write the head in DeepSpec's layout, which other engines load, or in our own where DeepSpec's cannot express
+    it (see `checkpoints`); arguments as in transformers. [`~checkpoints.export.export`] writes other layouts.
+
+    Settings of drafting that are not those of a fresh head go to generation_config.json."""
+    kwargs = {"state_dict": self.whole_state_dict(), "save_original_format": False} | kwargs
+    super(DSparkHead, self).save_pretrained(save_directory, **kwargs)
+    settings, fresh = self.generation_config, default_settings(self.config)
+    if any(getattr(settings, key) != getattr(fresh, key) for key in DRAFT_SETTINGS):
+        settings.save_pretrained(save_directory)
+    else:
+        Path(save_directory, GENERATION_CONFIG).unlink(missing_ok=True)
+
+
+def push_to_hub(
+    self: DSparkHead,
+    repo_id: str,
+    target: str | None = None,
+    results: str | os.PathLike | None = None,
+    license: str | None = None,
+    private: bool = False,
+    commit_message: str = "Upload a draft head with dspark-hf",
+) -> str:
+    """Publish the head as `dspark-hf publish` does, with a card and `custom_generate`; see
+    [`~hub.publishing.publish`].
+
+    The token is that of huggingface_hub's login.
+
+    Args:
+        target: Hub id of the target; not needed with `results`, what `dspark-hf eval` wrote.
+
+    Returns:
+        the address of the commit.
+    """
+    from .hub.publishing import publish_head
+
+    options = {"target": target, "results": results, "license": license, "private": private}
+    return publish_head(self, repo_id, **options, message=commit_message)
+
+
+# -- Methods of a config -----------------------------------------------------------------------------------------------
+
+
+def get_config_dict(
+    cls: type[DSparkConfig], pretrained_model_name_or_path: str | os.PathLike, **kwargs
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As in transformers, with the published layout of the checkpoint translated to the keys of `DSparkConfig`."""
+    config, kwargs = super(DSparkConfig, cls).get_config_dict(pretrained_model_name_or_path, **kwargs)
+    return read_config(config, str(pretrained_model_name_or_path)), kwargs
+
+
+def to_json_string(self: DSparkConfig, use_diff: bool = True) -> str:
+    """The config that `save_pretrained` writes: DeepSpec's, which other engines read, where it can express this
+    head, and otherwise one of our own keys."""
+    return json.dumps(write_config(self.own_keys()), indent=2, sort_keys=True) + "\n"
+
+
+def add_methods() -> None:
+    """Give the functions of this file to the two classes as methods; `import dspark_hf` does so."""
+    DSparkHead.from_pretrained = classmethod(from_pretrained)
+    DSparkHead.for_target = classmethod(for_target)
+    DSparkHead.save_pretrained = save_pretrained
+    DSparkHead.push_to_hub = push_to_hub
+    DSparkConfig.get_config_dict = classmethod(get_config_dict)
+    DSparkConfig.to_json_string = to_json_string
