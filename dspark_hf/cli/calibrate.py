@@ -57,10 +57,9 @@ def calibrate(
     texts = texts[:limit]
     target, draft_head, tokenizer = load(model, head, dtype)
     with progress("drafting") as report:
-        for found in calibration.calibrate(
-            target, draft_head, tokenizer, texts, batch_size, max_new_tokens, temperature
-        ):
-            report(f"drafted for {found} of {len(texts)} prompts")
+        found = calibration.calibrate(
+            target, draft_head, tokenizer, texts, batch_size, max_new_tokens, temperature, report
+        )
     show(calibration.as_table(found))
     draft_head.config.update({"confidence_temperatures": found.temperatures, "confidence_shifts": found.shifts})
     if output is not None:

@@ -1,6 +1,6 @@
 """Calibrates a head's confidence: what it said of its drafts against what the target made of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -112,11 +112,10 @@ def calibrate(
     batch_size: int = 16,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
-) -> Iterator[int | Calibration]:
+    report: Callable[[str], None] = lambda text: None,
+) -> Calibration:
     """Fit temperatures and shifts on half of the prompts and report on the other half, at a temperature of decoding
-    (0 is greedy).
-
-    Yields how many prompts are done, and last the [`Calibration`].
+    (0 is greedy). `report` is told how many prompts are done.
 
     Raises:
         ValueError: for a head without a confidence head, or too few blocks to say anything.
@@ -128,7 +127,7 @@ def calibrate(
         for piece in collect(model, head, tokenizer, part, batch_size, max_new_tokens, temperature):
             pieces.append(piece)
             done = min(done + batch_size, len(prompts))
-            yield done
+            report(f"drafted for {done} of {len(prompts)} prompts")
         parts.append(
             Blocks(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("logits", "survived")))
             if pieces
@@ -141,11 +140,11 @@ def calibrate(
             f"at least {FEWEST_BLOCKS} of each are needed. Give more prompts or more --max-new-tokens."
         )
     temperatures, shifts = fit(fitting.logits, fitting.survived)
-    report = _report(held_out, temperatures, shifts)
-    yield Calibration(temperatures.tolist(), shifts.tolist(), len(fitting.logits), held_out, report)
+    positions = _positions(held_out, temperatures, shifts)
+    return Calibration(temperatures.tolist(), shifts.tolist(), len(fitting.logits), held_out, positions)
 
 
-def _report(blocks: Blocks, temperatures: np.ndarray, shifts: np.ndarray) -> list[Position]:
+def _positions(blocks: Blocks, temperatures: np.ndarray, shifts: np.ndarray) -> list[Position]:
     before = survival_at(blocks.logits, np.ones_like(temperatures), np.zeros_like(shifts))
     after = survival_at(blocks.logits, temperatures, shifts)
     positions = []
