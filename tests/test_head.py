@@ -124,7 +124,9 @@ def test_fresh_head_borrows_and_round_trips(tmp_path):
     assert head.embed_tokens is None and head.lm_head is None
     head.save_pretrained(tmp_path)
     again = DSparkHead.from_pretrained(tmp_path)
-    provenance = {"_name_or_path": None, "architectures": None}
+    # DeepSpec's layout, in which it is written, demands to know how it was trained.
+    assert again.config.num_anchors == 512
+    provenance = {"_name_or_path": None, "architectures": None, "num_anchors": None}
     assert again.config.to_dict() | provenance == head.config.to_dict() | provenance
     ids = torch.tensor([[3, 4, 5]])
     outputs = [

@@ -153,8 +153,9 @@ def reason_for_plain(target: PreTrainedModel, input_ids: torch.Tensor, model_kwa
 def _unknown_input(inputs: dict[str, Any]) -> str | None:
     """The first of a step's inputs that the rounds neither make themselves nor forward."""
     for name, value in inputs.items():
-        nothing = value is None or (name.endswith("token_type_ids") and torch.is_tensor(value) and not value.any())
-        if not (nothing or name in HANDLED_INPUTS or _is_scalar(value)):
+        empty = value is None or (isinstance(value, (dict, list, tuple)) and not value)
+        zeros = name.endswith("token_type_ids") and torch.is_tensor(value) and not value.any()
+        if not (empty or zeros or name in HANDLED_INPUTS or _is_scalar(value)):
             return name
     return None
 
