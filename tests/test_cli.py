@@ -427,7 +427,8 @@ def test_calibrate_writes_into_the_config_of_the_head(tmp_path):
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_sweep_compares_load_with_every_fixed_length(tmp_path):
+def test_a_sweep_compares_load_with_every_fixed_length(tmp_path, monkeypatch):
+    monkeypatch.setattr("dspark_hf.evaluation.sweep.RUNS", 8)  # a turn of each batch: nothing here is about speed
     plot, file = tmp_path / "sweep.png", tmp_path / "sweep.json"
     args = ["--prompts", str(GSM8K_SAMPLE), "--limit", "2", "--max-new-tokens", "6", "--plot", str(plot)]
     output = run("bench", "--sweep-batch", "1,2", *args, "--json", str(file))
