@@ -266,7 +266,7 @@ def drafting_pays(monkeypatch):
     monkeypatch.setattr(CostTable, "observe", lambda *args: None)
 
 
-def shuffled_scheduler(target, drafter, rows, config, runs_ahead):
+def shuffled_scheduler(target, drafter, rows, config, runs_ahead, synced):
     head = drafter.head
     settings = Settings.read(head.generation_config, head.config.gamma, config)
     return ShuffledSchedule(settings, experience_of(head, target.model), rows, target.packs)

@@ -130,6 +130,11 @@ def test_logits_that_are_no_distribution_are_an_error(pair, where, request, monk
     if where == "kernels":
         request.getfixturevalue("launches")
     verify = loop.Rounds.verify
-    monkeypatch.setattr(loop.Rounds, "verify", lambda *args: verify(*args).fill_(float("nan")))
+
+    def spoilt(*args):
+        logits, drafts = verify(*args)
+        return logits.fill_(float("nan")), drafts
+
+    monkeypatch.setattr(loop.Rounds, "verify", spoilt)
     with pytest.raises(ValueError, match="row 0 of the batch hold NaN"):
         greedy(target, assistant_model=head)
