@@ -99,7 +99,10 @@ def test_turns_are_answered_one_after_the_other():
     batch, settings = Batch(0, data, range(2)), Settings(max_new_tokens=40)
     both, one = decode(model, head, tokenizer, batch, settings)
     first_only = decode(model, head, tokenizer, batch, Settings(max_new_tokens=40, first_turn=True))
-    assert first_only == [one.__class__(**vars(one) | {"prompt": 0}), one]
+    for prompt, found in enumerate(first_only):
+        # Which rows share a pass rounds the last digits of a confidence.
+        assert vars(found) | {"confidence": None} == vars(one) | {"confidence": None, "prompt": prompt}
+        assert sum(found.confidence, []) == pytest.approx(sum(one.confidence, []), abs=1e-4)
 
     chat, tokens = [], 0
     for turn in turns:
