@@ -279,7 +279,7 @@ def test_not_every_size_of_a_long_block_is_measured():
 def test_turns_go_on_until_they_agree(folder, monkeypatch, noise, turns):
     random, calls = np.random.default_rng(0), []
 
-    def measured(model, head, rows, contexts, samples):
+    def measured(model, head, rows, contexts, samples, seed):
         calls.append(rows)
         for shape in shapes(4):
             for context in contexts:
