@@ -7,11 +7,12 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
 )
 
-from dspark_hf.generation.processors import BlockProcessors, is_pure
+from dspark_hf.generation.processors import BlockProcessors, OverLogits, Prefixes, is_pure
 
 VOCABULARY = 24
 
@@ -120,11 +121,57 @@ def test_a_block_equals_its_positions_one_by_one(pair, name):
     )
     assert all(map(is_pure, processors))
     block, logits = torch.randint(1, VOCABULARY, (2, 3)), torch.randn(2, 4, VOCABULARY) * 3
-    prefixes = list(torch.cat([prompts, block], dim=1))
+    prefixes = Prefixes(list(torch.cat([prompts, block], dim=1)), [0, 1])
     found = BlockProcessors(processors, True)(logits.clone(), prefixes)
     for j in range(4):
         expected = processors(torch.cat([prompts, block[:, :j]], dim=1), logits[:, j].clone())
         torch.testing.assert_close(found[:, j], expected)
+
+
+@pytest.mark.parametrize("ignored", [None, 2, "by row"])
+def test_a_repetition_penalty_goes_over_rows_of_any_length_at_once(ignored):
+    """Rows of a batch have different lengths and paddings, and hold ids that the model cannot generate."""
+    stock = RepetitionPenaltyLogitsProcessor(1.7)
+    padding = [3, 0, 1]
+    stock.prompt_ignore_length = torch.tensor([3, 1, 0, 1]) if ignored == "by row" else ignored
+    rows = [0, 1, 3]
+    lengths = (9, 6, 12)
+    tokens = [
+        torch.cat([torch.zeros(n, dtype=torch.long), torch.randint(1, VOCABULARY, (k,))])
+        for n, k in zip(padding, lengths, strict=True)
+    ]
+    logits = torch.randn(3, 4, VOCABULARY) * 3
+    found = BlockProcessors(LogitsProcessorList([stock]), True)(logits, Prefixes(tokens, rows))
+    for r, (own, row) in enumerate(zip(tokens, rows, strict=True)):
+        first = stock.prompt_ignore_length[row] if ignored == "by row" else ignored or 0
+        alone = RepetitionPenaltyLogitsProcessor(1.7)
+        for j in range(4):
+            seen = own[first : len(own) - 3 + j]
+            torch.testing.assert_close(found[r, j], alone(seen[None], logits[r, j : j + 1])[0])
+
+
+def test_ids_that_cannot_be_generated_are_not_penalised():
+    processors = BlockProcessors(LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0)]), False)
+    logits = torch.ones(1, 1, VOCABULARY)
+    found = processors(logits, Prefixes([torch.tensor([3, VOCABULARY, VOCABULARY + 7])], [0]))
+    expected = torch.ones(VOCABULARY)
+    expected[3] = 0.5
+    assert torch.equal(found[0, 0], expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_repetition_penalty_leaves_drafts(vanilla, rows):
+    """Also where the release gives it the padding of every row."""
+    target, head = vanilla.target(), vanilla.head()
+    ids = torch.tensor([vanilla.expected["prompts"][2]["input_ids"]] * rows)
+    mask = torch.ones_like(ids)
+    mask[1:, :2] = 0
+    kwargs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
+    kwargs["repetition_penalty"] = 1.05
+    head.generation_config.num_assistant_tokens_schedule = "constant"
+    output = target.generate(**kwargs, assistant_model=head, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, target.generate(**kwargs))
+    assert all(sum(row) > 0 for row in output.dspark.verified_lengths)
 
 
 def test_prefix_free_processors_run_once_a_block():
@@ -138,7 +185,7 @@ def test_prefix_free_processors_run_once_a_block():
     target = tiny_target(vocab_size=VOCABULARY)
     config = GenerationConfig(do_sample=True, temperature=0.7, top_k=3)
     processors = BlockProcessors(target._get_logits_processor(config), True)
-    processors.runs = [(of_prefix, Counting(run)) for of_prefix, run in processors.runs]
+    processors.runs = [OverLogits(Counting(run.processors)) for run in processors.runs]
     processors(torch.randn(4, 8, VOCABULARY), None)
     assert len(calls) == 1 and not processors.needs_prefix
 
@@ -244,9 +291,10 @@ def test_a_batch_of_any_size_does_linear_work():
             return super().__call__(input_ids, scores, **kwargs)
 
     target = tiny_target(vocab_size=VOCABULARY)
-    config = GenerationConfig(do_sample=True, temperature=0.7, top_k=3, repetition_penalty=1.1, num_beams=1)
+    config = GenerationConfig(do_sample=True, temperature=0.7, top_k=3, no_repeat_ngram_size=3, num_beams=1)
     stock = target._get_logits_processor(config, input_ids_seq_length=3, model_kwargs={})
     processors = BlockProcessors(stock, True)
-    processors.runs = [(of_prefix, Counting(run)) for of_prefix, run in processors.runs]
-    processors(torch.randn(16, 4, VOCABULARY), [torch.ones(8, dtype=torch.long)] * 16)
+    processors.runs = [type(run)(Counting(run.processors)) for run in processors.runs]
+    prefixes = Prefixes([torch.ones(8, dtype=torch.long)] * 16, list(range(16)))
+    processors(torch.randn(16, 4, VOCABULARY), prefixes)
     assert sum(seen) == 2 * 16 * 4

@@ -178,7 +178,7 @@ def test_bfloat16_is_never_broken(tokenizer):
 def test_the_models_own_processors_count(pair, tokenizer, monkeypatch):
     """Gaps are those of the scores that plain decoding chooses from, not of the raw logits."""
     target, _ = pair
-    target.generation_config.no_repeat_ngram_size = 2
+    target.generation_config.repetition_penalty = 1.5
     target.generation_config.suppress_tokens = [3, 4]
     assert verdict_of(audit(pair, tokenizer)) == IDENTICAL
     monkeypatch.setattr(loop.BlockProcessors, "__call__", lambda self, logits, *_: logits)

@@ -11,7 +11,7 @@ from ..modeling_dspark import DSparkHead
 from ..scheduling.settings import Settings
 from .drafting import Drafter
 from .hidden_states import indices_of, request_for
-from .processors import BlockProcessors
+from .processors import BlockProcessors, Prefixes
 
 
 class DSparkCandidateGenerator(CandidateGenerator):
@@ -63,6 +63,6 @@ class DSparkCandidateGenerator(CandidateGenerator):
         block = self.drafter.draft(
             input_ids[:, -1],
             min(self.most, room),
-            self.processors.drafting([input_ids[0]]),
+            self.processors.drafting(Prefixes([input_ids[0]], [0])),
         )
         return torch.cat([input_ids, block.tokens.to(input_ids.device)], dim=1), block.logits

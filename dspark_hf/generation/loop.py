@@ -29,7 +29,7 @@ from .lockstep import Lockstep, is_needed
 from .outputs import Recorder
 from .packing import Packing
 from .past import Continuation
-from .processors import BlockProcessors
+from .processors import BlockProcessors, Prefixes
 from .ranks import Ranks, any_busy
 from .releases import CACHE
 from .stats import DSparkGenerateOutput, DSparkStats, Stopwatch
@@ -350,9 +350,7 @@ class Rounds:
             return None
         everybody = len(plan.rows) == len(self.rows)
         prefixes = self._prefixes()
-        if prefixes is not None:
-            prefixes = [prefixes[r] for r in plan.rows]
-        select = self.processors.drafting(prefixes)
+        select = self.processors.drafting(prefixes and prefixes.of(plan.rows))
         rows = None if everybody else plan.rows
         block = self.drafter.draft(self.anchors, plan.length, select, rows, self._goes_on(plan), plan.most)
         return block if everybody else block.spread(on_device(plan.rows, block.tokens.device), len(self.rows))
@@ -538,14 +536,13 @@ class Rounds:
         first = [len(row.columns) + self._lag(row) for row in self.rows]
         return on_device(first, self.target.device)[:, None] + torch.arange(count, device=self.target.device)
 
-    def _prefixes(self, drafts: torch.Tensor | None = None) -> list[torch.Tensor] | None:
-        """Tokens of every row as plain generate holds them, with drafts behind; `None` when no processor looks."""
+    def _prefixes(self, drafts: torch.Tensor | None = None) -> Prefixes | None:
+        """Tokens of every row, with drafts behind; `None` when no processor looks."""
         if not self.processors.needs_prefix:
             return None
-        prefixes = [on_device(row.sequence, self.target.device) for row in self.rows]
-        if drafts is None:
-            return prefixes
-        return [torch.cat([prefix, tokens]) for prefix, tokens in zip(prefixes, drafts, strict=True)]
+        tokens = [on_device(row.sequence, self.target.device) for row in self.rows]
+        prefixes = Prefixes(tokens, self._row_indices())
+        return prefixes if drafts is None else prefixes.longer(drafts)
 
     def _row_indices(self) -> list[int]:
         return [row.index for row in self.rows]

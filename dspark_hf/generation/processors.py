@@ -8,9 +8,10 @@ decoding calls them, see `lockstep`.
 
 import itertools
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as stock
 
@@ -45,8 +46,30 @@ OF_PREFIX = {
 def is_pure(processor: LogitsProcessor) -> bool:
     """Whether what a processor makes of a row's logits depends on these and on the row's tokens only. An exact type
     says so: a subclass may do otherwise."""
-    by_place = torch.is_tensor(getattr(processor, "prompt_ignore_length", None))
-    return type(processor) in OF_LOGITS | OF_PREFIX and not by_place
+    return type(processor) in OF_LOGITS | OF_PREFIX
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """What rows hold before a position. tokens: of each [length], as plain `generate` holds them. rows: their places in
+    the batch."""
+
+    tokens: list[torch.Tensor]
+    rows: list[int]
+
+    def seen(self, positions: int) -> list[list[torch.Tensor]]:
+        """Of every row what each of so many positions has seen: the last one all of its tokens, each before it one
+        fewer."""
+        return [[own[: len(own) - positions + 1 + j] for j in range(positions)] for own in self.tokens]
+
+    def of(self, rows: list[int]) -> "Prefixes":
+        """Those of some of the rows only."""
+        return Prefixes([self.tokens[r] for r in rows], [self.rows[r] for r in rows])
+
+    def longer(self, tokens: torch.Tensor) -> "Prefixes":
+        """With tokens [R] or [R, n] behind."""
+        columns = (tokens if tokens.dim() == 2 else tokens[:, None]).to(self.tokens[0])
+        return Prefixes([torch.cat(pair) for pair in zip(self.tokens, columns, strict=True)], self.rows)
 
 
 class BlockProcessors:
@@ -65,25 +88,21 @@ class BlockProcessors:
         pure = [processor for processor in processors if is_pure(processor)]
         self.do_sample = do_sample
         # Neighbours of one kind run together, in the order of the list.
-        groups = itertools.groupby(pure, key=lambda processor: type(processor) in OF_PREFIX)
-        self.runs = [(of_prefix, LogitsProcessorList(run)) for of_prefix, run in groups]
-        self.needs_prefix = any(of_prefix for of_prefix, _ in self.runs)
+        groups = itertools.groupby(pure, key=_run_of)
+        self.runs = [run(LogitsProcessorList(of_it)) for run, of_it in groups]
+        self.needs_prefix = any(type(run) is not OverLogits for run in self.runs)
         self.temperature: float | None = None
         if all(type(processor) is stock.TemperatureLogitsWarper for processor in pure):
             self.temperature = math.prod(processor.temperature for processor in pure)
 
-    def __call__(self, logits: torch.Tensor, prefixes: Sequence[torch.Tensor] | None) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, prefixes: Prefixes | None) -> torch.Tensor:
         """Processed logits [R, n, V] from logits [R, n, V].
 
         Args:
-            prefixes: for every row the tokens [length + n - 1], of which position j has seen all but the last
-                n - 1 - j; only needed when `needs_prefix`.
+            prefixes: of every row what its last position has seen; only needed when `needs_prefix`.
         """
-        for of_prefix, run in self.runs:
-            if of_prefix:
-                logits = _with_prefixes(run, logits, prefixes)
-            else:
-                logits = run(None, logits.flatten(0, 1)).view_as(logits)
+        for run in self.runs:
+            logits = run(logits, prefixes)
         return logits
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
@@ -92,27 +111,76 @@ class BlockProcessors:
             return logits.argmax(dim=-1)
         return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(-1)
 
-    def drafting(self, prefixes: Sequence[torch.Tensor] | None) -> "Selection":
+    def drafting(self, prefixes: Prefixes | None) -> "Selection":
         """Chooses the tokens of one draft. The head's logits go through the same processors as the target's: what
         they forbid or favour would otherwise be drafted in vain.
 
         Args:
-            prefixes: for every row its tokens [length], anchor included; only needed when `needs_prefix`.
+            prefixes: of every row its tokens, anchor included; only needed when `needs_prefix`.
         """
         return Selection(self, prefixes)
 
 
-def _with_prefixes(run: LogitsProcessorList, logits: torch.Tensor, prefixes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[R, n, V], a position after the other; rows of one length together."""
-    count, columns = logits.shape[1], []
-    for j in range(count):
-        seen = [prefix[: len(prefix) - count + 1 + j] for prefix in prefixes]
-        if len(set(map(len, seen))) == 1:
-            columns.append(run(torch.stack(seen), logits[:, j]))
-        else:
-            rows = zip(seen, logits[:, j : j + 1].unbind(), strict=True)
-            columns.append(torch.cat([run(prefix[None], row) for prefix, row in rows]))
-    return columns[0][:, None] if count == 1 else torch.stack(columns, dim=1)
+@dataclass(frozen=True)
+class OverLogits:
+    """Runs processors that look only at the logits over all positions of all rows at once."""
+
+    processors: LogitsProcessorList
+
+    def __call__(self, logits: torch.Tensor, prefixes: Prefixes | None) -> torch.Tensor:
+        return self.processors(None, logits.flatten(0, 1)).view_as(logits)
+
+
+@dataclass(frozen=True)
+class OverPrefixes:
+    """Runs processors that look at the tokens before a position after the other; rows of one length together."""
+
+    processors: LogitsProcessorList
+
+    def __call__(self, logits: torch.Tensor, prefixes: Prefixes) -> torch.Tensor:
+        columns = []
+        for j, seen in enumerate(zip(*prefixes.seen(logits.shape[1]), strict=True)):
+            if len(set(map(len, seen))) == 1:
+                columns.append(self.processors(torch.stack(seen), logits[:, j]))
+            else:
+                rows = zip(seen, logits[:, j : j + 1].unbind(), strict=True)
+                columns.append(torch.cat([self.processors(prefix[None], row) for prefix, row in rows]))
+        return columns[0][:, None] if len(columns) == 1 else torch.stack(columns, dim=1)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Repetition penalties over all positions of all rows at once. Many models ask for one by default, and a call of
+    the stock processor for every row and position takes longer than the target's pass."""
+
+    processors: LogitsProcessorList
+
+    def __call__(self, logits: torch.Tensor, prefixes: Prefixes) -> torch.Tensor:
+        for processor in self.processors:
+            logits = self._penalised(logits, prefixes, processor)
+        return logits
+
+    @staticmethod
+    def _penalised(logits, prefixes, processor: stock.RepetitionPenaltyLogitsProcessor) -> torch.Tensor:
+        ignored = processor.prompt_ignore_length
+        if not torch.is_tensor(ignored):
+            ignored = torch.full([max(prefixes.rows) + 1], ignored or 0)
+        positions, vocabulary = logits.shape[1], logits.shape[2]
+        firsts = ignored[prefixes.rows].tolist()
+        seen = [own[first:] for first, row in zip(firsts, prefixes.seen(positions), strict=True) for own in row]
+        at = torch.arange(len(seen)).repeat_interleave(torch.tensor(list(map(len, seen)))).to(logits.device)
+        # A prompt may hold ids that cannot be generated: they are given a place that is cut off again.
+        tokens = torch.cat(seen).to(logits.device).clamp(max=vocabulary)
+        wider = functional.pad(logits.reshape(-1, vocabulary), (0, 1))
+        score = wider[at, tokens]
+        wider[at, tokens] = torch.where(score < 0, score * processor.penalty, score / processor.penalty)
+        return wider[:, :vocabulary].unflatten(0, logits.shape[:2])
+
+
+def _run_of(processor: LogitsProcessor) -> type:
+    if type(processor) is stock.RepetitionPenaltyLogitsProcessor:
+        return Repetition
+    return OverPrefixes if type(processor) in OF_PREFIX else OverLogits
 
 
 class Selection:
@@ -121,22 +189,21 @@ class Selection:
     sample: whether they are sampled. temperature: as in [`BlockProcessors`].
     """
 
-    def __init__(self, processors: BlockProcessors, prefixes: Sequence[torch.Tensor] | None):
-        self.processors, self.seen = processors, prefixes
+    def __init__(self, processors: BlockProcessors, prefixes: Prefixes | None):
+        self.processors, self.prefixes = processors, prefixes
         self.sample, self.temperature = processors.do_sample, processors.temperature
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens [R] from logits [R, V], and what they were sampled from, `None` when they were not."""
         own = self.processors
         if own.needs_prefix:
-            at_target = logits.float().to(self.seen[0].device)
-            processed = own(at_target[:, None], self.seen)[:, 0].to(logits.device)
+            at_target = logits.float().to(self.prefixes.tokens[0].device)
+            processed = own(at_target[:, None], self.prefixes)[:, 0].to(logits.device)
         elif own.runs:
             processed = own(logits.float()[:, None], None)[:, 0]
         else:
             processed = logits.float() if self.sample else logits
         tokens = own.choose(processed)
         if own.needs_prefix:
-            ahead = tokens.to(self.seen[0])
-            self.seen = [torch.cat([prefix, token[None]]) for prefix, token in zip(self.seen, ahead, strict=True)]
+            self.prefixes = self.prefixes.longer(tokens)
         return tokens, processed if self.sample else None
