@@ -3,7 +3,7 @@ import shutil
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Step times that tests measure are no concern of the user's cache.
+# Step costs that tests learn are no concern of the user's cache.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dspark-tests-")
 if not os.path.exists("/dev/nvidiactl"):
     # Kernels run in Triton's interpreter; read when triton is imported.
@@ -22,12 +22,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
 
 from dspark_hf import DSparkConfig, DSparkHead
-from dspark_hf.generation import loop, step_times
+from dspark_hf.generation import experience, loop
 from dspark_hf.generation.drafting import Drafter
+from dspark_hf.generation.experience import experience_of
 from dspark_hf.generation.processors import BlockProcessors
-from dspark_hf.generation.step_times import experience_of
 from dspark_hf.generation.target import Target
-from dspark_hf.scheduling.cost import CostTable, sizes_of
 from dspark_hf.scheduling.plan import NO_DRAFT, Plan
 from dspark_hf.scheduling.scheduler import ConstantSchedule
 from dspark_hf.scheduling.settings import Settings
@@ -247,23 +246,33 @@ def shuffled(monkeypatch):
     monkeypatch.setattr(loop, "scheduler_for", shuffled_scheduler)
 
 
-def table_of(block_size: int, verify: float = 0.05, draft: float = 0.02, identity=None) -> CostTable:
-    """Step times under which drafting pays: a step takes a second, and `verify` of one more for every further token a
-    row, `draft` of one for every position; four times as many rows take twice as long."""
-    counts = [1, 2, 4, 8, 16, 32, 64]
-    tables = {}
-    for kind, sizes in sizes_of(block_size).items():
-        price, first = (draft, 0.2) if kind in ("draft", "start") else (verify, 1.0)
-        line = first + price * np.arange(sizes)
-        tables[kind] = np.sqrt(np.array(counts))[:, None] * line * (1.02 if kind == "packed" else 1)
-    return CostTable(identity or {"target": "none"}, [128], counts, **{k: t[None] for k, t in tables.items()})
+class FixedCosts:
+    """Step costs that nothing changes, by default such that drafting pays: a pass takes a second, and `verify` of one
+    more for every further token a row, `draft` of one for every position; four times as many rows take twice as long.
+    `reading`: what a draft costs more when the head has tokens yet to read."""
+
+    pace = 1.0
+
+    def __init__(self, block_size: int, verify: float = 0.05, draft: float = 0.02, reading: float = 0.0):
+        self.block_size, self.slopes, self.reading = block_size, (verify, draft), reading
+
+    def verify(self, rows, context, packed=False):
+        return rows**0.5 * (1 + self.slopes[0] * np.arange(self.block_size + 1)) * (1.02 if packed else 1)
+
+    def draft(self, rows, context, waiting=0):
+        return rows**0.5 * (0.2 + self.slopes[1] * np.arange(self.block_size)) + self.reading * bool(waiting)
+
+    def unsure(self, rows, context):
+        return np.zeros(self.block_size + 1)
+
+    def wants(self, round):
+        return False
 
 
 @pytest.fixture
 def drafting_pays(monkeypatch):
-    """The load schedule goes by step times under which it drafts, whatever this machine and the tiny models take."""
-    monkeypatch.setattr(step_times, "step_times", lambda target, head, rows: table_of(head.config.gamma))
-    monkeypatch.setattr(CostTable, "observe", lambda *args: None)
+    """The load schedule goes by step costs under which it drafts, whatever this machine and the tiny models take."""
+    monkeypatch.setattr(experience, "costs_of", lambda head, target: FixedCosts(head.config.gamma))
 
 
 def shuffled_scheduler(target, drafter, rows, config, runs_ahead, synced):

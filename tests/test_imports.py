@@ -22,13 +22,6 @@ LAYERS = (
     ("configuration_dspark", "version"),
     ("dspark_kernels",),
 )
-# Arrows that close a circle all the same, and why they do.
-EXCEPTIONS = {
-    (
-        "dspark_hf.generation.step_times",
-        "dspark_hf.generation.trial",
-    ): "step times that the scheduler of a call needs are measured by running rounds, which need a scheduler",
-}
 
 Arrow = tuple[str, str]
 
@@ -108,12 +101,7 @@ def test_imports_are_found_wherever_they_are(source, found):
 
 
 def test_there_is_no_circle():
-    assert circle(arrows() - set(EXCEPTIONS)) == []
-
-
-@pytest.mark.parametrize("arrow", EXCEPTIONS)
-def test_exceptions_are_still_needed(arrow):
-    assert arrow in arrows() and circle(arrows() - set(EXCEPTIONS) | {arrow}), "cured: take it off the list"
+    assert circle(arrows()) == []
 
 
 def test_every_module_is_of_one_layer():

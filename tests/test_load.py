@@ -2,11 +2,13 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
-from conftest import tiny_head, tiny_target
+from conftest import FixedCosts, tiny_head, tiny_target
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from dspark_hf.generation import experience
 from dspark_hf.scheduling.load import in_flight
 
 
@@ -86,18 +88,10 @@ def test_a_sensor_that_does_not_count_is_refused(pair, value):
 
 
 def test_the_load_shortens_what_is_verified(pair, monkeypatch):
-    from conftest import table_of
-
-    from dspark_hf.generation import step_times
-    from dspark_hf.scheduling.cost import CostTable
-
-    table = table_of(4, verify=0.01)
+    costs = FixedCosts(4)
     # Free up to 64 tokens a step, and dear beyond.
-    for r, rows in enumerate(table.rows):
-        for size in range(5):
-            table.verify[0, r, size] = table.packed[0, r, size] = 1 + max(0, rows * (size + 1) - 64) / 16
-    monkeypatch.setattr(step_times, "step_times", lambda *args: table)
-    monkeypatch.setattr(CostTable, "observe", lambda *args: None)
+    costs.verify = lambda rows, context, packed=False: 1 + np.maximum(0, rows * np.arange(1, 6) - 64) / 16
+    monkeypatch.setattr(experience, "costs_of", lambda head, target: costs)
     head = pair[1]
     head.generation_config.num_assistant_tokens_schedule = "load"
     idle = generate(pair, max_new_tokens=60).dspark.verify_length

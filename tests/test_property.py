@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
-from conftest import shuffled_scheduler, table_of, tiny_head, tiny_target
+from conftest import FixedCosts, shuffled_scheduler, tiny_head, tiny_target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -23,8 +23,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from dspark_hf.generation import loop, step_times
-from dspark_hf.scheduling.cost import CostTable
+from dspark_hf.generation import experience, loop
 
 VOCABULARY = 24
 SIZES = {
@@ -100,12 +99,11 @@ def shuffled(head):
 
 @contextmanager
 def load_that_pays(head, ahead=False):
-    """The load schedule with step times under which it drafts, on a device that runs ahead of the host or not."""
-    table = table_of(head.config.gamma)
+    """The load schedule with step costs under which it drafts, on a device that runs ahead of the host or not."""
+    costs = FixedCosts(head.config.gamma)
     with (
         load(head),
-        mock.patch.object(step_times, "step_times", lambda *args: table),
-        mock.patch.object(CostTable, "observe", lambda *args: None),
+        mock.patch.object(experience, "costs_of", lambda *args: costs),
         mock.patch.object(loop, "runs_ahead", lambda device: ahead),
     ):
         yield

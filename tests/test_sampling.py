@@ -5,7 +5,7 @@ from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from conftest import table_of, tiny_head, tiny_target, whole_blocks
+from conftest import FixedCosts, tiny_head, tiny_target, whole_blocks
 from scipy.stats import chi2
 from transformers import (
     LogitsProcessorList,
@@ -14,9 +14,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dspark_hf.generation import loop, step_times
+from dspark_hf.generation import experience, loop
 
-VOCABULARY, TOKENS, DRAWS, ROWS = 16, 3, 20_000, 500
+VOCABULARY, TOKENS, DRAWS, ROWS = 16, 3, 8_000, 500
 PROMPTS = ([1, 5, 9, 2], [7, 7, 3], [12, 4, 8, 11, 6, 2])
 
 SETTINGS = {
@@ -103,14 +103,14 @@ def test_a_schedule_that_changes(pair, setting, shuffled):
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_the_load_schedule(pair, ahead, drafting_pays, monkeypatch):
+def test_the_load_schedule(pair, ahead, monkeypatch):
     """Lengths from this round's confidence with the early stop, or from earlier rounds' and ranked by this one's."""
     monkeypatch.setattr(loop, "runs_ahead", lambda device: ahead)
-    table = table_of(4, verify=0.01)
     # Two drafts of three are rejected here: they pay only where they cost next to nothing.
-    table.draft *= 0.05
-    monkeypatch.setattr(step_times, "step_times", lambda *args: table)
-    monkeypatch.setattr(step_times, "_experiences", WeakKeyDictionary())
+    costs = FixedCosts(4, verify=0.01)
+    costs.draft = lambda rows, context, waiting=0: 0.05 * FixedCosts.draft(costs, rows, context)
+    monkeypatch.setattr(experience, "costs_of", lambda head, target: costs)
+    monkeypatch.setattr(experience, "_experiences", WeakKeyDictionary())
     target, head = pair
     head.generation_config.num_assistant_tokens_schedule = "load"
     try:

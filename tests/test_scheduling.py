@@ -5,21 +5,19 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import table_of, tiny_head, tiny_target
+from conftest import FixedCosts, tiny_head, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dspark_hf.generation.acceptance import accept_sampled
-from dspark_hf.generation.step_times import experience_of
-from dspark_hf.scheduling import scheduler
+from dspark_hf.generation.experience import experience_of
 from dspark_hf.scheduling.algorithm import admit, best_length, cut, smoothed, survival
-from dspark_hf.scheduling.cost import KINDS
+from dspark_hf.scheduling.cost import CostModel
 from dspark_hf.scheduling.estimates import Experience, RowEstimates
-from dspark_hf.scheduling.horizon import seconds_to_end
 from dspark_hf.scheduling.load import Load
-from dspark_hf.scheduling.plan import Costs, Plan
-from dspark_hf.scheduling.scheduler import PROBING, LoadSchedule, _walk
+from dspark_hf.scheduling.plan import Costs, Plan, Step
+from dspark_hf.scheduling.scheduler import PROBING, SWITCH, TRY_EVERY, TRY_FOR, LoadSchedule, _walk
 from dspark_hf.scheduling.settings import Settings
 
 CONFIDENCE = hnp.arrays(float, st.tuples(st.integers(1, 4), st.integers(1, 4)), elements=st.floats(0.01, 0.99))
@@ -220,12 +218,12 @@ def test_without_a_confidence_head_acceptance_by_position_is_the_estimate():
 # -- Plans -----------------------------------------------------------------------------------------------------------
 
 
-def load_schedule(rows, greedy=True, block_size=4, ahead=False, threshold=None, table=None, shared=None):
+def load_schedule(rows, greedy=True, block_size=4, ahead=False, threshold=None, costs=None, shared=None):
     return LoadSchedule(
         Settings(block_size, "load", threshold),
         shared or Experience.fresh(block_size),
         rows,
-        table or table_of(block_size),
+        costs or FixedCosts(block_size),
         greedy,
         packs=True,
         runs_ahead=ahead,
@@ -253,11 +251,10 @@ def simulate(schedule, accepts, count, confidence=0.8, load=None):
 def test_good_drafts_are_verified_and_more_of_them_when_the_device_is_idle():
     means = {}
     for others in (0, 4000):
-        table = table_of(4)
+        costs = FixedCosts(4)
         # A device with room up to some tokens, beyond which time grows with every one.
-        tokens = np.array(table.rows)[:, None] * np.arange(1, 6)
-        table.verify[:] = table.packed[:] = 1 + np.maximum(tokens - 64, 0) / 64
-        history = simulate(load_schedule(8, table=table), [4] * 8, 40, load=Load(8, others))
+        costs.verify = lambda rows, context, packed=False: 1 + np.maximum(rows * np.arange(1, 6) - 64, 0) / 64
+        history = simulate(load_schedule(8, costs=costs), [4] * 8, 40, load=Load(8, others))
         means[others] = np.mean([lengths.mean() for _, lengths in history])
     assert means[0] > 3 > 1 > means[4000]
 
@@ -291,20 +288,6 @@ def test_few_rows_of_many_probe_and_others_the_next_time():
     assert all(len(rows) == PROBING for rows in probes) and not set(probes[0]) & set(probes[1])
 
 
-def test_a_failing_row_that_ends_last_keeps_its_drafts():
-    """What does not pay by tokens a second pays for a row that everybody waits for."""
-    schedule = load_schedule(4)
-    mean = np.full((4, 4), 0.8)
-    mean[3] = 0.3 ** np.arange(1, 5)
-    plan = Plan([0, 1, 2, 3], 4, 4, theta=8.0, costs=Costs(*(schedule.table.seconds(k, 4, 128) for k in KINDS[:3])))
-    ahead, behind = np.array([90, 90, 90, 5]), np.array([90, 90, 90, 90])
-    plan.costs.draft[:] += 5
-    assert schedule._without_losers(plan, mean, ahead, 128, 1.0) == [0, 1, 2]
-    assert schedule._without_losers(plan, mean, behind, 128, 1.0) == [0, 1, 2, 3]
-    schedule.estimates.expected[3] = 9.0
-    assert schedule._without_losers(plan, mean, behind, 128, 1.0) == [0, 1, 2]
-
-
 def test_rows_that_did_not_draft_verify_nothing_where_the_host_runs_ahead():
     schedule = load_schedule(3, ahead=True)
     confidence, rooms = torch.full((3, 2), 0.9), torch.full((3,), 9)
@@ -313,11 +296,10 @@ def test_rows_that_did_not_draft_verify_nothing_where_the_host_runs_ahead():
 
 
 def test_drafting_does_not_begin_where_reading_the_prompt_costs_more():
-    table = table_of(4)
-    table.start[:] = 1000.0
+    costs = FixedCosts(4, reading=1000.0)
     rooms = [40] * 4
-    assert load_schedule(4, table=table).plan(rooms, 128, Load(4, 0)).rows
-    assert not load_schedule(4, table=table).plan(rooms, 128, Load(4, 0), waiting=128).rows
+    assert load_schedule(4, costs=costs).plan(rooms, 128, Load(4, 0)).rows
+    assert not load_schedule(4, costs=costs).plan(rooms, 128, Load(4, 0), waiting=128).rows
 
 
 def test_drafting_comes_back_when_drafts_succeed_again():
@@ -329,9 +311,9 @@ def test_drafting_comes_back_when_drafts_succeed_again():
 
 
 def test_one_failing_row_rests_while_the_others_draft():
-    table = table_of(4)
-    table.draft *= np.array(table.rows)[:, None] ** 0.5
-    history = simulate(load_schedule(8, table=table), [4] * 7 + [0], 200)[50:]
+    costs = FixedCosts(4)
+    costs.draft = lambda rows, context, waiting=0: rows**0.5 * FixedCosts.draft(costs, rows, context)
+    history = simulate(load_schedule(8, costs=costs), [4] * 7 + [0], 200)[50:]
     drafts = [7 in plan.rows for plan, _ in history]
     assert 1 <= sum(drafts) < 0.3 * len(drafts), "it should be tried now and then"
     assert all(set(range(7)) <= set(plan.rows) for plan, _ in history if plan.rows)
@@ -352,19 +334,6 @@ def test_running_ahead_ranks_by_this_round_within_the_budget():
     confidence = torch.tensor([[0.95, 0.9, 0.9], [0.5, 0.9, 0.9]], dtype=torch.float64)
     assert schedule.choose_ahead(plan, confidence, torch.tensor([9, 9])).tolist() == [3, 0]
     assert schedule.choose_ahead(plan, confidence, torch.tensor([1, 9])).tolist()[0] == 1
-
-
-def test_the_end_of_a_batch():
-    """Drafts that rush most rows ahead and leave one behind do not end a batch sooner."""
-    counts, seconds = np.array([1, 4]), np.array([[1.0, 1.0], [1.6, 1.6], [1.7, 1.7]])
-    even, uneven = np.full((4, 2), 0.8), np.full((4, 2), 0.95)
-    uneven[0] = 0.05
-    remaining = np.full(4, 100)
-    ends = seconds_to_end(remaining, even, 0.0, counts, seconds)
-    assert ends.argmin() == 2 and ends[0] == pytest.approx(100, rel=0.1)
-    assert seconds_to_end(remaining, uneven, 0.0, counts, seconds).argmin() == 0
-    # Rows that end early anyway leave less to wait for.
-    assert (seconds_to_end(remaining, even, 0.02, counts, seconds) < ends).all()
 
 
 # -- The switch ------------------------------------------------------------------------------------------------------
@@ -444,23 +413,6 @@ def test_statistics_of_a_schedule(pair, drafting_pays):
     assert stats.schedule_seconds > 0
 
 
-@pytest.mark.parametrize("undrafted, length", [(0.98, 2), (0.94, 0)])
-def test_drafting_begins_where_neither_is_clearly_better(monkeypatch, undrafted, length):
-    """With the shortest of the lengths that are about as good as the best."""
-    ends = np.array([undrafted, 1.1, 1.005, 1.0, 1.1])
-    monkeypatch.setattr(scheduler, "seconds_to_end", lambda *args: ends.copy())
-    assert load_schedule(4).plan([40] * 4, 128, Load(4, 0)).length == length
-
-
-@pytest.mark.parametrize("undrafted, length", [(0.98, 0), (1.01, 2)])
-def test_after_a_rest_drafting_begins_again_only_where_it_is_better(monkeypatch, undrafted, length):
-    ends = np.array([undrafted, 1.1, 1.005, 1.0, 1.1])
-    monkeypatch.setattr(scheduler, "seconds_to_end", lambda *args: ends.copy())
-    schedule = load_schedule(4)
-    schedule.situation = Load(5, 0)
-    assert schedule.plan([40] * 4, 128, Load(4, 0)).length == length
-
-
 def test_what_is_known_of_positions_is_kept_while_they_are_not_drafted():
     shared = Experience.fresh(3)
     shared.learn(np.array([100, 80, 60]), np.array([80, 60, 20]), np.array([80.0, 60.0, 20.0]))
@@ -470,17 +422,54 @@ def test_what_is_known_of_positions_is_kept_while_they_are_not_drafted():
     assert shared.confidence[2] == last and shared.confidence[0] == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize(
-    "present, seconds, length",
-    [
-        (0, [1.2, 1.009, 1.0, 1.1], 2),  # of equals the shortest
-        (2, [1.2, 1.02, 1.0, 1.1], 2),  # which is kept while a longer one is hardly better
-        (2, [1.2, 1.04, 1.0, 1.1], 3),
-        (4, [1.2, 1.04, 1.0, 1.005], 3),  # a shorter one is taken at once
-    ],
-)
-def test_lengths_change_down_at_once_and_up_where_it_pays(present, seconds, length):
+@pytest.mark.parametrize("present, expected", [(None, 3), (2, 2), (1, 3), (4, 3)])
+def test_another_length_must_be_clearly_better(present, expected):
     schedule = load_schedule(2)
-    if present:
-        schedule.last = Plan([0, 1], present, present)
-    assert schedule._length(np.array(seconds)) == length
+    schedule.length = present
+    thetas = np.array([0.8, 0.9, 1.0 / SWITCH + 0.001, 1.0, 0.9])
+    assert schedule._settled(thetas) == expected
+
+
+class Unsure(FixedCosts):
+    """Drafts of 3 are said to be dear, which nobody knows."""
+
+    def draft(self, rows, context, waiting=0):
+        return super().draft(rows, context) + np.array([0, 0, 0.75, 0.9])
+
+    def unsure(self, rows, context):
+        return np.array([0.0, 0.0, 0.0, 0.4, 0.4])
+
+
+def test_a_length_that_may_be_better_is_tried_now_and_then_for_a_few_rounds():
+    history = simulate(load_schedule(1, costs=Unsure(4), ahead=True), [4], 400)
+    lengths = [plan.length for plan, _ in history]
+    assert set(lengths) == {2, 3} and lengths.count(3) < len(lengths) / TRY_EVERY
+    runs = [len(list(run)) for length, run in itertools.groupby(lengths) if length == 3]
+    assert set(runs) <= {TRY_FOR, TRY_FOR + 1}
+
+
+def test_a_length_that_is_known_is_not_tried():
+    costs = Unsure(4)
+    costs.unsure = lambda rows, context: np.zeros(5)
+    history = simulate(load_schedule(1, costs=costs, ahead=True), [4], 200)
+    assert {plan.length for plan, _ in history[1:]} == {2}
+
+
+def test_before_anything_is_known_of_the_device_nothing_is_drafted():
+    costs = CostModel(4, 0.3, "cpu")
+    schedule = load_schedule(1, costs=costs)
+    assert not schedule.plan([40], 20, Load(1, 0)).rows
+    schedule.observe(Step(0, 0, 0, 1, 1, False, 20), Load(1, 0), 0.0, 0.01)
+    assert costs.pace == pytest.approx(0.01, rel=0.05) and schedule.plan([40], 21, Load(1, 0)).rows
+
+
+def test_rounds_beside_others_say_only_how_fast_the_device_is():
+    costs = CostModel(4, 0.3, "cpu")
+    schedule = load_schedule(1, costs=costs)
+    step = Step(0, 0, 0, 1, 1, False, 20)
+    schedule.observe(step, Load(1, 5), 0.0, 0.01)
+    pace = costs.pace
+    schedule.observe(step, Load(1, 5), 0.0, 0.04)
+    assert costs.pace == pace
+    schedule.observe(step, Load(1, 0), 0.0, 0.04)
+    assert costs.pace > pace

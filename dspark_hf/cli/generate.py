@@ -8,7 +8,7 @@ import typer
 from transformers import TextStreamer
 
 from ..evaluation.prompts import encode, sampling
-from .common import Dtype, Head, MaxNewTokens, Model, app, errors, load, say
+from .common import Dtype, Head, MaxNewTokens, Model, app, load, say
 
 
 @app.command()
@@ -28,7 +28,6 @@ def generate(
     kwargs = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True} | sampling(temperature)
     if not no_draft:
         kwargs["assistant_model"] = draft_head
-        _measure_step_times(target, draft_head)
     if not as_json:
         kwargs["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     started = time.perf_counter()
@@ -44,12 +43,3 @@ def generate(
     summary = f"{len(new)} tokens in {seconds:.2f} s: {len(new) / seconds:.1f} tokens/s"
     rounds = "without a draft head" if no_draft else f"tau {tau:.2f} tokens a round, {output.dspark.rounds} rounds"
     say(f"{summary}, {rounds}", style="dim")
-
-
-def _measure_step_times(target, head) -> None:
-    """What the first call with a pair would do, out of the time that is reported."""
-    from ..generation.step_times import prepare
-
-    if head.generation_config.num_assistant_tokens_schedule != "constant":
-        with errors.status("measuring step times, once for a pair on a device"):
-            prepare(target, head, 1)

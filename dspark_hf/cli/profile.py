@@ -1,11 +1,13 @@
-"""Step times of this machine."""
+"""Step costs on this machine."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import Dtype, Head, Model, app, console, load, output_file, say, show, write_json
+from .common import Dtype, Head, Model, app, load, output_file, progress, say, show, write_json
+
+NEW_TOKENS = 48
 
 
 @app.command()
@@ -13,28 +15,43 @@ def profile(
     model: Model = None,
     head: Head = None,
     rows: Annotated[int, typer.Option(min=1, help="Largest batch to look at.")] = 32,
-    again: Annotated[bool, typer.Option("--again", help="Measure anew instead of showing what is stored.")] = False,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the longest row.")] = 256,
+    again: Annotated[bool, typer.Option("--again", help="Learn more, even where something is stored.")] = False,
     plot: Annotated[Path | None, output_file("--plot", help="Picture of the step times, such as profile.png.")] = None,
     json_file: Annotated[Path | None, output_file("--json", help="Also write the times to this file.")] = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Show what a step costs on this machine, which is what the load schedule goes by; measured if it is not stored."""
-    from ..evaluation import profile as shown
+    """Show what a step costs on this machine, which is what the load schedule goes by. Generation learns it; where
+    nothing is stored yet, a few prompts are answered first."""
+    from ..evaluation import profile as known
     from ..evaluation.plots import check_picture
-    from ..generation.step_times import forget, prepare
+    from ..evaluation.prompts import DEFAULT_PROMPTS, encode
+    from ..generation import experience
     from ..generation.target import Target
 
     if plot is not None:
         check_picture(plot)
-    target, draft_head, _ = load(model, head, dtype)
-    if again:
-        forget(Target(target, draft_head.config.target_layer_ids), draft_head)
-    with console.status("measuring what is not stored"):
-        table = prepare(target, draft_head, rows)
-    for part in shown.as_tables(table):
+    target, draft_head, tokenizer = load(model, head, dtype)
+    runner = Target(target, draft_head.config.target_layer_ids)
+    costs = experience.costs_of(draft_head, runner)
+    sizes = sorted({1 << i for i in range(0, rows.bit_length(), 2)} | {rows})
+    if costs.pace is None or again:
+        draft_head.generation_config.num_assistant_tokens_schedule = "load"
+        with progress("answering prompts") as report:
+            for size in sizes:
+                report(f"{size} at a time")
+                prompts = [DEFAULT_PROMPTS[i % len(DEFAULT_PROMPTS)] for i in range(size)]
+                batch = encode(prompts, tokenizer, target.device)
+                target.generate(**batch, assistant_model=draft_head, max_new_tokens=NEW_TOKENS, do_sample=False)
+        experience.store(draft_head, runner, at_once=True)
+    times = known.times(costs, sizes, context)
+    for part in known.as_tables(times, sizes, context):
         show(part)
-    say(f"{table.identity['device']}, {target.dtype}, stored in {table.path}", style="dim")
+    identity = experience.identity_of(target, draft_head, runner.device)
+    path = str(experience.path_of(identity))
+    say(f"{identity['device']}, {target.dtype}, stored in {path}", style="dim")
     if plot is not None:
-        shown.plot(table, plot)
+        known.plot(times, sizes, plot)
     if json_file is not None:
-        write_json(json_file, shown.as_json(table))
+        content = {kind: values.tolist() for kind, values in times.items()}
+        write_json(json_file, {"identity": identity, "path": path, "rows": sizes, "context": context} | content)

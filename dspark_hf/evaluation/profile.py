@@ -1,52 +1,59 @@
-"""The step times of a pair as a table and a picture."""
+"""What steps of a pair cost, as far as generation has learnt: tables and a picture."""
 
 from pathlib import Path
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
-from ..scheduling.cost import KINDS, CostTable
+from ..scheduling.cost import CostModel
 from .plots import import_pyplot, save
 
 TITLES = {
-    "verify": "verify: tokens a row",
-    "packed": "verify, packed: mean tokens a row",
-    "draft": "draft: positions",
-    "start": "first draft, of a position",
+    "verify": "verify, ms by tokens a row",
+    "packed": "verify, packed, ms by mean tokens a row",
+    "draft": "draft, ms by positions",
+    "unsure": "standard deviation of a round, % by drafts a row",
 }
 
 
-def as_tables(table: CostTable) -> list[Table]:
-    """Milliseconds a step, a table a kind of step and context."""
+def times(costs: CostModel, rows: list[int], context: int) -> dict[str, np.ndarray]:
+    """[rows, sizes] seconds of every kind of step, and how unsure a round of 0, 1, .. drafts is, as a share of it."""
+    kinds = {
+        "verify": costs.verify,
+        "packed": lambda rows, context: costs.verify(rows, context, packed=True),
+        "draft": costs.draft,
+        "unsure": costs.unsure,
+    }
+    return {kind: np.stack([of(n, context) for n in rows]) for kind, of in kinds.items()}
+
+
+def as_tables(known: dict[str, np.ndarray], rows: list[int], context: int) -> list[Table]:
+    """A table a kind of step."""
     tables = []
-    for kind in KINDS:
-        for context, times in zip(table.contexts, getattr(table, kind), strict=True):
-            shown = Table(title=f"{TITLES[kind]}, context {context}, ms", box=box.SIMPLE_HEAD)
-            for column in ("rows", *map(str, range(1, times.shape[1] + 1))):
-                shown.add_column(column, justify="right")
-            for rows, line in zip(table.rows, times, strict=True):
-                shown.add_row(str(rows), *(f"{1000 * seconds:.2f}" for seconds in line))
-            tables.append(shown)
+    for kind, values in known.items():
+        shown = Table(title=f"{TITLES[kind]}, context {context}", box=box.SIMPLE_HEAD)
+        first = 0 if kind == "unsure" else 1
+        for column in ("rows", *map(str, range(first, first + values.shape[1]))):
+            shown.add_column(column, justify="right")
+        for n, line in zip(rows, values, strict=True):
+            cells = (f"{100 * value:.0f}" if kind == "unsure" else f"{1000 * value:.2f}" for value in line)
+            shown.add_row(str(n), *cells)
+        tables.append(shown)
     return tables
 
 
-def as_json(table: CostTable) -> dict:
-    """The table as machines read it, in seconds."""
-    times = {kind: getattr(table, kind).tolist() for kind in KINDS}
-    return {"identity": table.identity, "path": str(table.path), "contexts": table.contexts, "rows": table.rows} | times
-
-
-def plot(table: CostTable, path: Path) -> None:
-    """Step time against tokens in the step, a line for each number of rows, at the shortest context."""
-    kinds = [kind for kind in KINDS if kind != "start"]
+def plot(known: dict[str, np.ndarray], rows: list[int], path: Path) -> None:
+    """Step time against tokens in the step, a line for each number of rows."""
+    kinds = [kind for kind in known if kind != "unsure"]
     figure, axes = import_pyplot().subplots(1, len(kinds), figsize=(4.5 * len(kinds), 3.5), sharey=True)
     for axis, kind in zip(axes, kinds, strict=True):
-        for rows, line in zip(table.rows, getattr(table, kind)[0], strict=True):
-            tokens = [rows * size for size in range(1, len(line) + 1)]
-            axis.plot(tokens, [1000 * seconds for seconds in line], marker=".", label=f"{rows} rows")
+        for n, line in zip(rows, known[kind], strict=True):
+            tokens = [n * size for size in range(1, len(line) + 1)]
+            axis.plot(tokens, 1000 * line, marker=".", label=f"{n} rows")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_title(TITLES[kind].split(":")[0])
+        axis.set_title(kind)
         axis.set_xlabel("tokens in the step" if kind != "draft" else "positions drafted, of all rows")
     axes[0].set_ylabel("ms")
     axes[-1].legend(fontsize="small")

@@ -5,7 +5,6 @@ anchor, is not yet in the target's cache. The host waits for the device once a r
 """
 
 import itertools
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,17 +13,18 @@ import numpy as np
 import torch
 from dspark_kernels import INVALID
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.stopping_criteria import MaxTimeCriteria
 
 from ..modeling_dspark import DraftBlock, DSparkHead, GoesOn
 from ..scheduling.estimates import corrected
 from ..scheduling.load import Call, in_flight
 from ..scheduling.plan import Plan, Step
+from ..scheduling.scheduler import LoadSchedule
 from .acceptance import Verdict, accept_greedy, accept_sampled
 from .batch import Row, Streaming, read_rows
 from .cache import on_device
 from .compatibility import check_inputs, check_positions, check_prompt
 from .drafting import Drafter
+from .experience import scheduler_for, store
 from .lockstep import Lockstep, is_needed
 from .outputs import Recorder
 from .packing import Packing
@@ -33,12 +33,8 @@ from .processors import BlockProcessors, Prefixes
 from .ranks import Ranks, any_busy
 from .releases import CACHE
 from .stats import DSparkGenerateOutput, DSparkStats, Stopwatch
-from .step_times import scheduler_for, store
 from .stopping import Stopping
 from .target import Target, TargetPass
-
-# Of so many rounds the times of one say enough.
-TIMED = 10
 
 
 @torch.no_grad()
@@ -66,7 +62,6 @@ def generate(
         [`DSparkGenerateOutput`] around them.
     """
     options = check_inputs(model_kwargs)
-    began = time.time()
     rounds = Rounds(
         model,
         assistant_model,
@@ -81,14 +76,10 @@ def generate(
         options=options,
         synced=synced_gpus,
     )
-    for criterion in stopping_criteria:
-        if type(criterion) is MaxTimeCriteria:
-            # It counts decoding, not the measuring of step times.
-            criterion.initial_timestamp += time.time() - began
     with in_flight(rounds.target.device, len(input_ids)) as rounds.call:
         sequences = rounds.run()
-    if rounds.ranks.leads:
-        store(rounds.scheduler)
+    if rounds.ranks.leads and isinstance(rounds.scheduler, LoadSchedule):
+        store(assistant_model, rounds.target)
     cache = rounds.past.store(rounds.all_rows, rounds.target.config, assistant_model)
     if not generation_config.return_dict_in_generate:
         return sequences
@@ -334,9 +325,9 @@ class Rounds:
         """Which rows draft, and how many positions."""
         times = self.stopwatch.collect()
         load = self.call.load(self.drafter.head.load_sensor)
-        if self.step is not None and self.ranks.leads and load.others == 0 and self.stats.rounds % TIMED == 1:
+        if self.step is not None and self.ranks.leads:
             deciding = times.get("draft", 0.0) + times.get("schedule", 0.0)
-            self.scheduler.observe(self.step, deciding, times["verify"] + times.get("other", 0.0))
+            self.scheduler.observe(self.step, load, deciding, times["verify"] + times.get("other", 0.0))
         self.stats.load.append(load.total)
         self.rooms = self._rooms()
         waiting = self._waiting(range(len(self.rows)))
@@ -481,9 +472,6 @@ class Rounds:
                 self._record(r, row, len(kept), logits)
             row.committed += kept
             row.ended = ended
-            if ended:
-                shared = self.scheduler.estimates.shared
-                shared.learn_end(len(row.committed), row.length == self.stopping.max_length)
         if self.streaming is not None:
             self.streaming.put()
         active = [r for r, (_, ended) in enumerate(stops) if not ended]

@@ -13,8 +13,6 @@ from .algorithm import survival as survival_of
 PRIOR = 4.0
 # Evidence fades: half of it is forgotten after this many tested drafts of all rows; in eight rounds of a row.
 POOL_HALF_LIFE, ROW_FADE = 512.0, 0.5 ** (1 / 8)
-# The same in tokens, for how often texts end.
-END_HALF_LIFE = 4096.0
 # A head without a confidence head, before anything is known of it.
 FIRST_GUESS = 0.7
 LEAST_CERTAIN, MOST_CERTAIN = 0.001, 0.99
@@ -29,7 +27,7 @@ class Experience:
     tested[k], accepted[k]: drafts at position k that were verified after all before them were accepted, and those of
     them that were accepted. expected[k]: the sum of their confidences. last_rate: accepted of the tested drafts of the
     last round that had any. patience: rounds to wait before drafting is tried again where it does not pay; rested: how
-    many have gone by. ends, tokens: rows that ended before their length limit, and tokens committed by all rows.
+    many have gone by.
     """
 
     tested: np.ndarray
@@ -38,8 +36,6 @@ class Experience:
     patience: int = 1
     rested: int = 0
     last_rate: float = 0.0
-    ends: float = 1.0
-    tokens: float = 512.0
 
     @classmethod
     def fresh(cls, block_size: int) -> "Experience":
@@ -59,17 +55,6 @@ class Experience:
     def correction(self) -> float:
         """Accepted drafts over those that the confidence promised."""
         return (self.accepted.sum() + PRIOR) / (self.expected.sum() + PRIOR)
-
-    @property
-    def hazard(self) -> float:
-        """Probability that a token ends its row."""
-        return self.ends / self.tokens
-
-    def learn_end(self, tokens: int, at_limit: bool) -> None:
-        """Add a row that has ended with so many new tokens."""
-        fade = 0.5 ** (tokens / END_HALF_LIFE)
-        self.ends = fade * self.ends + (not at_limit)
-        self.tokens = fade * self.tokens + tokens
 
     def learn(self, tested: np.ndarray, accepted: np.ndarray, expected: np.ndarray) -> None:
         """Add a round: counts of the drafted positions, and sums of their tested confidences.

@@ -7,8 +7,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of this round's possible steps. verify, packed: [block + 1] for 1, 2, .. tokens a row, evenly and
-    unevenly spread. draft: [block] for 1, 2, .. positions, by all rows."""
+    """Seconds of this round's possible steps.
+
+    verify, packed: [block + 1] for 1, 2, .. tokens a row, evenly and unevenly spread. draft: [block] for 1, 2, ..
+    positions, by all rows.
+    """
 
     verify: np.ndarray
     packed: np.ndarray

@@ -11,38 +11,26 @@ import numpy as np
 import torch
 
 from .algorithm import admit, at_size, best_length, cut, smoothed
-from .cost import CostTable
+from .cost import CostModel
 from .estimates import LEAST_CERTAIN, MOST_CERTAIN, Experience, RowEstimates
-from .horizon import seconds_to_end
 from .load import Load
 from .plan import NO_DRAFT, Costs, Plan, Step
 from .settings import Settings
 
 # Rounds without a draft before a call, or a row among others that draft, is tried again, at most.
 MOST_PATIENCE, ROW_PATIENCE = 256, 8
-# What deciding in the middle of a draft, and packing, have to bring to be worth their own cost.
-STOPPING_PAYS, PACKING_PAYS = 1.08, 1.15
-# How much sooner than without drafts a batch must be expected to end for drafting to begin with a call, to go on, and
-# to begin again after a rest; and how much sooner than with the present length for a longer one to be tried. To go to
-# and fro costs more than either, and what drafts cost is only seen while they are made: where neither is clearly
-# better, a call goes on as it began, with drafts.
-BEGIN_AT, GO_ON_AT, BEGIN_AGAIN_AT, LENGTHEN_AT = 0.96, 0.93, 1.0, 1.03
-# Of lengths about as good as the best the shortest is taken. In a batch rows differ by more than is known of them, and
-# the one that it ends with is mostly one for which longer drafts do little; for a single row it is what wastes least.
-AS_GOOD = 1.01
-# A row whose drafts have kept less than this share of what their confidence promised does not draft even to end with
-# the others; a promise is so many tokens.
-HOPELESS, PROMISE = 0.05, 6.0
+# How much better than the present plan another must be: to go to and fro costs something too.
+SWITCH = 1.02
+# What deciding in the middle of a draft has to bring to be worth its own cost.
+STOPPING_PAYS = 1.08
 # Rows that try whether drafts have come to be worth their cost; each has all its context to read first.
 PROBING = 1
-POWERS = [1 << i for i in range(16)]
 # Confidence that is worth less than this share of what it says.
 DISTRUSTED = 0.7
 # Rounds that a plan is used for: at first, and at most, as one that is found right again lasts twice as long.
 PLAN_LASTS, PLAN_LASTS_AT_MOST = 6, 16
-# Where drafts bring less than this, one plan in so many does without: what a step costs is only known of steps that are
-# taken.
-LOOK_EVERY, LOOKS_LIKE = 12, 1.08
+# One plan in so many tries a length beside the best for so many rounds, where what it costs is less sure than this.
+TRY_EVERY, TRY_FOR, UNSURE = 4, 2, 0.04
 
 
 class ConstantSchedule:
@@ -92,7 +80,7 @@ class ConstantSchedule:
         corrections = corrections.to(confidence.device, confidence.dtype, non_blocking=True)
         return (confidence * corrections[:, None]).clamp(LEAST_CERTAIN, MOST_CERTAIN).cumprod(dim=1)
 
-    def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
+    def observe(self, step: Step, load: Load, draft_seconds: float, step_seconds: float) -> None:
         """Learn from the times of a round: its draft, and everything behind it."""
 
     def keep(self, rows: list[int]) -> None:
@@ -118,9 +106,10 @@ class LoadSchedule(ConstantSchedule):
     """Weighs expected tokens against step times.
 
     Args:
-        table: step times of the pair on this device. greedy: whether decoding is, so that any schedule is lossless.
-        packs: whether rows of different lengths can be verified in one pass without padding. runs_ahead: whether the
-            host queues work for the device without waiting, so that this round's confidences come too late.
+        costs: what steps of the pair cost on this device. greedy: whether decoding is, so that any schedule is
+            lossless. packs: whether rows of different lengths can be verified in one pass without padding. runs_ahead:
+            whether the host queues work for the device without waiting, so that this round's confidences come too
+            late.
     """
 
     def __init__(
@@ -128,22 +117,24 @@ class LoadSchedule(ConstantSchedule):
         settings: Settings,
         shared: Experience,
         rows: int,
-        table: CostTable,
+        costs: CostModel,
         greedy: bool,
         packs: bool,
         runs_ahead: bool,
     ):
         super().__init__(settings, shared, rows)
-        self.table, self.greedy, self.packs, self.runs_ahead = table, greedy, packs, runs_ahead
+        self.costs, self.greedy, self.packs, self.runs_ahead = costs, greedy, packs, runs_ahead
+        # Rounds that each row had gone without a draft when the last plan was made.
         self.idle = np.zeros(rows, dtype=int)
         # The last plan, the load it was made for, in how many rounds it has been used, and for how many it is good.
-        # idle: rounds that each row had gone without a draft then.
         self.last, self.situation, self.age, self.lasts = NO_DRAFT, None, 0, PLAN_LASTS
-        self.plans = 0
+        # Drafts a row that were found best last, whatever was tried since; before the first time `None`.
+        self.length: int | None = None
+        self.plans = self.rounds = 0
 
     def plan(self, rooms, context, load, waiting=0):
         limit = min(max(rooms), self.settings.most)
-        if limit <= 0:
+        if limit <= 0 or self.costs.pace is None:
             return NO_DRAFT
         self.age += 1
         if not self.last.rows:
@@ -176,6 +167,8 @@ class LoadSchedule(ConstantSchedule):
             shared.rested = 0
         confirmed = (plan.rows, plan.length) == (self.last.rows, self.last.length)
         self.lasts = min(2 * self.lasts, PLAN_LASTS_AT_MOST) if confirmed else PLAN_LASTS
+        if plan.length != self.length:
+            self.lasts = TRY_FOR
         self.last, self.situation, self.age = plan, load, 0
 
     def walk(self, plan):
@@ -228,111 +221,89 @@ class LoadSchedule(ConstantSchedule):
         drafting = set(self.last.rows)
         self.last = replace(self.last, rows=[i for i, row in enumerate(rows) if row in drafting])
 
-    def observe(self, step, draft_seconds, step_seconds):
-        if step.waiting:
-            self.table.observe("start", step.drafting, step.waiting, 1, draft_seconds)
-        elif step.drafted:
-            self.table.observe("draft", step.drafting, step.context, step.drafted, draft_seconds)
-        kind = "packed" if step.packed else "verify"
-        self.table.observe(kind, step.rows, step.context, step.tokens / step.rows, step_seconds)
+    def observe(self, step, load, draft_seconds, step_seconds):
+        self.rounds += 1
+        # The rows of others slow a round down that says nothing of their number; but it is better than nothing.
+        if not self.costs.wants(self.rounds) or (load.others and self.costs.pace is not None):
+            return
+        self.costs.learn_verify(step.rows, step.tokens, step.context, step.packed, step_seconds)
+        if step.drafted:
+            self.costs.learn_draft(step.drafting, step.drafted, step.context, step.waiting, draft_seconds)
 
     # -- Searching ----------------------------------------------------------------------------------------------
 
     def _best(self, rooms: np.ndarray, context: int, load: Load, waiting: int) -> Plan:
         """The plan that earlier rounds suggest."""
-        rows, busy = len(rooms), load.total / len(rooms)
-        costs = Costs(*(self.table.seconds(kind, load.total, context) for kind in ("verify", "packed", "draft")))
+        rows, total, model = len(rooms), load.total, self.costs
+        draft, packed = model.draft(total, context), model.verify(total, context, packed=True)
+        costs = Costs(model.verify(total, context), packed, draft)
         allowed = np.arange(self.estimates.recent.shape[2]) < np.minimum(rooms, self.settings.most)[:, None]
         worth = self.estimates.recent * allowed
         if self.settings.threshold is not None:
             worth = worth * (worth >= self.settings.threshold)
-        if rows == 1:
-            return self._of_one(worth[:, 0], costs)
-        mean = self.estimates.mean * allowed
-        length = self._first_to_end(rooms, mean, context, busy, waiting)
+        # [limit + 1], of a round of 0, 1, .. drafts a row.
+        sizes = min(rooms.max(), self.settings.most) + 1
+        tokens = rows + np.concatenate(([0.0], worth.sum(axis=1).mean(axis=0).cumsum()))[:sizes]
+        seconds = (costs.verify + np.concatenate(([0.0], draft)))[:sizes]
+        if waiting:
+            # What the head has to read first is paid once, and is shared by the rounds to the end of the call.
+            reading = model.draft(total, context, waiting)[0] - draft[0]
+            seconds[1:] += reading * tokens[1:] / (rows * (rooms.max() + 1))
+        thetas = tokens / seconds
+        self.length = self._settled(thetas)
+        # Without drafts a new plan is rare.
+        tries = self.length == 0 or self.plans % TRY_EVERY == 0
+        length = self._tried(thetas, model.unsure(total, context)) if tries else self.length
         if length == 0:
             return NO_DRAFT
-        everybody, packed = list(range(rows)), False
-        columns = rows + worth[:, :, :length].sum(axis=(1, 2)).mean()
-        theta, budget = columns / (costs.draft[length - 1] + costs.verify[length]), length * rows
-        if self.packs:
-            best, its_length, count = best_length(worth, rows, costs.draft, costs.packed, 1 / rows)
-            if best > PACKING_PAYS * theta:
-                theta, length, budget, packed = best, its_length, round(count), True
-        plan = Plan(everybody, length, length, packed, budget, theta, costs=costs)
-        return replace(plan, rows=self._without_losers(plan, mean, rooms, context, busy))
+        plan = Plan(list(range(rows)), length, length, budget=length * rows, theta=thetas[length], costs=costs)
+        if rows == 1:
+            return plan if self.runs_ahead else self._stopping_early(plan, worth[:, 0])
+        if self.packs and not waiting:
+            theta, its_length, count = best_length(worth, rows, draft, packed, 1 / rows)
+            if theta > SWITCH * plan.theta:
+                plan = replace(plan, length=its_length, most=its_length, packed=True, budget=round(count), theta=theta)
+                self.length = its_length
+        return replace(plan, rows=self._without_losers(plan, allowed, context, total / rows))
 
-    def _first_to_end(self, rooms: np.ndarray, survival: np.ndarray, context: int, busy: float, waiting: int) -> int:
-        """Drafts to verify of each row, for the batch to end soonest; see `horizon`."""
-        counts = [n for n in POWERS if n < len(rooms)] + [len(rooms)]
-        verify, draft = ([self.table.seconds(kind, n * busy, context) for n in counts] for kind in ("verify", "draft"))
-        seconds = np.stack(verify, axis=1)
-        seconds[1:] += np.stack(draft, axis=1)
-        ends = seconds_to_end(rooms + 1, survival, self.estimates.shared.hazard, np.array(counts), seconds)
-        if waiting:
-            ends[1:] += self.table.catching_up(len(rooms) * busy, waiting)
-        best = self._length(ends[1:])
-        if ends[0] < self._pays_at * ends[best]:
-            return 0
+    def _settled(self, thetas: np.ndarray) -> int:
+        """Drafts a row of the highest theta [G + 1], or as many as before where that is about as good."""
         self.plans += 1
-        looks = self.plans % LOOK_EVERY == 0 and ends[0] < LOOKS_LIKE * ends[best]
-        return 0 if looks else best
+        best = int(thetas.argmax())
+        present = best if self.length is None else min(self.length, len(thetas) - 1)
+        return best if thetas[best] > SWITCH * thetas[present] else present
 
-    def _length(self, seconds: np.ndarray) -> int:
-        """The drafts to make where 1, 2, .. G of them take so many `seconds` [G] for the same."""
-        best = 1 + int((seconds <= AS_GOOD * seconds.min()).argmax())
-        present = self.last.length
-        stays = self._drafts and present < best and seconds[present - 1] < LENGTHEN_AT * seconds[best - 1]
-        return present if stays else best
+    def _tried(self, thetas: np.ndarray, unsure: np.ndarray) -> int:
+        """A number of drafts that may be better than the best known, as it was hardly tried; else the best."""
+        near = {0, self.length - 1, self.length + 1} - {self.length}
+        hoped = {n: thetas[n] * (1 + unsure[n]) for n in near if 0 <= n < len(thetas) and unsure[n] > UNSURE}
+        most = max(hoped, key=hoped.get, default=self.length)
+        return most if hoped.get(most, 0.0) > thetas[self.length] else self.length
 
-    @property
-    def _drafts(self) -> bool:
-        """Whether the last plan was to draft, and not only to see how drafts fare."""
-        return bool(self.last.rows) and not self.last.probe
+    def _stopping_early(self, plan: Plan, worth: np.ndarray) -> Plan:
+        """The plan of a single row, drafted position by position as long as that pays, where that brings more than all
+        of its positions would have in rounds with drafts of survival [H, G]."""
+        walk = _walk(plan.costs)
+        price = plan.theta * np.diff(walk)
+        taken = np.logical_and.accumulate((worth > price) & (worth > 0), axis=1)
+        theta = (1 + (worth * taken).sum(axis=1)).mean() / walk[taken.sum(axis=1)].mean()
+        if theta < STOPPING_PAYS * plan.theta:
+            return plan
+        most = int(worth.any(axis=0).sum())
+        return replace(plan, most=max(most, plan.length), theta=theta, walk=walk.tolist())
 
-    @property
-    def _pays_at(self) -> float:
-        """How much sooner than without drafts a batch must end with them."""
-        if self._drafts:
-            return GO_ON_AT
-        return BEGIN_AT if self.situation is None else BEGIN_AGAIN_AT
-
-    def _of_one(self, worth: np.ndarray, costs: Costs) -> Plan:
-        """The plan of about the highest Theta for a single row, whose survival [H, G] is a sample of what is to come;
-        no draft where that is as good."""
-        rates = (1 + worth.mean(axis=0).cumsum()) / (costs.draft + costs.verify[1:])
-        length = self._length(1 / rates)
-        theta = rates[length - 1]
-        plan = Plan([0], length, length, budget=length, theta=theta, costs=costs)
-        if not self.runs_ahead:
-            walk = _walk(costs)
-            # What stopping early would have brought in the rounds of the sample.
-            price = theta * np.diff(walk)
-            taken = np.logical_and.accumulate((worth > price) & (worth > 0), axis=1)
-            stopping = (1 + (worth * taken).sum(axis=1)).mean() / walk[taken.sum(axis=1)].mean()
-            if stopping > STOPPING_PAYS * theta:
-                most = int(worth.any(axis=0).sum())
-                plan = replace(plan, most=max(most, length), theta=stopping, walk=walk.tolist())
-        return plan if plan.theta > 1 / costs.verify[0] else NO_DRAFT
-
-    def _without_losers(self, plan: Plan, mean: np.ndarray, rooms: np.ndarray, context: int, busy: float) -> list[int]:
-        """The rows of the plan whose drafts bring more than drafting them costs, those that would end after all others
-        without drafts and are not hopeless, and those that have rested for long.
+    def _without_losers(self, plan: Plan, allowed: np.ndarray, context: int, busy: float) -> list[int]:
+        """The rows of the plan whose drafts bring more than drafting them costs, and those that have rested for long.
 
         Args:
-            mean: [R, G], survival of the drafts of all rows in earlier rounds.
+            allowed: [R, G], drafts for which there is room. busy: rows on the device for each of this call.
         """
         rows = np.array(plan.rows)
-        if len(rows) == 1:
-            return plan.rows
         fewer = len(rows) // 2
-        seconds = plan.costs.draft - self.table.seconds("draft", fewer * busy, context)
+        seconds = plan.costs.draft - self.costs.draft(fewer * busy, context)
         price = plan.theta * seconds[plan.length - 1] / (len(rows) - fewer)
-        value = mean[rows, : plan.length].sum(axis=1)
-        promised, kept = self.estimates.expected[rows], self.estimates.accepted[rows]
-        hopeless = (promised > PROMISE) & (kept < HOPELESS * promised)
-        late = (rooms[rows] + 1 > ((rooms[rows] + 1) / (1 + value)).max()) & ~hopeless
-        kept = rows[(value > price) | late | (self.idle[rows] >= ROW_PATIENCE)]
+        value = (self.estimates.mean * allowed)[:, : plan.length].sum(axis=1)
+        kept = rows[(value > price) | (self.idle >= ROW_PATIENCE)]
         return kept.tolist() or plan.rows
 
 

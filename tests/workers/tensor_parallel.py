@@ -14,18 +14,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-# Imported first: it gives each process a cache folder of its own, in which step times differ as clocks do.
-from conftest import table_of  # noqa: I001
+# Imported first: it gives each process a cache folder of its own.
+from conftest import FixedCosts  # noqa: I001
 
 import torch
 import torch.distributed as dist
 from test_targets import NEW_TOKENS, bigram_head, prompts
 from transformers import AutoModelForCausalLM
 
-from dspark_hf.scheduling.cost import identity_of
+from dspark_hf.generation import experience
 
-# The process that knows step times. By those of the first drafts pay; those of the second are not asked, but measured.
-KNOWS = {"load": 0, "load, measured": 1}
+# The process that is told step costs under which drafts pay. Where that is the second it is not asked, and the first
+# learns its own.
+KNOWS = {"load": 0, "load, learnt": 1}
 # A process that waits for another for ever shows where, and ends.
 SECONDS = 400
 
@@ -36,11 +37,11 @@ def main(folder: str, schedule: str, results: str) -> None:
     # One as released heads are, with tables of its own, and one that drafts through the target's.
     borrows = schedule != "constant"
     head = bigram_head(target, text, borrow_embeddings=borrows, borrow_lm_head=borrows)
-    head.generation_config.num_assistant_tokens_schedule = schedule.removesuffix(", measured")
+    head.generation_config.num_assistant_tokens_schedule = schedule.removesuffix(", learnt")
     rank = dist.get_rank()
     if rank == KNOWS.get(schedule):
-        # Under these times drafting pays.
-        table_of(head.config.gamma, identity=identity_of(target, head, target.device)).save()
+        costs = FixedCosts(head.config.gamma)
+        experience.costs_of = lambda head, target: costs
     cases = [(rows, sample) for rows in (1, 3) for sample in (False, True)]
     outcomes = {f"{rows}, {sample}": outcome(target, head, rows, sample) for rows, sample in cases}
     Path(results, f"{rank}.json").write_text(json.dumps(outcomes))
