@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     for size in map(int, args.batch_sizes.split(",")):
         batches = [encode((prompts * 2)[i * size :][:size], tokenizer, target.device) for i in range(BATCHES)]
         for name, head in heads(target, getattr(torch, args.dtype)).items():
-            # The first calls measure step times, and learn what the head is worth.
+            # The first calls learn what steps cost, and what the head is worth.
             for _ in range(3):
                 seconds_of(target, batches[0], args.tokens, assistant_model=head)
             plain, ours = 0.0, 0.0

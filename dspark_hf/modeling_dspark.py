@@ -80,7 +80,7 @@ class DSparkHead(PreTrainedModel):
 
     How many tokens are drafted is set, as for any assistant of transformers, on `head.generation_config`:
     `num_assistant_tokens` is the most (`config.gamma` at first); `num_assistant_tokens_schedule` is `"load"`, which
-    weighs the tokens that a draft may bring against measured step times and the load of the device, or `"constant"`;
+    weighs the tokens that a draft may bring against what steps cost and the load of the device, or `"constant"`;
     `assistant_confidence_threshold`, when set, keeps drafts that survive with a lower probability from verification.
     `load_sensor` may be set to a [`~scheduling.load.LoadSensor`].
 

@@ -1,3 +1,3 @@
-"""The version of this package, that of pyproject.toml."""
+"""The version of this package, which pyproject.toml reads from here."""
 
 __version__ = "0.1.0"

@@ -31,6 +31,10 @@ from dspark_hf.scheduling.plan import NO_DRAFT, Plan
 from dspark_hf.scheduling.scheduler import ConstantSchedule
 from dspark_hf.scheduling.settings import Settings
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Workers side by side share the cores.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 HERE = Path(__file__).parent
 FIXTURES = HERE / "fixtures"
 GSM8K_SAMPLE = HERE / "data" / "gsm8k_test_24.jsonl"

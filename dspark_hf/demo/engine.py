@@ -271,7 +271,7 @@ class Engine:
             emit(gr.Error(f"{type(error).__name__}: {error}", title="The model failed", print_exception=False))
 
     def _measured_step(self) -> float:
-        """Seconds of a plain step. The first call also has the step times of the schedule measured."""
+        """Seconds of a plain step. Before it is measured the schedule learns what the head is worth."""
         if self._plain_step is None:
             ids, count = self.own_prompt(WARM_UP), min(MEASURED_TOKENS, self.most_new_tokens)
             options = {"max_new_tokens": count, "do_sample": False}

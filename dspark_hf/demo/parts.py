@@ -14,7 +14,7 @@ MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "mi
 FREE = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
-WAITING = "Waiting for the model. Right after the start it measures step times of this machine, which takes a while."
+WAITING = "Waiting for the model. Right after the start it measures a plain step on this machine, which takes a while."
 
 
 def figures(values: dict[str, str]) -> str:

@@ -252,7 +252,7 @@ def _measure(
     clock: Callable[[], float],
 ) -> tuple[dict[str, Runs], bool]:
     """The runs of a cell, and whether its time ended, on the clock, before it was done."""
-    # To warm up: step times are measured, and what a head is worth is learned.
+    # To warm up, and for the schedule to learn what steps cost and what a head is worth.
     run_turn(cell, cell.batches[0])
     runs: dict[str, Runs] = {method: [[] for _ in cell.batches] for method in cell.methods}
     waiting, turns = deque(range(len(cell.batches))), 0

@@ -20,7 +20,7 @@ from ..scheduling.settings import DRAFT_SETTINGS
 from ..version import __version__
 from . import attention, loop, packing
 from .candidate_generator import DSparkCandidateGenerator
-from .compatibility import check_mode, check_pair, reason_for_plain
+from .compatibility import check_inputs, check_mode, check_pair, reason_for_plain
 from .releases import RELIED_ON, TESTED, differences
 
 logger = logging.get_logger(__name__)
@@ -94,6 +94,7 @@ def _wrap_decoding(stock):
         if not isinstance(kwargs.get("assistant_model"), DSparkHead) or _stock_loop.get():
             return stock(self, input_ids, *args, **kwargs)
         inputs = {name: value for name, value in kwargs.items() if name not in METHOD_ARGUMENTS}
+        check_inputs(inputs)
         reason = reason_for_plain(self, input_ids, inputs)
         if reason is None:
             return loop.generate(self, input_ids, *args, **kwargs)

@@ -16,6 +16,8 @@ from .packing import current_pass
 
 def growing_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The rotary embeddings of a model whose frequencies follow the length of the text."""
+    if not any(map(_grows, _configured_types(model))):
+        return []
     return [module for module in model.modules() if any(map(_grows, _rope_types(module)))]
 
 
@@ -24,7 +26,7 @@ def rereads_at(model: PreTrainedModel) -> int | None:
     in their `prepare_inputs_for_generation`; `None` for all others."""
     if type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
         return None
-    if not any("longrope" in _rope_types(module) for module in model.modules()):
+    if "longrope" not in _configured_types(model):
         return None
     return getattr(model.config, "original_max_position_embeddings", None)
 
@@ -77,6 +79,13 @@ def _effective(module: torch.nn.Module, others: dict, lengths: torch.Tensor) -> 
         border = parameters["original_max_position_embeddings"]
         return lengths.clamp(border, border + 1)
     return lengths.clamp(min=module.original_max_seq_len)
+
+
+def _configured_types(model: PreTrainedModel) -> set[str]:
+    """Kinds of rotary embedding that its config names, for all layers or for each kind of them."""
+    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    return {part["rope_type"] for part in parts if "rope_type" in part}
 
 
 def _rope_types(module: torch.nn.Module) -> list[str]:
