@@ -12,6 +12,9 @@ RELEASE_TESTS := $(patsubst %,tests/test_%.py,\
 oldest := transformers==$(shell sed -n 's/.*"transformers>=\(.*\)".*/\1/p' pyproject.toml) huggingface_hub==1.33.0
 newest := --upgrade transformers
 
+# A worker a core, up to eight; the tests of a file stay together.
+PYTEST := python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
 .PHONY: demo-generate test test-oldest test-newest lint embedded-pair clean
 
 demo-generate: $(VENV)/installed
@@ -22,13 +25,13 @@ demo-generate: $(VENV)/installed
 	@$(BIN)/dspark-hf bench --batch-sizes 1,4 --dtype float32
 
 test: $(VENV)/installed-for-tests lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/$(PYTEST)
 
 test-oldest test-newest: test-%: $(VENV)-%/layered
 	$(VENV)-$*/bin/python -m pip install --quiet $($*)
 	$(VENV)-$*/bin/python -m pip check
 	@$(VENV)-$*/bin/python -m pip list 2>/dev/null | grep '^transformers '
-	HF_HUB_OFFLINE=1 $(VENV)-$*/bin/python -m pytest $(RELEASE_TESTS)
+	HF_HUB_OFFLINE=1 $(VENV)-$*/bin/$(PYTEST) $(RELEASE_TESTS)
 
 lint: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .

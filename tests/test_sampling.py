@@ -16,7 +16,7 @@ from transformers import (
 
 from dspark_hf.generation import experience, loop
 
-VOCABULARY, TOKENS, DRAWS, ROWS = 16, 3, 8_000, 500
+VOCABULARY, TOKENS, DRAWS, ROWS = 16, 3, 15_000, 500
 PROMPTS = ([1, 5, 9, 2], [7, 7, 3], [12, 4, 8, 11, 6, 2])
 
 SETTINGS = {
