@@ -202,7 +202,8 @@ def pair_of(name: str):
 @contextmanager
 def forced(tau: float, parts: dict[str, list]):
     """Acceptance of `tau` tokens a round on average, whatever was drafted; and events around the parts of a round."""
-    from dspark_hf.generation import drafting, loop
+    from dspark_hf.generation import drafting
+    from dspark_hf.generation import round as steps
     from dspark_hf.modeling_dspark import DSparkHead
 
     def timed(name, call):
@@ -216,7 +217,7 @@ def forced(tau: float, parts: dict[str, list]):
 
         return run
 
-    real = timed("acceptance", loop.accept_greedy)
+    real = timed("acceptance", steps.accept_greedy)
     rounds = 0
 
     def accept(logits, drafts, lengths):
@@ -224,17 +225,17 @@ def forced(tau: float, parts: dict[str, list]):
         verdict = real(logits, drafts, lengths)
         rounds += 1
         wanted = int(rounds * (tau - 1)) - int((rounds - 1) * (tau - 1))
-        return loop.Verdict(lengths.clamp(max=wanted), verdict.next_tokens)
+        return steps.Verdict(lengths.clamp(max=wanted), verdict.next_tokens)
 
-    before = loop.accept_greedy, drafting.Drafter._hidden, DSparkHead.sample_block, loop.Rounds.verify
-    loop.accept_greedy = accept
+    before = steps.accept_greedy, drafting.Drafter._hidden, DSparkHead.sample_block, steps.verify
+    steps.accept_greedy = accept
     drafting.Drafter._hidden = timed("draft backbone", before[1])
     DSparkHead.sample_block = timed("sequential head", before[2])
-    loop.Rounds.verify = timed("verify", before[3])
+    steps.verify = timed("verify", before[3])
     try:
         yield
     finally:
-        loop.accept_greedy, drafting.Drafter._hidden, DSparkHead.sample_block, loop.Rounds.verify = before
+        steps.accept_greedy, drafting.Drafter._hidden, DSparkHead.sample_block, steps.verify = before
 
 
 def time_rounds(console: Console, tokens: int = 96) -> list[dict]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
 
 from dspark_hf import DSparkConfig, DSparkHead
-from dspark_hf.generation import experience, loop
+from dspark_hf.generation import experience, generate
 from dspark_hf.generation.drafting import Drafter
 from dspark_hf.generation.experience import experience_of
 from dspark_hf.generation.processors import BlockProcessors
@@ -247,7 +247,7 @@ class ShuffledSchedule(ConstantSchedule):
 @pytest.fixture
 def shuffled(monkeypatch):
     """Generation with a head runs with a `ShuffledSchedule`."""
-    monkeypatch.setattr(loop, "scheduler_for", shuffled_scheduler)
+    monkeypatch.setattr(generate, "scheduler_for", shuffled_scheduler)
 
 
 class FixedCosts:
@@ -279,7 +279,7 @@ def drafting_pays(monkeypatch):
     monkeypatch.setattr(experience, "costs_of", lambda head, target: FixedCosts(head.config.gamma))
 
 
-def shuffled_scheduler(target, drafter, rows, config, runs_ahead, synced):
+def shuffled_scheduler(target, drafter, rows, config, synced):
     head = drafter.head
     settings = Settings.read(head.generation_config, head.config.gamma, config)
     return ShuffledSchedule(settings, experience_of(head, target.model), rows, target.packs)

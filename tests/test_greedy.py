@@ -115,7 +115,7 @@ def test_streamer_gets_the_tokens_of_every_round(vanilla):
     )
     prompt_put, first, *rounds = recorder.puts
     assert prompt_put == prompt["input_ids"] and len(first) == 1 and recorder.ended
-    assert [len(put) for put in rounds] == output.dspark.accepted_lengths[0]
+    assert [len(put) for put in rounds] == output.dspark.committed_lengths[0]
     assert sum(recorder.puts, []) == output.sequences[0].tolist()
 
 
@@ -140,15 +140,15 @@ def test_statistics_add_up(vanilla):
         input_ids=ids, assistant_model=head, max_new_tokens=40, do_sample=False, return_dict_in_generate=True
     )
     stats = output.dspark
-    for row, lengths in enumerate(stats.accepted_lengths):
+    for row, lengths in enumerate(stats.committed_lengths):
         new = [token for token in output.sequences[row, 5:].tolist() if token != target.config.pad_token_id]
         # The first token is the prefill's and belongs to no round.
         assert sum(lengths) + 1 == len(new)
         assert stats.accepted[row] + len(lengths) == sum(lengths)
         assert stats.accepted[row] <= stats.verified[row] <= stats.drafted[row]
-    assert stats.rounds == max(map(len, stats.accepted_lengths))
+    assert stats.rounds == max(map(len, stats.committed_lengths))
     assert sum(stats.accepted_at) == sum(stats.accepted) and sum(stats.drafted_at) == sum(stats.drafted)
     assert stats.verified_at == sorted(stats.verified_at, reverse=True)
-    rounds = sum(map(len, stats.accepted_lengths))
-    assert stats.tau == pytest.approx(sum(map(sum, stats.accepted_lengths)) / rounds)
+    rounds = sum(map(len, stats.committed_lengths))
+    assert stats.tau == pytest.approx(sum(map(sum, stats.committed_lengths)) / rounds)
     assert min(stats.prefill_seconds, stats.draft_seconds, stats.verify_seconds, stats.other_seconds) > 0

@@ -133,7 +133,7 @@ def test_fresh_head_borrows_and_round_trips(tmp_path):
         target.generate(input_ids=ids, assistant_model=h, max_new_tokens=12, return_dict_in_generate=True)
         for h in (head, again)
     ]
-    assert outputs[0].dspark.accepted_lengths == outputs[1].dspark.accepted_lengths
+    assert outputs[0].dspark.committed_lengths == outputs[1].dspark.committed_lengths
 
 
 def test_from_target_defaults():

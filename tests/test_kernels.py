@@ -8,7 +8,8 @@ from dspark_kernels import dispatch
 from test_sampling import PROMPTS, SETTINGS, TOKENS, draw, exact_distribution, p_value
 from transformers import LogitsProcessorList
 
-from dspark_hf.generation import attention, loop
+from dspark_hf.generation import attention, experience
+from dspark_hf.generation import round as rounds
 from dspark_hf.generation.processors import BlockProcessors
 
 
@@ -44,7 +45,7 @@ def greedy(target, **kwargs):
 @pytest.mark.parametrize("ahead", [False, True])
 def test_greedy_tokens_are_plain_generates(pair, launches, monkeypatch, ahead):
     target, head = pair
-    monkeypatch.setattr(loop, "runs_ahead", lambda device: ahead)
+    monkeypatch.setattr(experience, "runs_ahead", lambda device: ahead)
     assert torch.equal(greedy(target, assistant_model=head), greedy(target))
     assert {"verify", "sequential"} <= set(launches)
 
@@ -129,12 +130,13 @@ def test_logits_that_are_no_distribution_are_an_error(pair, where, request, monk
     target, head = pair
     if where == "kernels":
         request.getfixturevalue("launches")
-    verify = loop.Rounds.verify
+    verify = rounds.verify
 
     def spoilt(*args):
-        logits, drafts = verify(*args)
-        return logits.fill_(float("nan")), drafts
+        passed, drafts = verify(*args)
+        passed.logits.fill_(float("nan"))
+        return passed, drafts
 
-    monkeypatch.setattr(loop.Rounds, "verify", spoilt)
+    monkeypatch.setattr(rounds, "verify", spoilt)
     with pytest.raises(ValueError, match="row 0 of the batch hold NaN"):
         greedy(target, assistant_model=head)

@@ -48,7 +48,7 @@ def test_rounds_of_every_prompt(parts):
             return_dict_in_generate=True,
         )
         assert output.sequences[0, : len(prompt["generate_ids"])].tolist() == prompt["generate_ids"]
-        assert output.dspark.accepted_lengths[0][: len(expected)] == expected
+        assert output.dspark.committed_lengths[0][: len(expected)] == expected
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -88,7 +88,7 @@ def test_rounds_in_one_batch(parts):
         new = prompt["generate_ids"][len(prompt["input_ids"]) :]
         assert output.sequences[row, longest:].tolist()[: len(new)] == new
         expected = prompt["acceptance_lengths"]
-        assert output.dspark.accepted_lengths[row][: len(expected)] == expected
+        assert output.dspark.committed_lengths[row][: len(expected)] == expected
 
 
 def test_drafts_are_accepted_as_by_the_reference(recorded):
@@ -139,7 +139,7 @@ def check_rounds(target, head, prompt, expected, features):
         anchor = torch.tensor([prompt["generate_ids"][start]])
         assert anchor.item() == expected["anchor_id"][r]
         drafter.remember(features[:, seen:start], [start - seen])
-        hidden = drafter._hidden(anchor, None)
+        hidden = drafter._hidden(anchor, None, *drafter._take(None))
         seen = start
         close(hidden[0], expected["hidden"][r])
         predictions = hidden[:, -head.config.gamma :]

@@ -61,7 +61,7 @@ def test_the_head_remembers_what_it_knew(vanilla):
     cache = first[CACHE]
     ours = target.generate(input_ids=longer, **{CACHE: cache}, max_new_tokens=30, assistant_model=head, **GREEDY)
     assert torch.equal(ours.sequences, afresh.sequences)
-    assert ours.dspark.accepted_lengths == afresh.dspark.accepted_lengths
+    assert ours.dspark.committed_lengths == afresh.dspark.committed_lengths
 
 
 def test_a_given_cache_is_brought_up_to_date(pair):

@@ -23,7 +23,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from dspark_hf.generation import experience, loop
+from dspark_hf.generation import experience, generate
 
 VOCABULARY = 24
 SIZES = {
@@ -93,7 +93,7 @@ def load(head):
 
 @contextmanager
 def shuffled(head):
-    with mock.patch.object(loop, "scheduler_for", shuffled_scheduler):
+    with mock.patch.object(generate, "scheduler_for", shuffled_scheduler):
         yield
 
 
@@ -104,7 +104,7 @@ def load_that_pays(head, ahead=False):
     with (
         load(head),
         mock.patch.object(experience, "costs_of", lambda *args: costs),
-        mock.patch.object(loop, "runs_ahead", lambda device: ahead),
+        mock.patch.object(experience, "runs_ahead", lambda device: ahead),
     ):
         yield
 

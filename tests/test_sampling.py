@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dspark_hf.generation import experience, loop
+from dspark_hf.generation import experience
 
 VOCABULARY, TOKENS, DRAWS, ROWS = 16, 3, 15_000, 500
 PROMPTS = ([1, 5, 9, 2], [7, 7, 3], [12, 4, 8, 11, 6, 2])
@@ -105,7 +105,7 @@ def test_a_schedule_that_changes(pair, setting, shuffled):
 @pytest.mark.parametrize("ahead", [False, True])
 def test_the_load_schedule(pair, ahead, monkeypatch):
     """Lengths from this round's confidence with the early stop, or from earlier rounds' and ranked by this one's."""
-    monkeypatch.setattr(loop, "runs_ahead", lambda device: ahead)
+    monkeypatch.setattr(experience, "runs_ahead", lambda device: ahead)
     # Two drafts of three are rejected here: they pay only where they cost next to nothing.
     costs = FixedCosts(4, verify=0.01)
     costs.draft = lambda rows, context, waiting=0: 0.05 * FixedCosts.draft(costs, rows, context)

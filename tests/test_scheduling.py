@@ -403,11 +403,11 @@ def test_statistics_of_a_schedule(pair, drafting_pays):
     stats = lengths_of(pair, max_new_tokens=120)
     assert len(stats.load) == stats.rounds and set(stats.load) <= {1, 2, 3}
     for row in range(3):
-        lists = (stats.accepted_lengths, stats.verified_lengths, stats.expected_lengths, stats.confidence)
+        lists = (stats.committed_lengths, stats.verified_lengths, stats.expected_lengths, stats.confidence)
         assert len({len(values[row]) for values in lists}) == 1
         assert [len(c) for c in stats.confidence[row]] == stats.drafted_lengths[row]
         assert [len(tokens) for tokens in stats.draft_tokens[row]] == stats.drafted_lengths[row]
-    rounds_of_rows = sum(map(len, stats.accepted_lengths))
+    rounds_of_rows = sum(map(len, stats.committed_lengths))
     expected = sum(map(sum, stats.expected_lengths)) / rounds_of_rows
     assert expected == pytest.approx(stats.tau, rel=0.25)
     assert stats.schedule_seconds > 0

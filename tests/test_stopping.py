@@ -163,7 +163,7 @@ def test_what_was_accepted_behind_the_end_leaves_no_trace(vanilla):
         output_scores=True,
     )
     assert output.sequences[0].tolist() == prompt["generate_ids"][: ids.shape[1] + end]
-    assert output.dspark.accepted_lengths[0] == [*lengths[:r], 3]
+    assert output.dspark.committed_lengths[0] == [*lengths[:r], 3]
     assert sum(output.dspark.accepted) == sum(lengths[:r]) - r + 3
     assert len(output.scores) == end
     assert output[CACHE].get_seq_length() == ids.shape[1] + end - 1

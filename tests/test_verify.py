@@ -25,8 +25,10 @@ from dspark_hf.evaluation.verify import (
     draw,
     verdict_of,
 )
-from dspark_hf.generation import loop
+from dspark_hf.generation import round as steps
 from dspark_hf.generation.acceptance import Verdict
+from dspark_hf.generation.processors import BlockProcessors
+from dspark_hf.generation.stopping import Stopping
 
 VOCABULARY, NEW_TOKENS = 32, 24
 PROMPTS = ["w1 w5 w9 w2", "w7 w7 w3", "w12 w4 w8 w11 w6 w2", "w20 w21", "w30 w1 w30"]
@@ -98,7 +100,7 @@ def test_limit(options):
 
 
 def test_accepting_every_draft_is_broken(options, monkeypatch):
-    monkeypatch.setattr(loop, "accept_greedy", accept_all)
+    monkeypatch.setattr(steps, "accept_greedy", accept_all)
     status, output, findings = verify(options, "--batch-size", "2")
     assert status == 1 and f"verdict: {BROKEN}" in output and findings["verdict"] == BROKEN
     assert [difference["prompt"] for difference in findings["differences"]] == [0, 1, 2, 3, 4]
@@ -109,7 +111,7 @@ def test_gaps_are_those_of_separate_forward_passes(pair, tokenizer, monkeypatch)
     """What the table says about a difference, from the definition: one unpadded pass a prompt."""
     target, _ = pair
     plain = [row.difference for row in audit(pair, tokenizer)]
-    monkeypatch.setattr(loop, "accept_greedy", accept_all)
+    monkeypatch.setattr(steps, "accept_greedy", accept_all)
     rows = audit(pair, tokenizer)
     assert plain == [None] * 5 and verdict_of(rows) == BROKEN
     for row in rows:
@@ -139,7 +141,7 @@ def test_near_ties(pair, options, monkeypatch, distance, verdict, status):
     with torch.no_grad():
         target.lm_head.weight[1::2] = target.lm_head.weight[::2] * (1 - distance)
     target.save_pretrained(options[1])
-    monkeypatch.setattr(loop, "accept_greedy", prefer_odd_twin)
+    monkeypatch.setattr(steps, "accept_greedy", prefer_odd_twin)
     found, output, findings = verify(options)
     assert found == status and f"verdict: {verdict}" in output and findings["verdict"] == verdict
     for d in findings["differences"]:
@@ -159,7 +161,7 @@ def test_a_later_error_is_broken_though_the_first_difference_is_a_tie(pair, toke
         verdict = prefer_odd_twin(logits, drafts, lengths)
         return verdict if len(rounds) < 4 else Verdict(verdict.accepted, logits[:, 0].argmin(-1))
 
-    monkeypatch.setattr(loop, "accept_greedy", tie_then_error)
+    monkeypatch.setattr(steps, "accept_greedy", tie_then_error)
     (row,) = list(audit_greedy(*pair, tokenizer, PROMPTS[:1], max_new_tokens=NEW_TOKENS))
     assert row.difference.gap == 0 < row.difference.worst_gap
     assert row.difference.worst_position > row.difference.position and verdict_of([row]) == BROKEN
@@ -181,7 +183,7 @@ def test_the_models_own_processors_count(pair, tokenizer, monkeypatch):
     target.generation_config.repetition_penalty = 1.5
     target.generation_config.suppress_tokens = [3, 4]
     assert verdict_of(audit(pair, tokenizer)) == IDENTICAL
-    monkeypatch.setattr(loop.BlockProcessors, "__call__", lambda self, logits, *_: logits)
+    monkeypatch.setattr(BlockProcessors, "__call__", lambda self, logits, *_: logits)
     rows = audit(pair, tokenizer)
     assert verdict_of(rows) == BROKEN
     # A forbidden token is infinitely far behind.
@@ -196,7 +198,7 @@ def test_a_wrong_end_is_broken(pair, options, monkeypatch, fault):
     target.generation_config.eos_token_id = eos
     target.save_pretrained(options[1])
     assert verify(options, "--batch-size", "1")[0] == 0
-    kept = loop.Stopping.kept
+    kept = Stopping.kept
 
     def wrongly(self, row, committed, device):
         if fault == "late":
@@ -205,7 +207,7 @@ def test_a_wrong_end_is_broken(pair, options, monkeypatch, fault):
         tokens, ended = kept(self, row, committed, device)
         return tokens, ended or row.length > 10
 
-    monkeypatch.setattr(loop.Stopping, "kept", wrongly)
+    monkeypatch.setattr(Stopping, "kept", wrongly)
     status, output, findings = verify(options, "--batch-size", "1")
     assert status == 1 and findings["verdict"] == BROKEN
     d = findings["differences"][0]
@@ -224,7 +226,7 @@ def test_sampling_is_consistent(options):
 
 
 def test_accepting_every_sampled_draft_is_broken(options, monkeypatch):
-    monkeypatch.setattr(loop, "accept_sampled", accept_all)
+    monkeypatch.setattr(steps, "accept_sampled", accept_all)
     status, output, findings = verify(options, "--sampling", "--batch-size", "100")
     assert status == 1 and f"verdict: {BROKEN}" in output and findings["p_value"] < 1e-6
 

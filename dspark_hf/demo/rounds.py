@@ -64,8 +64,8 @@ def story(tokens: list[int], stats: DSparkStats) -> Story:
         stats.draft_tokens[0],
         stats.confidence[0],
         stats.verified_lengths[0],
-        stats.kept_lengths[0],
         stats.accepted_lengths[0],
+        stats.committed_lengths[0],
         strict=True,
     ):
         place += committed

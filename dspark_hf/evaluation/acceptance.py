@@ -51,7 +51,7 @@ def record_of(
 ) -> Record:
     """The rounds of a row of a generation that went on for a block beyond `limit` tokens, so that its last round was
     not cut."""
-    accepted, kept = stats.accepted_lengths[row], stats.kept_lengths[row]
+    accepted, kept = stats.committed_lengths[row], stats.accepted_lengths[row]
     before = [0, *accumulate(accepted)]
     count = sum(committed < limit for committed in before[:-1])
     accepted, kept = accepted[:count], kept[:count]

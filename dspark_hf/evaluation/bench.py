@@ -366,7 +366,7 @@ def _compared(runs: Iterable[list[Run]]) -> tuple[np.ndarray, np.ndarray]:
 
 def _round_times(stats: list[DSparkStats]) -> dict[str, float]:
     rounds = sum(s.rounds for s in stats)
-    lengths = [length for s in stats for row in s.accepted_lengths for length in row]
+    lengths = [length for s in stats for row in s.committed_lengths for length in row]
     return {
         "tau": sum(lengths) / len(lengths),
         "verify_length": sum(sum(s.verified) for s in stats) / len(lengths),

@@ -94,8 +94,8 @@ def collect(
 def _blocks(stats) -> Blocks:
     """The whole blocks of a generation; the round in which a row ends may have been cut, and is left out."""
     confidence, kept = [], []
-    for row in range(len(stats.accepted_lengths)):
-        rounds = zip(stats.confidence[row], stats.kept_lengths[row], strict=True)
+    for row in range(len(stats.committed_lengths)):
+        rounds = zip(stats.confidence[row], stats.accepted_lengths[row], strict=True)
         whole = [(c, k) for c, k in list(rounds)[:-1] if len(c) == stats.block_size]
         confidence += [c for c, _ in whole]
         kept += [k for _, k in whole]

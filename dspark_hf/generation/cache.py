@@ -58,22 +58,20 @@ class Placement:
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one model layer: [R, heads, capacity, head_dim], allocated at the first write."""
+    """Keys and values of one model layer: [R, heads, capacity, head_dim], the first R of all slots; allocated at the
+    first write."""
 
     is_croppable = True
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int, slots: int):
         super().__init__()
-        self.rows = rows
+        self.rows, self.slots = rows, slots
         self.expected: int | None = None
         self.placement: Placement | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         capacity = _capacity_for(self.placement.view, self.expected)
-        self.keys, self.values = (
-            x.new_zeros(self.rows, x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)
-        )
-        self.is_initialized = True
+        self._hold(*(x.new_zeros(self.slots, x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -88,9 +86,8 @@ class SlotLayer(CacheLayerMixin):
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
             if placement.packing is not None:
                 index = placement.packing.index.to(device)
-                stored[index // placement.packing.width, :, placement.slots.to(device).flatten()[index]] = new[
-                    0
-                ].transpose(0, 1)
+                row = placement.lines.flatten().to(device)[index // placement.packing.width]
+                stored[row, :, placement.slots.flatten().to(device)[index]] = new[0].transpose(0, 1)
             elif placement.start is not None:
                 stored[:, :, placement.start : placement.start + new.shape[2]] = new
             else:
@@ -102,18 +99,30 @@ class SlotLayer(CacheLayerMixin):
         if view <= self.keys.shape[2]:
             return
         larger = _capacity_for(view, self.expected) - self.keys.shape[2]
-        self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, larger)) for x in (self.keys, self.values))
+        self._hold(*(torch.nn.functional.pad(x, (0, 0, 0, larger)) for x in self.whole))
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take over [R, heads, n, head_dim] as the first n slots."""
-        room = _capacity_for(max(keys.shape[2], 1), self.expected) - keys.shape[2]
-        self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, room)) for x in (keys, values))
-        self.is_initialized = True
+        """Take over [R, heads, n, head_dim] as the first n tokens of every row."""
+        room, free = _capacity_for(max(keys.shape[2], 1), self.expected) - keys.shape[2], self.slots - len(keys)
+        self._hold(*(torch.nn.functional.pad(x, (0, 0, 0, room, 0, 0, 0, free)) for x in (keys, values)))
 
     def keep(self, rows: list[int]) -> None:
-        self.rows = len(rows)
         if self.is_initialized:
-            self.keys, self.values = (moved(x, rows) for x in (self.keys, self.values))
+            for x in self.whole:
+                moved(x, rows)
+        self.resize(len(rows))
+
+    def resize(self, rows: int) -> None:
+        """Give the first `rows` slots to rows."""
+        self.rows = rows
+        if self.is_initialized:
+            self._hold(*self.whole)
+
+    def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take over [slots, heads, capacity, head_dim]."""
+        self.whole = keys, values
+        self.keys, self.values = keys[: self.rows], values[: self.rows]
+        self.is_initialized = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.placement.view, 0
@@ -138,26 +147,33 @@ class SlotCache(Cache):
 
     Args:
         num_layers: layers of the model that writes into it.
-        rows: sequences in the batch.
+        rows: sequences that it holds.
         device: where masks and slot indices are built.
+        slots: sequences that it has memory for; as many as rows by default.
 
     Attributes:
         lengths: committed tokens of every row; the only thing a commit or a rollback changes.
     """
 
-    def __init__(self, num_layers: int, rows: int, device: torch.device):
-        super().__init__(layers=[SlotLayer(rows) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, rows: int, device: torch.device, slots: int | None = None):
+        slots = rows if slots is None else slots
+        super().__init__(layers=[SlotLayer(rows, slots) for _ in range(num_layers)])
         self.lengths = [0] * rows
         self.device = device
-        self.lines = torch.arange(rows, device=device)[:, None]
+        self.lines = torch.arange(slots, device=device)[:, None]
 
     def expect(self, tokens: int) -> None:
         """Make room for so many tokens a row; more come in all the same, for the price of a copy."""
         for layer in self.layers:
             layer.expected = tokens
 
-    def place(self, count: int, packing: Packing | None = None) -> Placement:
-        """The next pass appends `count` tokens to every row, or those of them that are packed. Returns where."""
+    def place(self, count: int, packing: Packing | None = None, rows: list[int] | None = None) -> Placement:
+        """The next pass appends `count` tokens to every row, or to the given ones, or those of them that are packed.
+        Returns where."""
+        if rows is not None:
+            starts = [self.lengths[row] for row in rows]
+            slots = on_device(starts, self.device)[:, None] + torch.arange(count, device=self.device)
+            return self.place_at(slots, max(starts) + count, rows=on_device(rows, self.device), packing=packing)
         starts = self.lengths
         if len(set(starts)) == 1 and packing is None:
             row = torch.arange(starts[0], starts[0] + count, device=self.device)
@@ -174,9 +190,16 @@ class SlotCache(Cache):
             layer.placement = placement
         return placement
 
-    def commit(self, counts: list[int]) -> None:
-        """Make the first `counts[r]` tokens of the last pass part of row r."""
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+    def commit(self, counts: list[int], rows: list[int] | None = None) -> None:
+        """Make the first `counts[r]` tokens of the last pass part of row r, or of the given ones."""
+        for row, count in zip(range(len(self.lengths)) if rows is None else rows, counts, strict=True):
+            self.lengths[row] += count
+
+    def add(self, rows: int) -> None:
+        """Give so many further rows a slot, without tokens."""
+        self.lengths = self.lengths + [0] * rows
+        for layer in self.layers:
+            layer.resize(len(self.lengths))
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows, and move those kept; see `moved`."""

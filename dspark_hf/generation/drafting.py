@@ -17,17 +17,33 @@ class Drafter:
     Target states of committed tokens wait until their row drafts again, so that a row without drafts costs nothing.
     """
 
-    def __init__(self, head: DSparkHead, target: PreTrainedModel, rows: int):
+    def __init__(self, head: DSparkHead, target: PreTrainedModel, rows: int, slots: int | None = None):
         self.head = head
         self.tables = head.share_tables(target)
         self.device = head.fc.weight.device
-        self.cache = SlotCache(head.config.num_hidden_layers, rows, self.device)
+        self.cache = SlotCache(head.config.num_hidden_layers, rows, self.device, slots)
         # First token of every row that the head knows; those before came from a cache that was not ours.
         self.first = [0] * rows
         # What waits: pieces [R, C, m*d], of which row r has the first counts[r] of each.
         self.waiting: list[tuple[torch.Tensor, list[int]]] = []
         # Tokens of every row that wait.
         self.unread = [0] * rows
+
+    def add(self, rows: int) -> None:
+        """Make room for so many rows behind the others."""
+        self.first, self.unread = self.first + [0] * rows, self.unread + [0] * rows
+        self.cache.add(rows)
+        self.waiting = [
+            (torch.cat([own, own.new_zeros(rows, *own.shape[1:])]), known + [0] * rows) for own, known in self.waiting
+        ]
+
+    def read(self, rows: list[int], features: torch.Tensor, counts: list[int], anchors: torch.Tensor) -> None:
+        """Take target states of some rows into the cache at once, as those that wait do so for all rows alike.
+
+        Args:
+            features: [n, C, m*d], of each of the rows the first counts[i]. anchors: [n].
+        """
+        self._hidden(anchors.to(self.device), rows, features.to(self.device)[:, : max(counts)], counts)
 
     def remember(self, features: torch.Tensor, counts: list[int]) -> None:
         """Target states of the tokens that were committed last: features [R, C, m*d], of row r the first counts[r].
@@ -54,13 +70,13 @@ class Drafter:
         anchors = anchors.to(self.device)
         if rows is not None:
             anchors = anchors[on_device(rows, self.device)]
-        hidden = self._hidden(anchors, rows)
+        hidden = self._hidden(anchors, rows, *self._take(rows))
         return self.head.sample_block(hidden, anchors, self.tables, length, select, goes_on, most)
 
     def catch_up(self, anchors: torch.Tensor) -> None:
         """Take what waits into the cache without drafting, when it has become much."""
         if self.waiting and max(self.unread) - max(self.waiting[0][1]) > LONGEST_WAIT:
-            self._hidden(anchors.to(self.device), None)
+            self._hidden(anchors.to(self.device), None, *self._take(None))
 
     def unseen(self, row: int, count: int) -> torch.Tensor:
         """[count, m*d], the first target states of a row that wait."""
@@ -95,10 +111,12 @@ class Drafter:
         pieces = [(features[index], [own[row] for row in rows]) for features, own in pieces]
         return _joined(pieces, counts), counts
 
-    def _hidden(self, anchors: torch.Tensor, rows: list[int] | None) -> torch.Tensor:
-        """Backbone output [n, B, d]. Context goes to the slots behind each row's length, the block behind it; only
-        the context is committed, so the next draft overwrites the block."""
-        features, counts = self._take(rows)
+    def _hidden(
+        self, anchors: torch.Tensor, rows: list[int] | None, features: torch.Tensor, counts: list[int]
+    ) -> torch.Tensor:
+        """Backbone output [n, B, d] behind context features [n, C, m*d], of each row the first counts[r]. Context goes
+        to the slots behind each row's length, the block behind it; only the context is committed, so the next draft
+        overwrites the block."""
         size, width = self.head.config.block_size, features.shape[1]
         lines = range(len(self.first)) if rows is None else rows
         starts = [self.cache.lengths[row] for row in lines]
@@ -127,8 +145,7 @@ class Drafter:
             self._masks(slots, end, known),
             self.cache,
         )
-        committed = dict(zip(lines, counts, strict=True))
-        self.cache.commit([committed.get(row, 0) for row in range(len(self.first))])
+        self.cache.commit(counts, rows)
         return hidden
 
     def _masks(self, slots: torch.Tensor, end: torch.Tensor, known: torch.Tensor | None) -> dict[str, torch.Tensor]:

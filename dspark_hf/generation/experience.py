@@ -48,8 +48,13 @@ _kept: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, dict[tup
 _experiences: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, Experience]] = WeakKeyDictionary()
 
 
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host queues work for the device; it then does not wait to see a round's confidence."""
+    return device.type == "cuda"
+
+
 def scheduler_for(
-    target: Target, drafter: Drafter, rows: int, config: GenerationConfig, runs_ahead: bool, synced: bool = False
+    target: Target, drafter: Drafter, rows: int, config: GenerationConfig, synced: bool = False
 ) -> ConstantSchedule:
     """The scheduler that a call, or else the head's `generation_config`, asks for, or the one for processes that wait
     for each other.
@@ -57,15 +62,15 @@ def scheduler_for(
     Raises:
         ValueError: for settings that mean nothing to a DSpark head.
     """
-    head = drafter.head
+    head, ahead = drafter.head, runs_ahead(target.device)
     settings = Settings.read(head.generation_config, head.config.gamma, config)
     shared = experience_of(head, target.model)
     if synced:
-        return SyncedSchedule(settings, shared, rows)
+        return SyncedSchedule(settings, shared, rows, ahead)
     if settings.schedule == "constant":
-        return ConstantSchedule(settings, shared, rows)
+        return ConstantSchedule(settings, shared, rows, ahead)
     costs = costs_of(head, target)
-    return LoadSchedule(settings, shared, rows, costs, not config.do_sample, target.packs, runs_ahead)
+    return LoadSchedule(settings, shared, rows, costs, not config.do_sample, target.packs, ahead)
 
 
 def experience_of(head: DSparkHead, target: PreTrainedModel) -> Experience:

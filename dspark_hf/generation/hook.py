@@ -18,9 +18,10 @@ from ..modeling_dspark import DSparkHead
 from ..scheduling.load import in_flight
 from ..scheduling.settings import DRAFT_SETTINGS
 from ..version import __version__
-from . import attention, loop, packing
+from . import attention, packing
 from .candidate_generator import DSparkCandidateGenerator
 from .compatibility import check_inputs, check_mode, check_pair, reason_for_plain
+from .generate import generate
 from .releases import RELIED_ON, TESTED, differences
 
 logger = logging.get_logger(__name__)
@@ -97,7 +98,7 @@ def _wrap_decoding(stock):
         check_inputs(inputs)
         reason = reason_for_plain(self, input_ids, inputs)
         if reason is None:
-            return loop.generate(self, input_ids, *args, **kwargs)
+            return generate(self, input_ids, *args, **kwargs)
         logger.warning_once(f"Decoding without the DSpark head, as without `assistant_model`: {reason}.")
         plain = {name: value for name, value in kwargs.items() if name not in ASSISTANCE}
         return self._sample(input_ids, *args, **plain)

@@ -12,10 +12,10 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig
 
 from ..modeling_dspark import DSparkHead
-from .batch import Row
 from .cache import SlotCache
 from .drafting import Drafter
 from .releases import CACHE
+from .rows import Row
 
 States = list[tuple[torch.Tensor, torch.Tensor]]
 

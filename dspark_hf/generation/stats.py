@@ -13,21 +13,24 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 class DSparkStats:
     """Counts and times of one `generate` call.
 
-    The lists have an entry for every row in the order of the batch, and each of those one for every round of the row:
-    accepted_lengths: tokens committed, bonus included. drafted_lengths, verified_lengths: drafts made, and drafts
-    verified, the length that the scheduler chose. kept_lengths: drafts that became text. expected_lengths: tokens that
-    the scheduler expected to be committed. draft_tokens, confidence: the drafts made and the head's confidence in each,
-    lists with an entry for every draft of the round.
-    load[round]: rows decoded on the device, those of others included, as far as the scheduler knew.
+    The lists have an entry for every row in the order of the batch, and each of those one for every round of the row.
+
+    committed_lengths: tokens committed, bonus included.
+    accepted_lengths: drafts that became text.
+    drafted_lengths: drafts made.
+    verified_lengths: drafts verified, the length that the scheduler chose.
+    expected_lengths: tokens that the scheduler expected to be committed.
+    draft_tokens, confidence: the drafts made and the head's confidence in each, lists with an entry for every draft.
+    load: of every round of the batch the rows decoded on the device, those of others included, as far as known.
     prefill_seconds, draft_seconds, schedule_seconds, verify_seconds, other_seconds: wall time by part; other is
         acceptance, commit, streaming and stopping.
     """
 
     block_size: int
+    committed_lengths: list[list[int]]
     accepted_lengths: list[list[int]]
     drafted_lengths: list[list[int]]
     verified_lengths: list[list[int]]
-    kept_lengths: list[list[int]]
     expected_lengths: list[list[float]]
     draft_tokens: list[list[list[int]]]
     confidence: list[list[list[float]]]
@@ -50,7 +53,7 @@ class DSparkStats:
     @property
     def tau(self) -> float:
         """Mean tokens a round of a row, bonus included; 0 before the first round."""
-        return _mean(self.accepted_lengths)
+        return _mean(self.committed_lengths)
 
     @property
     def verify_length(self) -> float:
@@ -68,7 +71,7 @@ class DSparkStats:
 
     @property
     def accepted(self) -> list[int]:
-        return list(map(sum, self.kept_lengths))
+        return list(map(sum, self.accepted_lengths))
 
     @property
     def drafted_at(self) -> list[int]:
@@ -81,7 +84,7 @@ class DSparkStats:
 
     @property
     def accepted_at(self) -> list[int]:
-        return self._by_position(self.kept_lengths)
+        return self._by_position(self.accepted_lengths)
 
     def _by_position(self, lengths: list[list[int]]) -> list[int]:
         return [sum(length > k for row in lengths for length in row) for k in range(self.block_size)]
@@ -136,6 +139,11 @@ class Stopwatch:
             self._add(name, begin.elapsed_time(end) / 1000)
         last, self.last = self.last, {}
         return last
+
+    def totals(self) -> dict[str, float]:
+        """Seconds of every part since the start."""
+        self.collect(wait=True)
+        return self.seconds
 
     def _add(self, name: str, seconds: float) -> None:
         for sums in (self.seconds, self.last):

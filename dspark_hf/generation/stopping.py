@@ -9,7 +9,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from .batch import Row
+from .rows import Row
 
 
 class Stopping:

@@ -73,8 +73,8 @@ class Target:
         self.growing, self.rereads_at = growing_modules(model), rereads_at(model)
         self.positions = position_limit(self.config)
 
-    def new_cache(self, rows: int) -> SlotCache:
-        return SlotCache(self.config.num_hidden_layers, rows, self.device)
+    def new_cache(self, rows: int, slots: int | None = None) -> SlotCache:
+        return SlotCache(self.config.num_hidden_layers, rows, self.device, slots)
 
     @property
     def packs(self) -> bool:
@@ -89,14 +89,16 @@ class Target:
         cache: SlotCache,
         keep: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
+        rows: list[int] | None = None,
     ) -> TargetPass:
         """One pass that appends tokens [R, n] to every row, without committing them.
 
         Args:
             keep: indices into the n tokens whose logits are wanted; all when `None`.
             lengths: [R, n], see `packing.Pass`; only for targets that are `growing`.
+            rows: the R rows of the cache that take part when these are not all.
         """
-        placement = cache.place(tokens.shape[1])
+        placement = cache.place(tokens.shape[1], rows=rows)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
         with our_pass(placement.slots[:, 0], None, lengths):
             outputs = self._call(tokens, placement.slots, placement, cache, **kwargs)
@@ -116,13 +118,14 @@ class Target:
         packing: Packing,
         keep: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
+        rows: list[int] | None = None,
     ) -> TargetPass:
         """The same for the places of tokens [R, n] that are filled; logits and features of the others are zeros.
 
         Args:
             keep: [R], where the one token of each row lies among the filled places whose logits are wanted: [R, 1, V].
         """
-        placement = cache.place(tokens.shape[1], packing)
+        placement = cache.place(tokens.shape[1], packing, rows)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
         with our_pass(placement.slots[:, 0], packing, None if lengths is None else packing.pack(lengths)):
             outputs = self._call(packing.pack(tokens), packing.pack(placement.slots), placement, cache, **kwargs)

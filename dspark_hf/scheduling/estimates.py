@@ -118,6 +118,14 @@ class RowEstimates:
         pool = self.shared.correction
         self.corrections = pool * (self.accepted + PRIOR) / (pool * self.expected + PRIOR)
 
+    def add(self, rows: int) -> None:
+        """Take in so many rows behind the others."""
+        curves = np.tile(self.shared.curve, (rows, 1))
+        self.mean = np.concatenate([self.mean, curves])
+        self.recent = np.concatenate([self.recent, np.tile(curves, (len(self.recent), 1, 1))], axis=1)
+        self.expected, self.accepted = (np.append(x, np.zeros(rows)) for x in (self.expected, self.accepted))
+        self.corrections = np.append(self.corrections, np.full(rows, self.shared.correction))
+
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows."""
         self.recent, self.mean = self.recent[:, rows], self.mean[rows]

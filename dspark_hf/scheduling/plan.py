@@ -39,6 +39,10 @@ class Plan:
     costs: Costs | None = None
     walk: list[float] | None = None
 
+    def index(self, rows: int) -> list[int] | slice:
+        """The rows that draft, of so many, as an index; that of everybody copies nothing."""
+        return slice(None) if len(self.rows) == rows else self.rows
+
 
 NO_DRAFT = Plan([], 0, 0)
 

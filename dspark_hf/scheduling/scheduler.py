@@ -37,11 +37,12 @@ class ConstantSchedule:
     """Drafts and verifies the same number of positions every round, whatever the load.
 
     Args:
-        settings: of the head. shared: what is known of the pair. rows: of the call.
+        settings: of the head. shared: what is known of the pair. rows: of the call. runs_ahead: whether the host queues
+            work for the device without waiting, so that this round's confidences come too late.
     """
 
-    def __init__(self, settings: Settings, shared: Experience, rows: int):
-        self.settings = settings
+    def __init__(self, settings: Settings, shared: Experience, rows: int, runs_ahead: bool = False):
+        self.settings, self.runs_ahead = settings, runs_ahead
         self.estimates = RowEstimates(shared, rows)
 
     def plan(self, rooms: list[int], context: int, load: Load, waiting: int = 0) -> Plan:
@@ -83,6 +84,10 @@ class ConstantSchedule:
     def observe(self, step: Step, load: Load, draft_seconds: float, step_seconds: float) -> None:
         """Learn from the times of a round: its draft, and everything behind it."""
 
+    def add(self, rows: int) -> None:
+        """Take in so many rows behind the others."""
+        self.estimates.add(rows)
+
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows."""
         self.estimates.keep(rows)
@@ -107,9 +112,7 @@ class LoadSchedule(ConstantSchedule):
 
     Args:
         costs: what steps of the pair cost on this device. greedy: whether decoding is, so that any schedule is
-            lossless. packs: whether rows of different lengths can be verified in one pass without padding. runs_ahead:
-            whether the host queues work for the device without waiting, so that this round's confidences come too
-            late.
+            lossless. packs: whether rows of different lengths can be verified in one pass without padding.
     """
 
     def __init__(
@@ -122,8 +125,8 @@ class LoadSchedule(ConstantSchedule):
         packs: bool,
         runs_ahead: bool,
     ):
-        super().__init__(settings, shared, rows)
-        self.costs, self.greedy, self.packs, self.runs_ahead = costs, greedy, packs, runs_ahead
+        super().__init__(settings, shared, rows, runs_ahead)
+        self.costs, self.greedy, self.packs = costs, greedy, packs
         # Rounds that each row had gone without a draft when the last plan was made.
         self.idle = np.zeros(rows, dtype=int)
         # The last plan, the load it was made for, in how many rounds it has been used, and for how many it is good.
@@ -211,6 +214,10 @@ class LoadSchedule(ConstantSchedule):
         alive = self._survival_ahead(confidence) * drafted[:, None]
         positions = torch.arange(confidence.shape[1], device=rooms.device)
         return torch.minimum(cut(alive * (positions < most[:, None]), plan.budget), most)
+
+    def add(self, rows):
+        super().add(rows)
+        self.idle, self.lasts = np.append(self.idle, np.zeros(rows, dtype=int)), 0
 
     def keep(self, rows):
         super().keep(rows)

@@ -1,4 +1,4 @@
-"""The rows of a batch: what each was given, what it has committed, and where its tokens lie in plain's layout."""
+"""The host's side of rows: what each was given, what it has committed, and where its tokens lie in plain's layout."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,10 +14,15 @@ from .releases import CACHE
 class Row:
     """One sequence.
 
-    index: place in the batch. given: its `input_ids` as plain generate holds them, padding included. prompt: the
-    tokens of it that are neither padding nor cached. prompt_columns: columns of cached and prompt tokens in the layout
-    of plain generate (one column a token, padding included). cached: how many of them are cached. width: columns of
-    cache and prompt together. committed: new tokens so far. ended: whether there will be no more.
+    index: place in the batch.
+    given: its `input_ids` as plain generate holds them, padding included.
+    prompt: the tokens of it that are neither padding nor cached.
+    prompt_columns: columns of cached and prompt tokens in plain's layout (one column a token, padding included).
+    cached: how many of them are cached.
+    width: columns of cache and prompt together.
+    lag: how far its positions are behind those of the batch's longest row, column by column.
+    committed: new tokens so far.
+    ended: whether there will be no more.
     """
 
     index: int
@@ -26,6 +31,7 @@ class Row:
     prompt_columns: list[int]
     cached: int
     width: int
+    lag: int = 0
     committed: list[int] = field(default_factory=list)
     ended: bool = False
 
@@ -101,4 +107,7 @@ def read_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cach
                 f"{len(columns)}, of which {known} are in `{CACHE}` already."
             )
         rows.append(Row(index, given, [given[c - offset] for c in columns[known:]], columns, known, width))
+    longest = max(len(row.prompt_columns) for row in rows)
+    for row in rows:
+        row.lag = longest - len(row.prompt_columns)
     return rows

@@ -1,0 +1,355 @@
+"""The engine: a pair of target and head, slots for rows, and the rounds that decode them.
+
+Rows join between rounds, and leave as they end; their slots are free for others at once. `generate` is an engine whose
+rows all join at the start. Everything here is on the host; the steps of a round are in `round.py`.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from dspark_kernels import INVALID
+
+from ..modeling_dspark import DraftBlock, GoesOn
+from ..scheduling.load import Call, Load
+from ..scheduling.plan import Plan, Step
+from ..scheduling.scheduler import ConstantSchedule
+from . import round as rounds
+from .cache import on_device
+from .compatibility import check_prompt
+from .drafting import Drafter
+from .lockstep import Lockstep
+from .observers import CommittedRound, Observer
+from .past import Continuation
+from .processors import BlockProcessors, Prefixes
+from .ranks import Ranks
+from .round import HostRound, RoundState, VerifyLayout
+from .rows import Row
+from .stats import Stopwatch
+from .stopping import Stopping
+from .target import Target, TargetPass
+
+
+class Engine:
+    """Decodes rows, a round at a time.
+
+    Args:
+        target, drafter: the two models; the drafter with no rows yet.
+        scheduler: says what a round drafts and verifies.
+        processors, stopping: how tokens are chosen, and where rows end.
+        slots: rows that decode at once; others wait for a place.
+        lockstep: where processors or criteria must be called as plain decoding calls them.
+        past: the cache that a batch goes on from.
+        observers: see [`Observer`].
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        scheduler: ConstantSchedule,
+        processors: BlockProcessors,
+        stopping: Stopping,
+        slots: int,
+        lockstep: Lockstep | None = None,
+        past: Continuation | None = None,
+        observers: Sequence[Observer] = (),
+    ):
+        self.target, self.drafter, self.scheduler = target, drafter, scheduler
+        self.processors, self.stopping, self.lockstep = processors, stopping, lockstep
+        self.past, self.observers, self.slots = past, observers, slots
+        self.gamma = drafter.head.config.gamma
+        self.rows: list[Row] = []
+        self.queue: deque[Row] = deque()
+        no_anchors = torch.zeros(0, dtype=torch.long, device=target.device)
+        self.state = RoundState(no_anchors, target.new_cache(0, slots), drafter)
+        self.clock, self.ranks = Stopwatch(target.device), Ranks(target.model)
+        self.call = Call(target.device, 0)
+        # The shape of the last round, whose times are known when the next is planned.
+        self.last: Step | None = None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.rows or self.queue)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Queue rows; they join when there are slots for them."""
+        self.queue.extend(rows)
+
+    def close(self) -> None:
+        """Count as no load any more."""
+        self.call.set_rows(0)
+
+    def step(self) -> list[Row]:
+        """Run a round, or the prefill of rows that join. Returns the rows that have ended."""
+        if self.queue and len(self.rows) < self.slots:
+            with self.clock.part("prefill"):
+                return self._prefill()
+        self._reread()
+        with self.clock.part("schedule"):
+            max_drafts = [self._max_drafts(row) for row in self.rows]
+            plan, load = self._plan(max_drafts)
+            waiting = self._waiting(plan.rows)
+        with self.clock.part("draft"):
+            block = rounds.draft(self.state, plan, self._select(plan), self._goes_on(plan))
+        with self.clock.part("schedule"):
+            confidence = self._confidence(block)
+            layout = rounds.schedule(self.scheduler, plan, block, confidence, max_drafts, self.target.device)
+        with self.clock.part("verify"):
+            passed, drafts = rounds.verify(self.state, self.target, block, layout, self._read_at(1 + layout.most))
+        with self.clock.part("other"):
+            layout, host, next_tokens, logits = self._accept(block, layout, passed, drafts, confidence)
+        with self.clock.part("schedule"):
+            survival = self._learn(plan, layout, host, waiting)
+        with self.clock.part("other"):
+            counts = list(map(len, host.tokens))
+            rounds.commit(self.state, passed.features, counts, next_tokens)
+            done = CommittedRound(self.rows, host, passed, logits, load, plan, survival)
+            return self._settle(done)
+
+    # -- Rows come and go ---------------------------------------------------------------------------------------
+
+    def _prefill(self) -> list[Row]:
+        """Give rows of the queue their slots and their first token."""
+        present = len(self.rows)
+        joining = [self.queue.popleft() for _ in range(min(len(self.queue), self.slots - present))]
+        for row in joining:
+            check_prompt(self.target.model, self.target.positions, len(row.prompt_columns) + row.lag)
+        if present == 0:
+            self._clear()
+        self.rows = self.rows + joining
+        self.call.set_rows(len(self.rows))
+        places = list(range(present, len(self.rows)))
+        state, cache = self.state, self.state.cache
+        cache.add(len(joining))
+        self.scheduler.add(len(joining))
+        if present == 0:
+            self.drafter.add(len(joining))
+            self._expect_tokens(joining)
+            if self.past is not None:
+                self.past.load(joining, cache, self.drafter)
+        lengths = [len(row.prompt_columns) + row.lag for row in joining]
+        prompts = [row.prompt for row in joining]
+        passed = rounds.prefill(state, self.target, prompts, lengths, places if present else None)
+        layout = rounds.undrafted(len(joining))
+        _, host, next_tokens, logits = self._accept(None, layout, passed, None, None, places)
+        state.anchors = torch.cat([state.anchors, next_tokens])
+        counts = list(map(len, prompts))
+        if present:
+            self.drafter.add(len(joining))
+            self.drafter.read(places, passed.features, counts, next_tokens)
+        else:
+            self.drafter.remember(passed.features, counts)
+        return self._settle(CommittedRound(joining, host, passed, logits))
+
+    def _settle(self, done: CommittedRound) -> list[Row]:
+        """Give the rows what they commit, up to their ends; drop those that ended, which are returned."""
+        host, device = done.host, self.state.anchors.device
+        if host.stops is not None:
+            stops = list(zip(host.tokens, host.stops, strict=True))
+        else:
+            pairs = zip(done.rows, host.tokens, strict=True)
+            stops = [self.stopping.kept(row, tokens, device) for row, tokens in pairs]
+            # Criteria may look at a clock.
+            stops = self.ranks.agreed(lambda: stops) if self.stopping.others else stops
+        done.kept = [kept for kept, _ in stops]
+        for observer in self.observers:
+            observer.on_round(done)
+        for row, (kept, ended) in zip(done.rows, stops, strict=True):
+            row.committed += kept
+            row.ended = ended
+        staying = [r for r, row in enumerate(self.rows) if not row.ended]
+        ended = [(r, row) for r, row in enumerate(self.rows) if row.ended]
+        for r, row in ended:
+            if self.past is not None:
+                self.past.keep_row(r, row, self.state.cache, self.drafter, copy=bool(staying or self.queue))
+        for observer in self.observers:
+            observer.on_commit()
+        self._keep(staying)
+        return [row for _, row in ended]
+
+    def _keep(self, staying: list[int]) -> None:
+        """Go on with the given rows only. The last of them take the places of those that ended."""
+        if len(staying) == len(self.rows):
+            return
+        fixed = {row for row in staying if row < len(staying)}
+        last = iter(row for row in staying if row not in fixed)
+        order = [place if place in fixed else next(last) for place in range(len(staying))]
+        self.rows = [self.rows[r] for r in order]
+        self.call.set_rows(len(order))
+        if not order:
+            # The slots stay as they are for whoever goes on from them.
+            return
+        self.state.anchors = self.state.anchors[on_device(order, self.state.anchors.device)]
+        for rows in (self.state.cache, self.drafter, self.scheduler):
+            rows.keep(order)
+
+    def _clear(self) -> None:
+        """Forget the rows that ended last."""
+        self.state.anchors = self.state.anchors[:0]
+        for rows in (self.state.cache, self.drafter, self.scheduler):
+            rows.keep([])
+
+    # -- Planning -----------------------------------------------------------------------------------------------
+
+    def _plan(self, max_drafts: list[int]) -> tuple[Plan, Load]:
+        """Which rows draft, and how many positions; and the load that this goes by."""
+        times, load = self.clock.collect(), self.call.load(self.drafter.head.load_sensor)
+        if self.last is not None and self.ranks.leads:
+            deciding = times.get("draft", 0.0) + times.get("schedule", 0.0)
+            self.scheduler.observe(self.last, load, deciding, times["verify"] + times.get("other", 0.0))
+        waiting, context = self._waiting(range(len(self.rows))), self._context()
+        return self.ranks.agreed(lambda: self.scheduler.plan(max_drafts, context, load, waiting)), load
+
+    def _max_drafts(self, row: Row) -> int:
+        """Drafts that a row could commit, with one place left for the target's own token."""
+        if self.lockstep is not None and len(self.lockstep.input_ids) > 1:
+            # Every row would have to accept for one to go on.
+            return 0
+        room, position = self.gamma, len(row.columns) - 1
+        if self.stopping.max_length is not None:
+            room = self.stopping.max_length - row.length - 1
+        if self.target.positions is not None:
+            check_prompt(self.target.model, self.target.positions, position + 1)
+            room = min(room, self.target.positions - 1 - position)
+        border = self.target.rereads_at
+        if border is not None and row.anchor_column < border:
+            room = min(room, border - 1 - row.anchor_column)
+        return room
+
+    def _waiting(self, rows: Iterable[int]) -> int:
+        """Tokens of a row, at most, that the head has yet to read; 0 for what a round or two leave."""
+        longest = max((self.drafter.unread[row] for row in rows), default=0)
+        return longest if longest > 2 * (self.gamma + 1) else 0
+
+    def _context(self) -> int:
+        """Tokens of the longest row in the target's cache, which is what all rows look at."""
+        return max(self.state.cache.lengths)
+
+    def _goes_on(self, plan: Plan) -> GoesOn | None:
+        """What decides, position by position, whether a single row drafts on; `None` where it is decided before."""
+        walk = self.scheduler.walk(plan)
+        if walk is None:
+            return None
+        head, running = self.drafter.head, self.scheduler.estimates.shared.confidence
+        positions = itertools.count()
+
+        def goes_on(logits: torch.Tensor | None) -> bool:
+            k = next(positions)
+            return walk(running[k] if logits is None else head.calibrated(logits, k).item())
+
+        return goes_on
+
+    def _learn(self, plan: Plan, layout: VerifyLayout, host: HostRound, waiting: int) -> np.ndarray:
+        """Tell the scheduler what became of the round. Returns the survival [R, drafted] that it went by."""
+        rows, drafting, estimates = len(self.rows), plan.index(len(self.rows)), self.scheduler.estimates
+        tokens = layout.tokens if layout.packed else rows * (1 + layout.most)
+        self.last = Step(len(plan.rows), layout.drafted, waiting, rows, tokens, layout.packed, self._context())
+        if not plan.rows:
+            return host.confidence
+        survival = layout.survival
+        if survival is None:
+            survival = np.zeros_like(host.confidence)
+            survival[drafting] = estimates.survival(host.confidence[drafting], drafting)
+        verified, accepted = host.verified[drafting], host.accepted[drafting]
+        estimates.learn(drafting, host.confidence[drafting], survival[drafting], verified, accepted)
+        return survival
+
+    # -- Around the steps ---------------------------------------------------------------------------------------
+
+    def _accept(
+        self,
+        block: DraftBlock | None,
+        layout: VerifyLayout,
+        passed: TargetPass,
+        drafts: torch.Tensor | None,
+        confidence: torch.Tensor | None,
+        places: Sequence[int] | None = None,
+    ) -> tuple[VerifyLayout, HostRound, torch.Tensor, torch.Tensor]:
+        """The layout as far as it was looked at, what the host learns, the next anchors, and the processed logits.
+
+        Args:
+            places: rows of the pass, where these are not all.
+        """
+        rows = self.rows if places is None else [self.rows[r] for r in places]
+        if self.lockstep is None:
+            prefixes = self._prefixes(rows, drafts)
+            verdict, logits = rounds.accept(passed.logits, drafts, block, layout, self.processors, prefixes)
+            host = rounds.to_host(block, layout, verdict, confidence)
+        else:
+            index = on_device([row.index for row in rows], passed.logits.device)
+            choose = self.processors.choose
+            verdict, logits, ended = self.lockstep.accept(passed.logits, drafts, block, layout, index, choose)
+            looked_at = logits.shape[1]
+            if block is not None:
+                layout = replace(layout, verify_lens=layout.verify_lens.clamp(max=looked_at))
+            host = replace(rounds.to_host(block, layout, verdict, confidence, looked_at), stops=ended)
+        _check_tokens(rows, host)
+        return layout, host, verdict.next_tokens, logits
+
+    def _select(self, plan: Plan):
+        """Chooses the tokens of a draft; see `BlockProcessors.drafting`."""
+        prefixes = self._prefixes([self.rows[r] for r in plan.rows]) if plan.rows else None
+        return self.processors.drafting(prefixes)
+
+    def _prefixes(self, rows: Sequence[Row], drafts: torch.Tensor | None = None) -> Prefixes | None:
+        """Tokens of rows, with drafts behind; `None` when no processor looks."""
+        if not self.processors.needs_prefix:
+            return None
+        tokens = [on_device(row.sequence, self.target.device) for row in rows]
+        prefixes = Prefixes(tokens, [row.index for row in rows])
+        return prefixes if drafts is None else prefixes.longer(drafts)
+
+    def _confidence(self, block: DraftBlock | None) -> torch.Tensor | None:
+        """[R, drafted], calibrated; without a confidence head, running acceptance."""
+        if block is None:
+            return None
+        if block.confidence_logits is None:
+            running = self.scheduler.estimates.shared.confidence[: block.tokens.shape[1]]
+            return torch.from_numpy(running).expand(len(self.rows), -1)
+        return self.drafter.head.calibrated(block.confidence_logits)
+
+    def _read_at(self, count: int) -> torch.Tensor | None:
+        """[R, count] of the next tokens of every row the length of the longest row when plain decoding reads them;
+        `None` where the target does not go by it."""
+        if not self.target.growing:
+            return None
+        first = [len(row.columns) + row.lag for row in self.rows]
+        return on_device(first, self.target.device)[:, None] + torch.arange(count, device=self.target.device)
+
+    def _reread(self) -> None:
+        """Where plain decoding would read a text anew with other frequencies, see `rope.rereads_at`, so do we."""
+        border = self.target.rereads_at
+        if border is None or (self.past is not None and self.past.given_in_part):
+            return
+        crossing = [r for r, row in enumerate(self.rows) if row.anchor_column == border and row.width <= border]
+        if not crossing:
+            return
+        texts = [self.rows[r].tokens[:-1] for r in crossing]
+        longest, device = max(map(len, texts)), self.target.device
+        tokens = on_device([text + [0] * (longest - len(text)) for text in texts], device)
+        lengths = [len(text) + 1 + self.rows[r].lag for r, text in zip(crossing, texts, strict=True)]
+        read_at = on_device(lengths, device)[:, None].expand_as(tokens)
+        self.target.reread(tokens, self.state.cache, on_device(crossing, device), read_at)
+
+    def _expect_tokens(self, rows: Sequence[Row]) -> None:
+        """Tell the caches how long rows can get: to their limit, and a block beyond it."""
+        limit = self.stopping.max_length
+        if limit is None:
+            return
+        longest = max(len(row.prompt_columns) + limit - row.length for row in rows)
+        for cache in (self.state.cache, self.drafter.cache):
+            cache.expect(longest + self.gamma + 1)
+
+
+def _check_tokens(rows: Sequence[Row], host: HostRound) -> None:
+    """Raise where logits were no distribution, as no token that follows means anything."""
+    for row, tokens in zip(rows, host.tokens, strict=True):
+        if tokens[-1] == INVALID:
+            raise ValueError(
+                f"The target's logits for row {row.index} of the batch hold NaN, or nothing but -inf. Check the "
+                "model's weights and dtype (float16 overflows in many models; use bfloat16), and the logits processors."
+            )

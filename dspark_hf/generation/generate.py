@@ -1,0 +1,107 @@
+"""What `model.generate(..., assistant_model=head)` runs: a batch as rows of an engine, and its output."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from ..modeling_dspark import DSparkHead
+from ..scheduling.scheduler import LoadSchedule
+from .compatibility import check_inputs, check_positions, check_prompt
+from .drafting import Drafter
+from .engine import Engine
+from .experience import scheduler_for, store
+from .lockstep import Lockstep, is_needed
+from .observers import Observer, OutputObserver, StatsObserver, StreamObserver
+from .outputs import Recorder
+from .past import Continuation
+from .processors import BlockProcessors
+from .ranks import Ranks, any_busy
+from .releases import CACHE
+from .rows import Streaming, read_rows
+from .stats import DSparkGenerateOutput, DSparkStats
+from .stopping import Stopping
+from .target import Target
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    assistant_model: DSparkHead,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs,
+) -> torch.Tensor | DSparkGenerateOutput:
+    """The decoding method that `model.generate(..., assistant_model=head)` runs; see [`Engine`].
+
+    Args:
+        input_ids: [R, P], left-padded where prompts differ in length.
+        model_kwargs: of these `attention_mask` [R, P], `None` for no padding; `position_ids` [R, P], which must count
+            the tokens; the cache to continue, which is brought up to date (`generate` passes an empty one otherwise);
+            and scalars, which every pass of the target is given. Anything else is refused.
+
+    Returns:
+        sequences [R, P + new tokens], right-padded where rows ended early, or with `return_dict_in_generate` a
+        [`DSparkGenerateOutput`] around them.
+    """
+    config, head, size = generation_config, assistant_model, len(input_ids)
+    recorder, options = Recorder(config, size), check_inputs(model_kwargs)
+    ids, wants = head.config.target_layer_ids, recorder.wants
+    target = Target(model, ids, wants("hidden_states"), wants("attentions"), options)
+    attention_mask = model_kwargs.get("attention_mask")
+    past = Continuation(model_kwargs.get(CACHE), config, input_ids, attention_mask, target.rereads_at)
+    if not past.cached:
+        check_positions(model_kwargs.get("position_ids"), attention_mask)
+    rows = read_rows(input_ids, attention_mask, past.cached, past.width)
+    check_prompt(model, target.positions, max(len(row.prompt_columns) for row in rows))
+    pad = config._pad_token_tensor.item() if config._pad_token_tensor is not None else 0
+    stopping, stats = Stopping(stopping_criteria), DSparkStats.empty(size, head.config.gamma)
+    lockstep = None
+    if is_needed(size, logits_processor, stopping):
+        ends, ranks = bool(stopping.eos_ids), Ranks(model)
+        lockstep = Lockstep(input_ids, logits_processor, stopping_criteria, pad, ends, wants("scores"), ranks)
+    observers: list[Observer] = []
+    if config.return_dict_in_generate:
+        observers.append(StatsObserver(stats))
+    if recorder.active:
+        observers.append(OutputObserver(recorder, past.cached))
+    if streamer is not None:
+        observers.append(StreamObserver(Streaming(streamer, rows, pad)))
+    drafter = Drafter(head, model, size)
+    scheduler = scheduler_for(target, drafter, size, config, synced_gpus)
+    processors = BlockProcessors(logits_processor, config.do_sample)
+    engine = Engine(target, drafter, scheduler, processors, stopping, size, lockstep, past, observers)
+    engine.add(rows)
+    try:
+        while any_busy(engine.busy, target.device) if synced_gpus else engine.busy:
+            _ = engine.step() if engine.busy else _idle(engine)
+    finally:
+        engine.close()
+    if streamer is not None:
+        streamer.end()
+    if engine.ranks.leads and isinstance(scheduler, LoadSchedule):
+        store(head, target)
+    longest = max(len(row.committed) for row in rows)
+    new = [row.committed + [pad] * (longest - len(row.committed)) for row in rows]
+    sequences = torch.cat([input_ids, torch.tensor(new, device=input_ids.device)], dim=1)
+    cache = past.store(rows, target.config, head)
+    if not config.return_dict_in_generate:
+        return sequences
+    for name, seconds in engine.clock.totals().items():
+        setattr(stats, f"{name}_seconds", seconds)
+    return DSparkGenerateOutput(sequences=sequences, dspark=stats, **recorder.collect(), **{CACHE: cache})
+
+
+def _idle(engine: Engine) -> None:
+    """The passes of a round that writes nothing, as other processes wait for ours in theirs."""
+    target, head = engine.target, engine.drafter.head
+    drafter = Drafter(head, target.model, 1)
+    drafter.remember(torch.zeros(1, 1, head.fc.in_features, device=target.device), [1])
+    anchors = torch.zeros(1, dtype=torch.int64, device=target.device)
+    select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None)
+    drafter.draft(anchors, engine.scheduler.settings.most, select)
+    target.forward(anchors[:, None], target.new_cache(1))
