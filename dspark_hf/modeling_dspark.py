@@ -118,6 +118,8 @@ class DSparkHead(PreTrainedModel):
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
         self.generation_config = default_settings(config)
         self.load_sensor: Callable[[], int] | None = None
+        # What `_calibration` was asked for last, and its answer.
+        self._calibrated_by: tuple = None, None
         # Parameters of the target that stand in for freed copies: (embedding weight, LM head weight).
         self._stand_ins: dict[str, torch.Tensor] = {}
         self.post_init()
@@ -258,13 +260,23 @@ class DSparkHead(PreTrainedModel):
     def calibrated(self, confidence_logits: torch.Tensor, position: int | None = None) -> torch.Tensor:
         """Confidence from its logits, with the temperatures and shifts of the config if it has them (sequential
         temperature scaling): [..., G] of the first G positions, or [...] of one position."""
-        logits, config = confidence_logits.float(), self.config
+        logits = confidence_logits.float()
         positions = slice(logits.shape[-1]) if position is None else position
-        if config.confidence_temperatures is not None:
-            logits = logits / logits.new_tensor(config.confidence_temperatures[positions])
-        if config.confidence_shifts is not None:
-            logits = logits + logits.new_tensor(config.confidence_shifts[positions])
+        temperatures, shifts = self._calibration(logits.device)
+        if temperatures is not None:
+            logits = logits / temperatures[positions]
+        if shifts is not None:
+            logits = logits + shifts[positions]
         return logits.sigmoid()
+
+    def _calibration(self, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Temperatures and shifts of the config on the device. Made once, as the host waits for such a copy."""
+        values = self.config.confidence_temperatures, self.config.confidence_shifts
+        key = (*(None if own is None else tuple(own) for own in values), device)
+        if self._calibrated_by[0] != key:
+            made = [None if own is None else torch.tensor(own, dtype=torch.float32, device=device) for own in values]
+            self._calibrated_by = key, made
+        return self._calibrated_by[1]
 
     def sample_block(
         self,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 import transformers
 from conftest import tiny_head, tiny_target
 from transformers import GenerationConfig, GenerationMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dspark_hf
 from dspark_hf.generation import releases
@@ -176,3 +179,37 @@ def test_attention_implementations(implementation):
     kwargs = {"input_ids": torch.tensor([[3, 4, 5], [0, 6, 7]]), "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
     plain = target.generate(**kwargs, max_new_tokens=20)
     assert torch.equal(target.generate(**kwargs, max_new_tokens=20, assistant_model=tiny_head(target)), plain)
+
+
+def test_the_attention_of_other_models_is_not_touched():
+    """Also while passes of ours run: those of other threads get what they would without them."""
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    target = tiny_target(sharpness=3)
+    head, kwargs = tiny_head(target), {"max_new_tokens": 60, "do_sample": False}
+    prompts = [torch.tensor([[3, 9, 4, k], [0, 0, k, 5]]) for k in range(1, 7)]
+    masks = [prompt != 0 for prompt in prompts]
+    expected = [
+        target.generate(prompt, attention_mask=mask, **kwargs) for prompt, mask in zip(prompts, masks, strict=True)
+    ]
+    with ThreadPoolExecutor(6) as pool:
+        found = pool.map(
+            lambda i: target.generate(
+                prompts[i], attention_mask=masks[i], **kwargs, **({"assistant_model": head} if i % 2 else {})
+            ),
+            range(6),
+        )
+        assert all(map(torch.equal, found, expected))
+    assert target.config._attn_implementation == "sdpa"
+
+
+def test_a_pass_that_fails_leaves_the_attention_as_it_was(monkeypatch):
+    target = tiny_target()
+    head = tiny_head(target)
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(target.lm_head, "forward", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        target.generate(torch.tensor([[3, 9]]), max_new_tokens=4, assistant_model=head)
+    assert target.config._attn_implementation == "sdpa"

@@ -290,7 +290,7 @@ def test_few_rows_of_many_probe_and_others_the_next_time():
 
 def test_rows_that_did_not_draft_verify_nothing_where_the_host_runs_ahead():
     schedule = load_schedule(3, ahead=True)
-    confidence, rooms = torch.full((3, 2), 0.9), torch.full((3,), 9)
+    confidence, rooms = torch.full((3, 2), 0.9), torch.tensor([9, 0, 9])
     for plan in (Plan([0, 2], 2, 2, budget=4), Plan([0, 2], 2, 2, True, 4), Plan([0, 2], 2, 2, True, 4, probe=True)):
         assert schedule.choose_ahead(plan, confidence, rooms).tolist() == [2, 0, 2]
 

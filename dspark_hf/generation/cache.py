@@ -16,9 +16,9 @@ from .packing import Packing
 SMALLEST_CAPACITY = 256
 
 
-def on_device(values: list, device: torch.device) -> torch.Tensor:
+def on_device(values: list | torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of host values, without making the host wait for what the device has queued."""
-    tensor = torch.tensor(values)
+    tensor = values if torch.is_tensor(values) else torch.tensor(values)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

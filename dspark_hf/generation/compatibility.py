@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
 from ..pairing import doubts, misfits
+from .packing import implementation_of
 from .releases import CACHE
 
 logger = logging.get_logger(__name__)
@@ -66,7 +67,7 @@ def check_layers(target: PreTrainedModel) -> None:
 def check_attention(target: PreTrainedModel) -> None:
     """Raise when the target cannot be told what each row of the batch sees, or at which positions it is."""
     name, text = type(target).__name__, target.config.get_text_config(decoder=True)
-    implementation = text._attn_implementation
+    implementation = implementation_of(text)
     takes_positions = "position_ids" in inspect.signature(target.forward).parameters
     if not takes_positions and text.model_type not in POSITIONS_FROM_COLUMNS:
         raise ValueError(

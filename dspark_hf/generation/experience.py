@@ -23,6 +23,7 @@ from ..scheduling.estimates import Experience
 from ..scheduling.scheduler import ConstantSchedule, LoadSchedule, SyncedSchedule
 from ..scheduling.settings import Settings
 from .drafting import Drafter
+from .packing import implementation_of
 from .target import Target
 
 logger = logging.get_logger(__name__)
@@ -153,7 +154,7 @@ def _settings_of(target: PreTrainedModel, head: DSparkHead, device: torch.device
         "target_dtype": str(target.dtype),
         "head_dtype": str(head.dtype),
         "device": torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads",
-        "attention": target.config.get_text_config(decoder=True)._attn_implementation,
+        "attention": implementation_of(target.config.get_text_config(decoder=True)),
         "compiled": target._compiled_call_impl is not None,
         "processes": target.tp_size or 1,
     }

@@ -6,6 +6,8 @@ that everything but attention costs what they are worth. Attention needs rows: i
 rectangle again, and each row looks at its own slot of the cache.
 """
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,42 @@ def current_pass() -> Pass | None:
     return None if torch.compiler.is_compiling() else _pass.get()
 
 
+NAME = "dspark_rounds"
+# Passes under way of each config, by its id, as several threads may run one model.
+_passes: Counter[int] = Counter()
+_lock = threading.Lock()
+
+
 def install() -> None:
-    """Teach transformers' sdpa attention about our passes; in all others it is what it was."""
-    AttentionInterface.register("sdpa", sdpa_attention)
+    """Make the attention of our passes known to transformers by its name."""
+    AttentionInterface.register(NAME, sdpa_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def implementation_of(config: PreTrainedConfig) -> str:
+    """The attention implementation that a model was loaded with, also while it makes a pass of ours."""
+    name = config._attn_implementation
+    return "sdpa" if name == NAME else name
+
+
+@contextmanager
+def attention_of_rounds(config: PreTrainedConfig) -> Iterator[None]:
+    """Within this context a model of transformers' sdpa attention looks up ours. To passes of other threads that is
+    sdpa's own."""
+    with _lock:
+        switches = _passes[id(config)] or config._attn_implementation == "sdpa"
+        if switches:
+            _passes[id(config)] += 1
+            config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        if switches:
+            with _lock:
+                _passes[id(config)] -= 1
+                if not _passes[id(config)]:
+                    del _passes[id(config)]
+                    config._attn_implementation = "sdpa"
 
 
 def sdpa_attention(

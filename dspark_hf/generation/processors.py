@@ -9,11 +9,15 @@ decoding calls them, see `lockstep`.
 import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+from dspark_kernels import INVALID
 from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as stock
+
+from .cache import on_device
 
 OF_LOGITS = {
     stock.EpsilonLogitsWarper,
@@ -109,7 +113,11 @@ class BlockProcessors:
         """Tokens [R] from processed logits [R, V]."""
         if not self.do_sample:
             return logits.argmax(dim=-1)
-        return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(-1)
+        # What torch.multinomial draws, without the check for which the host would wait: the first of exponential
+        # clocks to ring. Logits that are no distribution give no number.
+        chances = logits.softmax(dim=-1)
+        first = (chances / torch.empty_like(chances).exponential_()).max(dim=-1)
+        return first.indices.where(first.values > 0, INVALID)
 
     def drafting(self, prefixes: Prefixes | None) -> "Selection":
         """Chooses the tokens of one draft. The head's logits go through the same processors as the target's: what
@@ -148,27 +156,34 @@ class OverPrefixes:
         return columns[0][:, None] if len(columns) == 1 else torch.stack(columns, dim=1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Repetition:
     """Repetition penalties over all positions of all rows at once. Many models ask for one by default, and a call of
     the stock processor for every row and position takes longer than the target's pass."""
 
     processors: LogitsProcessorList
 
+    @cached_property
+    def ignored(self) -> list[list[int] | int]:
+        """Tokens of a prompt that a processor does not look at, of every row or of all; read once a call, as the host
+        waits for it."""
+        lengths = [processor.prompt_ignore_length for processor in self.processors]
+        return [own.tolist() if torch.is_tensor(own) else own or 0 for own in lengths]
+
     def __call__(self, logits: torch.Tensor, prefixes: Prefixes) -> torch.Tensor:
-        for processor in self.processors:
-            logits = self._penalised(logits, prefixes, processor)
+        for processor, ignored in zip(self.processors, self.ignored, strict=True):
+            firsts = [ignored if isinstance(ignored, int) else ignored[row] for row in prefixes.rows]
+            logits = self._penalised(logits, prefixes, processor, firsts)
         return logits
 
     @staticmethod
-    def _penalised(logits, prefixes, processor: stock.RepetitionPenaltyLogitsProcessor) -> torch.Tensor:
-        ignored = processor.prompt_ignore_length
-        if not torch.is_tensor(ignored):
-            ignored = torch.full([max(prefixes.rows) + 1], ignored or 0)
+    def _penalised(
+        logits: torch.Tensor, prefixes: Prefixes, processor: stock.RepetitionPenaltyLogitsProcessor, firsts: list[int]
+    ) -> torch.Tensor:
         positions, vocabulary = logits.shape[1], logits.shape[2]
-        firsts = ignored[prefixes.rows].tolist()
         seen = [own[first:] for first, row in zip(firsts, prefixes.seen(positions), strict=True) for own in row]
-        at = torch.arange(len(seen)).repeat_interleave(torch.tensor(list(map(len, seen)))).to(logits.device)
+        at = torch.arange(len(seen)).repeat_interleave(torch.tensor(list(map(len, seen))))
+        at = on_device(at, logits.device)
         # A prompt may hold ids that cannot be generated: they are given a place that is cut off again.
         tokens = torch.cat(seen).to(logits.device).clamp(max=vocabulary)
         wider = functional.pad(logits.reshape(-1, vocabulary), (0, 1))
@@ -203,7 +218,8 @@ class Selection:
             processed = own(logits.float()[:, None], None)[:, 0]
         else:
             processed = logits.float() if self.sample else logits
-        tokens = own.choose(processed)
+        # What cannot be a draft is one all the same, and not accepted.
+        tokens = own.choose(processed).clamp(min=0)
         if own.needs_prefix:
             self.prefixes = self.prefixes.longer(tokens)
         return tokens, processed if self.sample else None

@@ -149,7 +149,9 @@ def schedule(
         lengths[drafting] = np.minimum(max_drafts, drafted)[drafting]
         return _on_host(lengths, False, drafted, None, device)
     if scheduler.runs_ahead:
-        lengths = scheduler.choose_ahead(plan, confidence.to(device), on_device(max_drafts, device))
+        drafters = set(plan.rows)
+        limits = [most if r in drafters else 0 for r, most in enumerate(max_drafts)]
+        lengths = scheduler.choose_ahead(plan, confidence.to(device), on_device(limits, device))
         return VerifyLayout(lengths, drafted, rows + plan.budget, plan.packed, drafted, None)
     survival = np.zeros((rows, drafted))
     survival[drafting] = scheduler.estimates.survival(confidence.cpu().numpy()[drafting], drafting)

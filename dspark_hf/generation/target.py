@@ -12,7 +12,7 @@ from ..tables import device_of
 from . import attention
 from .cache import Placement, SlotCache, causal_mask
 from .hidden_states import indices_of, request_for
-from .packing import Packing, our_pass
+from .packing import Packing, attention_of_rounds, implementation_of, our_pass
 from .releases import cache_argument
 from .rope import growing_modules, rereads_at, turned_as_in_plain
 
@@ -67,7 +67,7 @@ class Target:
         self.seen, self.unseen = torch.tensor([0.0, torch.finfo(self.dtype).min], dtype=self.dtype, device=self.device)
         self.layer_types = set(getattr(self.config, "layer_types", None) or ())
         self.window = getattr(self.config, "sliding_window", None)
-        self.implementation = self.config._attn_implementation
+        self.implementation = implementation_of(self.config)
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.cache_argument = cache_argument(model)
         self.growing, self.rereads_at = growing_modules(model), rereads_at(model)
@@ -154,7 +154,7 @@ class Target:
             # Drafts behind a row's last position are never verified, but a table of positions must not be left.
             positions = positions.clamp(max=self.positions - 1)
         kwargs |= self.options | {self.cache_argument: cache}
-        with turned_as_in_plain(self.growing):
+        with turned_as_in_plain(self.growing), attention_of_rounds(self.config):
             return self.model(
                 input_ids=tokens,
                 attention_mask=self._mask(placement),

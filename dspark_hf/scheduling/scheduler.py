@@ -70,7 +70,11 @@ class ConstantSchedule:
         return np.minimum(self._confident(survival), rooms)
 
     def choose_ahead(self, plan: Plan, confidence: torch.Tensor, rooms: torch.Tensor) -> torch.Tensor:
-        """The same where the host does not wait to see this round's confidence [R, G]: lengths [R] on the device."""
+        """The same where the host does not wait to see this round's confidence [R, G]: lengths [R] on the device.
+
+        Args:
+            rooms: [R], 0 for rows that did not draft.
+        """
         if self.settings.threshold is None:
             return rooms.clamp(max=plan.length)
         alive = self._survival_ahead(confidence) >= self.settings.threshold
@@ -205,13 +209,12 @@ class LoadSchedule(ConstantSchedule):
         return admit(admissible, rows, seconds, self.greedy)
 
     def choose_ahead(self, plan, confidence, rooms):
-        drafted = torch.zeros_like(rooms).index_fill_(0, torch.tensor(plan.rows).to(rooms.device), 1)
-        most = super().choose_ahead(plan, confidence, rooms) * drafted
+        most = super().choose_ahead(plan, confidence, rooms)
         if plan.probe:
             return most
         if not plan.packed:
             return most.clamp(max=max(1, plan.budget // len(plan.rows)))
-        alive = self._survival_ahead(confidence) * drafted[:, None]
+        alive = self._survival_ahead(confidence)
         positions = torch.arange(confidence.shape[1], device=rooms.device)
         return torch.minimum(cut(alive * (positions < most[:, None]), plan.budget), most)
 
