@@ -276,7 +276,7 @@ class FixedCosts:
 @pytest.fixture
 def drafting_pays(monkeypatch):
     """The load schedule goes by step costs under which it drafts, whatever this machine and the tiny models take."""
-    monkeypatch.setattr(experience, "costs_of", lambda head, target: FixedCosts(head.config.gamma))
+    monkeypatch.setattr(experience, "costs_of", lambda head, target, sampled: FixedCosts(head.config.gamma))
 
 
 def shuffled_scheduler(target, drafter, rows, config, synced):

@@ -91,7 +91,7 @@ def test_the_load_shortens_what_is_verified(pair, monkeypatch):
     costs = FixedCosts(4)
     # Free up to 64 tokens a step, and dear beyond.
     costs.verify = lambda rows, context, packed=False: 1 + np.maximum(0, rows * np.arange(1, 6) - 64) / 16
-    monkeypatch.setattr(experience, "costs_of", lambda head, target: costs)
+    monkeypatch.setattr(experience, "costs_of", lambda head, target, sampled: costs)
     head = pair[1]
     head.generation_config.num_assistant_tokens_schedule = "load"
     idle = generate(pair, max_new_tokens=60).dspark.verify_length

@@ -78,7 +78,7 @@ SETTINGS = {
 def test_the_host_waits_once_a_round(setting, rows, schedule, monkeypatch):
     """On a device of which the host runs ahead. What is new a call, and stop strings, may wait."""
     monkeypatch.setattr(experience, "runs_ahead", lambda device: True)
-    monkeypatch.setattr(experience, "costs_of", lambda head, target: FixedCosts(4))
+    monkeypatch.setattr(experience, "costs_of", lambda head, target, sampled: FixedCosts(4))
     target = tiny_target(vocab_size=24, sharpness=3, use_sliding_window=True, sliding_window=16, max_window_layers=1)
     head = tiny_head(target)
     head.config.confidence_temperatures, head.config.confidence_shifts = [1.1] * 4, [0.1] * 4

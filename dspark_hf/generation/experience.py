@@ -70,7 +70,7 @@ def scheduler_for(
         return SyncedSchedule(settings, shared, rows, ahead)
     if settings.schedule == "constant":
         return ConstantSchedule(settings, shared, rows, ahead)
-    costs = costs_of(head, target)
+    costs = costs_of(head, target, config.do_sample)
     return LoadSchedule(settings, shared, rows, costs, not config.do_sample, target.packs, ahead)
 
 
@@ -82,27 +82,31 @@ def experience_of(head: DSparkHead, target: PreTrainedModel) -> Experience:
     return by_target[target]
 
 
-def costs_of(head: DSparkHead, target: Target) -> CostModel:
-    """What the pair's steps cost on its device, as far as this process or one before it has learnt."""
-    return _kept_of(head, target).costs
+def costs_of(head: DSparkHead, target: Target, sampled: bool = False) -> CostModel:
+    """What the pair's steps cost on its device, as far as this process or one before it has learnt.
+
+    Args:
+        sampled: whether tokens are, which with a large vocabulary takes longer than a small target's pass.
+    """
+    return _kept_of(head, target, sampled).costs
 
 
-def _kept_of(head: DSparkHead, target: Target) -> Kept:
+def _kept_of(head: DSparkHead, target: Target, sampled: bool) -> Kept:
     model = target.model
-    changing = tuple(_settings_of(model, head, target.device).values())
+    changing = tuple(_settings_of(model, head, target.device, sampled).values())
     by_settings = _kept.setdefault(head, WeakKeyDictionary()).setdefault(model, {})
     if changing not in by_settings:
         share = (head.config.num_hidden_layers + 1) / (target.config.num_hidden_layers + 1)
         costs = CostModel(head.config.gamma, share, target.device.type)
-        identity = identity_of(model, head, target.device)
+        identity = identity_of(model, head, target.device, sampled)
         _load(costs, identity)
         by_settings[changing] = Kept(costs, identity)
     return by_settings[changing]
 
 
-def store(head: DSparkHead, target: Target, at_once: bool = False) -> None:
+def store(head: DSparkHead, target: Target, sampled: bool = False, at_once: bool = False) -> None:
     """Write what was learnt of the pair's steps; unless `at_once`, only if that was not done just before."""
-    kept, now = _kept_of(head, target), time.monotonic()
+    kept, now = _kept_of(head, target, sampled), time.monotonic()
     fresh = now - kept.written < SECONDS_BETWEEN_WRITES
     if kept.costs.pace is None or (fresh and not at_once):
         return
@@ -136,18 +140,21 @@ def path_of(identity: dict[str, Any]) -> Path:
     return Path(HF_HOME) / "dspark_hf" / "step_costs" / f"{identity['target']}-{digest}.json"
 
 
-def identity_of(target: PreTrainedModel, head: DSparkHead, device: torch.device) -> dict[str, Any]:
-    """What step costs depend on: the two models, their dtypes, the device and the attention implementation."""
+def identity_of(
+    target: PreTrainedModel, head: DSparkHead, device: torch.device, sampled: bool = False
+) -> dict[str, Any]:
+    """What step costs depend on: the two models, their dtypes, the device, the attention implementation, and whether
+    tokens are sampled."""
     return {
         "target": type(target).__name__,
         "target_config": _digest(target.config),
         "target_bytes": target.get_memory_footprint(),
         "head_config": _digest(head.config),
         "torch": torch.__version__,
-    } | _settings_of(target, head, device)
+    } | _settings_of(target, head, device, sampled)
 
 
-def _settings_of(target: PreTrainedModel, head: DSparkHead, device: torch.device) -> dict[str, Any]:
+def _settings_of(target: PreTrainedModel, head: DSparkHead, device: torch.device, sampled: bool) -> dict[str, Any]:
     """The part of an identity that may change while a process runs."""
     cuda = device.type == "cuda"
     return {
@@ -157,6 +164,7 @@ def _settings_of(target: PreTrainedModel, head: DSparkHead, device: torch.device
         "attention": implementation_of(target.config.get_text_config(decoder=True)),
         "compiled": target._compiled_call_impl is not None,
         "processes": target.tp_size or 1,
+        "sampled": sampled,
     }
 
 

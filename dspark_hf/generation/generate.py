@@ -84,7 +84,7 @@ def generate(
     if streamer is not None:
         streamer.end()
     if engine.ranks.leads and isinstance(scheduler, LoadSchedule):
-        store(head, target)
+        store(head, target, config.do_sample)
     longest = max(len(row.committed) for row in rows)
     new = [row.committed + [pad] * (longest - len(row.committed)) for row in rows]
     sequences = torch.cat([input_ids, torch.tensor(new, device=input_ids.device)], dim=1)

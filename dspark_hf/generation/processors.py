@@ -113,11 +113,14 @@ class BlockProcessors:
         """Tokens [R] from processed logits [R, V]."""
         if not self.do_sample:
             return logits.argmax(dim=-1)
-        # What torch.multinomial draws, without the check for which the host would wait: the first of exponential
-        # clocks to ring. Logits that are no distribution give no number.
-        chances = logits.softmax(dim=-1)
-        first = (chances / torch.empty_like(chances).exponential_()).max(dim=-1)
-        return first.indices.where(first.values > 0, INVALID)
+        # The token in whose share of the whole a random number falls. torch.multinomial draws a number for every token
+        # of the vocabulary, which on a CPU takes longer than all else here, and makes the host wait for its checks.
+        shares = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        whole = shares[:, -1:]
+        point = torch.rand_like(whole) * whole
+        tokens = torch.searchsorted(shares, torch.minimum(point, whole.nextafter(torch.zeros_like(whole))), right=True)
+        # Logits that are no distribution have no whole.
+        return tokens.where(whole > 0, INVALID).squeeze(-1)
 
     def drafting(self, prefixes: Prefixes | None) -> "Selection":
         """Chooses the tokens of one draft. The head's logits go through the same processors as the target's: what

@@ -29,7 +29,8 @@ PROBING = 1
 DISTRUSTED = 0.7
 # Rounds that a plan is used for: at first, and at most, as one that is found right again lasts twice as long.
 PLAN_LASTS, PLAN_LASTS_AT_MOST = 6, 16
-# One plan in so many tries a length beside the best for so many rounds, where what it costs is less sure than this.
+# One plan in so many tries a length beside the best, where what it costs is less sure than this. It is for so many
+# rounds, as is any plan of which that is true.
 TRY_EVERY, TRY_FOR, UNSURE = 4, 2, 0.04
 
 
@@ -137,6 +138,8 @@ class LoadSchedule(ConstantSchedule):
         self.last, self.situation, self.age, self.lasts = NO_DRAFT, None, 0, PLAN_LASTS
         # Drafts a row that were found best last, whatever was tried since; before the first time `None`.
         self.length: int | None = None
+        # Whether the last plan is to see what it costs.
+        self.is_trial = False
         self.plans = self.rounds = 0
 
     def plan(self, rooms, context, load, waiting=0):
@@ -174,7 +177,7 @@ class LoadSchedule(ConstantSchedule):
             shared.rested = 0
         confirmed = (plan.rows, plan.length) == (self.last.rows, self.last.length)
         self.lasts = min(2 * self.lasts, PLAN_LASTS_AT_MOST) if confirmed else PLAN_LASTS
-        if plan.length != self.length:
+        if self.is_trial:
             self.lasts = TRY_FOR
         self.last, self.situation, self.age = plan, load, 0
 
@@ -262,8 +265,9 @@ class LoadSchedule(ConstantSchedule):
         thetas = tokens / seconds
         self.length = self._settled(thetas)
         # Without drafts a new plan is rare.
-        tries = self.length == 0 or self.plans % TRY_EVERY == 0
-        length = self._tried(thetas, model.unsure(total, context)) if tries else self.length
+        tries, unsure = self.length == 0 or self.plans % TRY_EVERY == 0, model.unsure(total, context)
+        length = self._tried(thetas, unsure) if tries else self.length
+        self.is_trial = length != self.length or unsure[length] > UNSURE
         if length == 0:
             return NO_DRAFT
         plan = Plan(list(range(rows)), length, length, budget=length * rows, theta=thetas[length], costs=costs)
