@@ -17,7 +17,7 @@ from dspark_hf.scheduling.cost import CostModel
 from dspark_hf.scheduling.estimates import Experience, RowEstimates
 from dspark_hf.scheduling.load import Load
 from dspark_hf.scheduling.plan import Costs, Plan, Step
-from dspark_hf.scheduling.scheduler import PROBING, SWITCH, TRY_EVERY, TRY_FOR, LoadSchedule, _walk
+from dspark_hf.scheduling.scheduler import PLAN_LASTS, SWITCH, TRY_EVERY, LoadSchedule, _walk
 from dspark_hf.scheduling.settings import Settings
 
 CONFIDENCE = hnp.arrays(float, st.tuples(st.integers(1, 4), st.integers(1, 4)), elements=st.floats(0.01, 0.99))
@@ -285,7 +285,7 @@ def test_few_rows_of_many_probe_and_others_the_next_time():
     shared = Experience.fresh(4)
     schedule = load_schedule(16, shared=shared)
     probes = [plan.rows for plan, _ in simulate(schedule, [0] * 16, 300) if plan.probe]
-    assert all(len(rows) == PROBING for rows in probes) and not set(probes[0]) & set(probes[1])
+    assert all(len(rows) == 1 for rows in probes) and not set(probes[0]) & set(probes[1])
 
 
 def test_rows_that_did_not_draft_verify_nothing_where_the_host_runs_ahead():
@@ -445,7 +445,7 @@ def test_a_length_that_may_be_better_is_tried_now_and_then_for_a_few_rounds():
     lengths = [plan.length for plan, _ in history]
     assert set(lengths) == {2, 3} and lengths.count(3) < len(lengths) / TRY_EVERY
     runs = [len(list(run)) for length, run in itertools.groupby(lengths) if length == 3]
-    assert set(runs) <= {TRY_FOR, TRY_FOR + 1}
+    assert set(runs) <= {PLAN_LASTS, PLAN_LASTS + 1}
 
 
 def test_a_length_that_is_known_is_not_tried():

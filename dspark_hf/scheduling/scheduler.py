@@ -17,21 +17,16 @@ from .load import Load
 from .plan import NO_DRAFT, Costs, Plan, Step
 from .settings import Settings
 
-# Rounds without a draft before a call, or a row among others that draft, is tried again, at most.
-MOST_PATIENCE, ROW_PATIENCE = 256, 8
-# How much better than the present plan another must be: to go to and fro costs something too.
+# What steers the load schedule, beside what `cost.py` and `estimates.py` learn with.
+# Rounds without a draft before a probe, at most: 1, 2, 4 .. up to this, as long as drafts do not pay.
+MOST_PATIENCE = 256
+# How many times the present plan's tokens a second another must promise: to go to and fro costs something too.
 SWITCH = 1.02
-# What deciding in the middle of a draft has to bring to be worth its own cost.
-STOPPING_PAYS = 1.08
-# Rows that try whether drafts have come to be worth their cost; each has all its context to read first.
-PROBING = 1
-# Confidence that is worth less than this share of what it says.
-DISTRUSTED = 0.7
-# Rounds that a plan is used for: at first, and at most, as one that is found right again lasts twice as long.
-PLAN_LASTS, PLAN_LASTS_AT_MOST = 6, 16
-# One plan in so many tries a length beside the best, where what it costs is less sure than this. It is for so many
-# rounds, as is any plan of which that is true.
-TRY_EVERY, TRY_FOR, UNSURE = 4, 2, 0.04
+# Rounds that a plan is used for, at first and at most: one that is found right again lasts twice as long.
+PLAN_LASTS, PLAN_LASTS_AT_MOST = 2, 16
+# One plan in so many tries a length beside the best, where what it costs is known worse than this (standard deviation,
+# as a share of the round).
+TRY_EVERY, UNSURE = 4, 0.04
 
 
 class ConstantSchedule:
@@ -164,21 +159,21 @@ class LoadSchedule(ConstantSchedule):
         self.idle[self.last.rows] = 0
         plan = self._best(rooms, context, load, waiting)
         waited = not self.last.rows and shared.rested > shared.patience
-        if self.last.probe and shared.last_rate > 0.5 and shared.correction < DISTRUSTED:
-            # Drafts that had failed succeed: worth another look soon.
+        if self.last.probe and shared.last_rate > shared.correction:
+            # Drafts do better than they have come to be trusted: worth another look sooner.
             shared.patience = max(1, shared.patience // 4)
         if plan.rows:
             shared.patience = 1
         elif waited:
             shared.patience = min(2 * shared.patience, MOST_PATIENCE)
-            rested = np.argsort(-self.idle, kind="stable")[:PROBING]
-            plan = Plan(sorted(rested.tolist()), 1, 1, self.packs, len(rested), probe=True)
+            # One row is enough to see how drafts fare, and has all its context to read first.
+            plan = Plan([int(self.idle.argmax())], 1, 1, self.packs, 1, probe=True)
         if plan.rows:
             shared.rested = 0
         confirmed = (plan.rows, plan.length) == (self.last.rows, self.last.length)
         self.lasts = min(2 * self.lasts, PLAN_LASTS_AT_MOST) if confirmed else PLAN_LASTS
         if self.is_trial:
-            self.lasts = TRY_FOR
+            self.lasts = PLAN_LASTS
         self.last, self.situation, self.age = plan, load, 0
 
     def walk(self, plan):
@@ -301,7 +296,7 @@ class LoadSchedule(ConstantSchedule):
         price = plan.theta * np.diff(walk)
         taken = np.logical_and.accumulate((worth > price) & (worth > 0), axis=1)
         theta = (1 + (worth * taken).sum(axis=1)).mean() / walk[taken.sum(axis=1)].mean()
-        if theta < STOPPING_PAYS * plan.theta:
+        if theta < SWITCH * plan.theta:
             return plan
         most = int(worth.any(axis=0).sum())
         return replace(plan, most=max(most, plan.length), theta=theta, walk=walk.tolist())
@@ -317,7 +312,7 @@ class LoadSchedule(ConstantSchedule):
         seconds = plan.costs.draft - self.costs.draft(fewer * busy, context)
         price = plan.theta * seconds[plan.length - 1] / (len(rows) - fewer)
         value = (self.estimates.mean * allowed)[:, : plan.length].sum(axis=1)
-        kept = rows[(value > price) | (self.idle >= ROW_PATIENCE)]
+        kept = rows[(value > price) | (self.idle >= PLAN_LASTS_AT_MOST)]
         return kept.tolist() or plan.rows
 
 
