@@ -4,18 +4,15 @@ Rows join between rounds, and leave as they end; their slots are free for others
 rows all join at the start. Everything here is on the host; the steps of a round are in `round.py`.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from dspark_kernels import INVALID
 
-from ..modeling_dspark import DraftBlock, GoesOn
-from ..scheduling.load import Call, Load
-from ..scheduling.plan import Plan, Step
+from ..modeling_dspark import DraftBlock, Select
+from ..scheduling.plan import Plan
 from ..scheduling.scheduler import ConstantSchedule
 from . import round as rounds
 from .cache import on_device
@@ -24,8 +21,8 @@ from .drafting import Drafter
 from .lockstep import Lockstep
 from .observers import CommittedRound, Observer
 from .past import Continuation
+from .planner import Planner
 from .processors import BlockProcessors, Prefixes
-from .ranks import Ranks
 from .round import HostRound, RoundState, VerifyLayout
 from .rows import Row
 from .stats import Stopwatch
@@ -58,18 +55,17 @@ class Engine:
         past: Continuation | None = None,
         observers: Sequence[Observer] = (),
     ):
-        self.target, self.drafter, self.scheduler = target, drafter, scheduler
+        self.target, self.drafter = target, drafter
         self.processors, self.stopping, self.lockstep = processors, stopping, lockstep
         self.past, self.observers, self.slots = past, observers, slots
-        self.gamma = drafter.head.config.gamma
+        self.clock = Stopwatch(target.device)
+        # In lockstep every row of a batch would have to accept for one to go on.
+        drafts = lockstep is None or len(lockstep.input_ids) == 1
+        self.planner = Planner(target, drafter, scheduler, self.clock, stopping.max_length, drafts)
         self.rows: list[Row] = []
         self.queue: deque[Row] = deque()
         no_anchors = torch.zeros(0, dtype=torch.long, device=target.device)
         self.state = RoundState(no_anchors, target.new_cache(0, slots), drafter)
-        self.clock, self.ranks = Stopwatch(target.device), Ranks(target.model)
-        self.call = Call(target.device, 0)
-        # The shape of the last round, whose times are known when the next is planned.
-        self.last: Step | None = None
 
     @property
     def busy(self) -> bool:
@@ -81,7 +77,7 @@ class Engine:
 
     def close(self) -> None:
         """Count as no load any more."""
-        self.call.set_rows(0)
+        self.planner.call.set_rows(0)
 
     def step(self) -> list[Row]:
         """Run a round, or the prefill of rows that join. Returns the rows that have ended."""
@@ -89,26 +85,25 @@ class Engine:
             with self.clock.part("prefill"):
                 return self._prefill()
         self._reread()
-        with self.clock.part("schedule"):
-            max_drafts = [self._max_drafts(row) for row in self.rows]
-            plan, load = self._plan(max_drafts)
-            waiting = self._waiting(plan.rows)
-        with self.clock.part("draft"):
-            block = rounds.draft(self.state, plan, self._select(plan), self._goes_on(plan))
-        with self.clock.part("schedule"):
-            confidence = self._confidence(block)
-            layout = rounds.schedule(self.scheduler, plan, block, confidence, max_drafts, self.target.device)
-        with self.clock.part("verify"):
-            passed, drafts = rounds.verify(self.state, self.target, block, layout, self._read_at(1 + layout.most))
-        with self.clock.part("other"):
-            layout, host, next_tokens, logits = self._accept(block, layout, passed, drafts, confidence)
-        with self.clock.part("schedule"):
-            survival = self._learn(plan, layout, host, waiting)
-        with self.clock.part("other"):
-            counts = list(map(len, host.tokens))
-            rounds.commit(self.state, passed.features, counts, next_tokens)
-            done = CommittedRound(self.rows, host, passed, logits, load, plan, survival)
-            return self._settle(done)
+        rows, state, planner, clock = self.rows, self.state, self.planner, self.clock
+        context = max(state.cache.lengths)
+        with clock.part("schedule"):
+            max_drafts = list(map(planner.max_drafts_of, rows))
+            plan, load, waiting = planner.plan(rows, max_drafts, context)
+        with clock.part("draft"):
+            block = rounds.draft(state, plan, self._select(plan), planner.goes_on(plan))
+        with clock.part("schedule"):
+            confidence = planner.confidence(block)
+            layout = rounds.schedule(planner.scheduler, plan, block, confidence, max_drafts, self.target.device)
+        with clock.part("verify"):
+            passed, drafts = rounds.verify(state, self.target, block, layout, self._read_at(1 + layout.most))
+        with clock.part("other"):
+            layout, host, next_tokens, logits = self._accept(rows, block, layout, passed, drafts, confidence)
+        with clock.part("schedule"):
+            survival = planner.learn(plan, layout, host, len(rows), context, waiting)
+        with clock.part("other"):
+            rounds.commit(state, passed.features, list(map(len, host.tokens)), next_tokens)
+            return self._settle(CommittedRound(rows, host, passed, logits, load, plan, survival))
 
     # -- Rows come and go ---------------------------------------------------------------------------------------
 
@@ -121,11 +116,11 @@ class Engine:
         if present == 0:
             self._clear()
         self.rows = self.rows + joining
-        self.call.set_rows(len(self.rows))
+        self.planner.call.set_rows(len(self.rows))
         places = list(range(present, len(self.rows)))
         state, cache = self.state, self.state.cache
         cache.add(len(joining))
-        self.scheduler.add(len(joining))
+        self.planner.scheduler.add(len(joining))
         if present == 0:
             self.drafter.add(len(joining))
             self._expect_tokens(joining)
@@ -135,7 +130,7 @@ class Engine:
         prompts = [row.prompt for row in joining]
         passed = rounds.prefill(state, self.target, prompts, lengths, places if present else None)
         layout = rounds.undrafted(len(joining))
-        _, host, next_tokens, logits = self._accept(None, layout, passed, None, None, places)
+        _, host, next_tokens, logits = self._accept(joining, None, layout, passed)
         state.anchors = torch.cat([state.anchors, next_tokens])
         counts = list(map(len, prompts))
         if present:
@@ -154,7 +149,7 @@ class Engine:
             pairs = zip(done.rows, host.tokens, strict=True)
             stops = [self.stopping.kept(row, tokens, device) for row, tokens in pairs]
             # Criteria may look at a clock.
-            stops = self.ranks.agreed(lambda: stops) if self.stopping.others else stops
+            stops = self.planner.ranks.agreed(lambda: stops) if self.stopping.others else stops
         done.kept = [kept for kept, _ in stops]
         for observer in self.observers:
             observer.on_round(done)
@@ -179,102 +174,33 @@ class Engine:
         last = iter(row for row in staying if row not in fixed)
         order = [place if place in fixed else next(last) for place in range(len(staying))]
         self.rows = [self.rows[r] for r in order]
-        self.call.set_rows(len(order))
+        self.planner.call.set_rows(len(order))
         if not order:
             # The slots stay as they are for whoever goes on from them.
             return
         self.state.anchors = self.state.anchors[on_device(order, self.state.anchors.device)]
-        for rows in (self.state.cache, self.drafter, self.scheduler):
+        for rows in (self.state.cache, self.drafter, self.planner.scheduler):
             rows.keep(order)
 
     def _clear(self) -> None:
         """Forget the rows that ended last."""
         self.state.anchors = self.state.anchors[:0]
-        for rows in (self.state.cache, self.drafter, self.scheduler):
+        for rows in (self.state.cache, self.drafter, self.planner.scheduler):
             rows.keep([])
-
-    # -- Planning -----------------------------------------------------------------------------------------------
-
-    def _plan(self, max_drafts: list[int]) -> tuple[Plan, Load]:
-        """Which rows draft, and how many positions; and the load that this goes by."""
-        times, load = self.clock.collect(), self.call.load(self.drafter.head.load_sensor)
-        if self.last is not None and self.ranks.leads:
-            deciding = times.get("draft", 0.0) + times.get("schedule", 0.0)
-            self.scheduler.observe(self.last, load, deciding, times["verify"] + times.get("other", 0.0))
-        waiting, context = self._waiting(range(len(self.rows))), self._context()
-        return self.ranks.agreed(lambda: self.scheduler.plan(max_drafts, context, load, waiting)), load
-
-    def _max_drafts(self, row: Row) -> int:
-        """Drafts that a row could commit, with one place left for the target's own token."""
-        if self.lockstep is not None and len(self.lockstep.input_ids) > 1:
-            # Every row would have to accept for one to go on.
-            return 0
-        room, position = self.gamma, len(row.columns) - 1
-        if self.stopping.max_length is not None:
-            room = self.stopping.max_length - row.length - 1
-        if self.target.positions is not None:
-            check_prompt(self.target.model, self.target.positions, position + 1)
-            room = min(room, self.target.positions - 1 - position)
-        border = self.target.rereads_at
-        if border is not None and row.anchor_column < border:
-            room = min(room, border - 1 - row.anchor_column)
-        return room
-
-    def _waiting(self, rows: Iterable[int]) -> int:
-        """Tokens of a row, at most, that the head has yet to read; 0 for what a round or two leave."""
-        longest = max((self.drafter.unread[row] for row in rows), default=0)
-        return longest if longest > 2 * (self.gamma + 1) else 0
-
-    def _context(self) -> int:
-        """Tokens of the longest row in the target's cache, which is what all rows look at."""
-        return max(self.state.cache.lengths)
-
-    def _goes_on(self, plan: Plan) -> GoesOn | None:
-        """What decides, position by position, whether a single row drafts on; `None` where it is decided before."""
-        walk = self.scheduler.walk(plan)
-        if walk is None:
-            return None
-        head, running = self.drafter.head, self.scheduler.estimates.shared.confidence
-        positions = itertools.count()
-
-        def goes_on(logits: torch.Tensor | None) -> bool:
-            k = next(positions)
-            return walk(running[k] if logits is None else head.calibrated(logits, k).item())
-
-        return goes_on
-
-    def _learn(self, plan: Plan, layout: VerifyLayout, host: HostRound, waiting: int) -> np.ndarray:
-        """Tell the scheduler what became of the round. Returns the survival [R, drafted] that it went by."""
-        rows, drafting, estimates = len(self.rows), plan.index(len(self.rows)), self.scheduler.estimates
-        tokens = layout.tokens if layout.packed else rows * (1 + layout.most)
-        self.last = Step(len(plan.rows), layout.drafted, waiting, rows, tokens, layout.packed, self._context())
-        if not plan.rows:
-            return host.confidence
-        survival = layout.survival
-        if survival is None:
-            survival = np.zeros_like(host.confidence)
-            survival[drafting] = estimates.survival(host.confidence[drafting], drafting)
-        verified, accepted = host.verified[drafting], host.accepted[drafting]
-        estimates.learn(drafting, host.confidence[drafting], survival[drafting], verified, accepted)
-        return survival
 
     # -- Around the steps ---------------------------------------------------------------------------------------
 
     def _accept(
         self,
+        rows: Sequence[Row],
         block: DraftBlock | None,
         layout: VerifyLayout,
         passed: TargetPass,
-        drafts: torch.Tensor | None,
-        confidence: torch.Tensor | None,
-        places: Sequence[int] | None = None,
+        drafts: torch.Tensor | None = None,
+        confidence: torch.Tensor | None = None,
     ) -> tuple[VerifyLayout, HostRound, torch.Tensor, torch.Tensor]:
-        """The layout as far as it was looked at, what the host learns, the next anchors, and the processed logits.
-
-        Args:
-            places: rows of the pass, where these are not all.
-        """
-        rows = self.rows if places is None else [self.rows[r] for r in places]
+        """The layout as far as it was looked at, what the host learns, the next anchors, and the processed logits of
+        the rows of a pass."""
         if self.lockstep is None:
             prefixes = self._prefixes(rows, drafts)
             verdict, logits = rounds.accept(passed.logits, drafts, block, layout, self.processors, prefixes)
@@ -290,7 +216,7 @@ class Engine:
         _check_tokens(rows, host)
         return layout, host, verdict.next_tokens, logits
 
-    def _select(self, plan: Plan):
+    def _select(self, plan: Plan) -> Select:
         """Chooses the tokens of a draft; see `BlockProcessors.drafting`."""
         prefixes = self._prefixes([self.rows[r] for r in plan.rows]) if plan.rows else None
         return self.processors.drafting(prefixes)
@@ -302,15 +228,6 @@ class Engine:
         tokens = [on_device(row.sequence, self.target.device) for row in rows]
         prefixes = Prefixes(tokens, [row.index for row in rows])
         return prefixes if drafts is None else prefixes.longer(drafts)
-
-    def _confidence(self, block: DraftBlock | None) -> torch.Tensor | None:
-        """[R, drafted], calibrated; without a confidence head, running acceptance."""
-        if block is None:
-            return None
-        if block.confidence_logits is None:
-            running = self.scheduler.estimates.shared.confidence[: block.tokens.shape[1]]
-            return torch.from_numpy(running).expand(len(self.rows), -1)
-        return self.drafter.head.calibrated(block.confidence_logits)
 
     def _read_at(self, count: int) -> torch.Tensor | None:
         """[R, count] of the next tokens of every row the length of the longest row when plain decoding reads them;
@@ -342,7 +259,7 @@ class Engine:
             return
         longest = max(len(row.prompt_columns) + limit - row.length for row in rows)
         for cache in (self.state.cache, self.drafter.cache):
-            cache.expect(longest + self.gamma + 1)
+            cache.expect(longest + self.planner.gamma + 1)
 
 
 def _check_tokens(rows: Sequence[Row], host: HostRound) -> None:

@@ -83,7 +83,7 @@ def generate(
         engine.close()
     if streamer is not None:
         streamer.end()
-    if engine.ranks.leads and isinstance(scheduler, LoadSchedule):
+    if engine.planner.ranks.leads and isinstance(scheduler, LoadSchedule):
         store(head, target, config.do_sample)
     longest = max(len(row.committed) for row in rows)
     new = [row.committed + [pad] * (longest - len(row.committed)) for row in rows]
@@ -103,5 +103,5 @@ def _idle(engine: Engine) -> None:
     drafter.remember(torch.zeros(1, 1, head.fc.in_features, device=target.device), [1])
     anchors = torch.zeros(1, dtype=torch.int64, device=target.device)
     select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None)
-    drafter.draft(anchors, engine.scheduler.settings.most, select)
+    drafter.draft(anchors, engine.planner.scheduler.settings.most, select)
     target.forward(anchors[:, None], target.new_cache(1))
