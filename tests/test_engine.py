@@ -1,5 +1,8 @@
 """Rows that come and go, with mock models, and with real ones against plain `generate`."""
 
+import gc
+import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -199,3 +202,44 @@ def test_rows_that_come_and_go_write_what_they_write_alone(slots, every):
         engine.step()
         turns += 1
     assert [row.committed for row in rows] == expected
+
+
+# -- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def resident() -> float:
+    """MiB."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_calls():
+    target = tiny_target()
+    head = tiny_head(target)
+    head.generation_config.num_assistant_tokens_schedule = "load"
+    kwargs = {"max_new_tokens": 4, "assistant_model": head, "return_dict_in_generate": True}
+    for i in range(1200):
+        target.generate(torch.randint(1, 16, (1 + i % 3, 3 + i % 5)), do_sample=bool(i % 2), **kwargs)
+        if i == 200:
+            before = resident()
+    assert resident() - before < 5
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_memory_does_not_grow_over_rounds():
+    target = tiny_target(max_position_embeddings=4096)
+    head, slots = tiny_head(target), 4
+    schedule = ConstantSchedule(Settings(GAMMA, "constant", None), Experience.fresh(head.config.gamma), slots)
+    processors, stopping = BlockProcessors(LogitsProcessorList(), False), Stopping(criteria(60))
+    runner = Target(target, head.config.target_layer_ids)
+    engine = Engine(runner, Drafter(head, target, slots, slots), schedule, processors, stopping, slots)
+    for turn in range(10_000):
+        while len(engine.queue) < slots:
+            engine.add(rows_of(torch.randint(1, 16, (1 + turn % 7,)).tolist()))
+        engine.step()
+        if turn == 1000:
+            before = resident()
+    assert resident() - before < 5
