@@ -18,7 +18,7 @@ from .tables import LMHead, Logits, Tables, is_plain, raw_rows, same, target_log
 # Draft tokens [R] from logits [R, V], and what they were sampled from ([R, V], `None` when they are the argmax).
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 # Whether to draft another position, given its confidence logits [R] (`None` without a confidence head).
-GoesOn = Callable[[torch.Tensor | None], bool]
+ContinueDrafting = Callable[[torch.Tensor | None], bool]
 # A mask for all layers, or one a layer type.
 Masks = torch.Tensor | dict[str, torch.Tensor]
 
@@ -285,7 +285,7 @@ class DSparkHead(PreTrainedModel):
         tables: Tables,
         length: int,
         select: Select,
-        goes_on: GoesOn | None = None,
+        continue_drafting: ContinueDrafting | None = None,
         most: int | None = None,
     ) -> DraftBlock:
         """The sequential stage: p_k = softmax(U_k + B_k), left to right.
@@ -293,22 +293,22 @@ class DSparkHead(PreTrainedModel):
         Args:
             hidden: [R, B, d]. anchors: [R]. length: positions to draft, at most `config.gamma`.
             select: called once a position, in order, see `BlockProcessors.drafting`.
-            goes_on: asked before every position, of which the first is drafted anyhow; those behind a no are not.
+            continue_drafting: asked before every position, of which the first is drafted anyhow; none behind a no is.
                 `length` is what is expected then, and `most` the limit: base logits are computed for the expected
                 positions at once (the LM head is read once for all of them), for the others only when it gets there.
         """
-        most = length if goes_on is None else most
+        most = length if continue_drafting is None else most
         anchors = self._known(anchors, tables)
         passed, hidden = hidden[:, : -self.config.gamma], hidden[:, -self.config.gamma :]
         base_logits = self.base_logits(hidden[:, :length], tables)
-        if goes_on is None and self._fuses(select, base_logits, tables):
+        if continue_drafting is None and self._fuses(select, base_logits, tables):
             return self._sample_fused(passed, hidden[:, :length], base_logits, anchors, select)
         previous, state, tokens, sampled_from = anchors, None, [], []
         for k in range(most):
             embedded = None if self.markov_head is None else self.markov_head.embed(previous)
-            if goes_on is not None:
+            if continue_drafting is not None:
                 judged = self.confidence_head and self.confidence_head(hidden[:, k], embedded)
-                if not goes_on(judged) and k:
+                if not continue_drafting(judged) and k:
                     break
             if k == length:
                 base_logits = torch.cat([base_logits, self.base_logits(hidden[:, length:most], tables)], dim=1)

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList, 
 from dspark_hf import DSparkConfig, DSparkHead
 from dspark_hf.generation import experience, generate
 from dspark_hf.generation.drafting import Drafter
-from dspark_hf.generation.experience import experience_of
+from dspark_hf.generation.experience import acceptance_of
 from dspark_hf.generation.processors import BlockProcessors
 from dspark_hf.generation.target import Target
 from dspark_hf.scheduling.plan import NO_DRAFT, Plan
@@ -138,7 +138,7 @@ class Case:
         drafter, seen, found = Drafter(head, target, 1), 0, []
         select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None)
         for start in starts:
-            drafter.remember(features[:, seen:start], [start - seen])
+            drafter.append(features[:, seen:start], [start - seen])
             found.append(drafter.draft(text[start, None], head.config.gamma, select).tokens[0].tolist())
             seen = start
         return found
@@ -232,16 +232,16 @@ class ShuffledSchedule(ConstantSchedule):
         super().__init__(settings, shared, rows)
         self.packs, self.random = packs, np.random.default_rng(seed)
 
-    def plan(self, rooms, context, load, waiting=0):
-        rows = [r for r in range(len(rooms)) if self.random.random() < 0.7]
-        length = min(int(self.random.integers(0, self.settings.most + 1)), max(rooms))
+    def plan(self, max_drafts, context, load, pending=0):
+        rows = [r for r in range(len(max_drafts)) if self.random.random() < 0.7]
+        length = min(int(self.random.integers(0, self.settings.most + 1)), max(max_drafts))
         if not rows or length < 1:
             return NO_DRAFT
         return Plan(rows, length, length, packed=self.packs and self.random.random() < 0.7)
 
-    def choose(self, plan, survival, rooms):
+    def choose(self, plan, survival, max_drafts):
         drafted = survival.any(axis=1) * survival.shape[1]
-        return np.minimum(self.random.integers(0, drafted + 1), np.clip(rooms, 0, None))
+        return np.minimum(self.random.integers(0, drafted + 1), np.clip(max_drafts, 0, None))
 
 
 @pytest.fixture
@@ -263,8 +263,8 @@ class FixedCosts:
     def verify(self, rows, context, packed=False):
         return rows**0.5 * (1 + self.slopes[0] * np.arange(self.block_size + 1)) * (1.02 if packed else 1)
 
-    def draft(self, rows, context, waiting=0):
-        return rows**0.5 * (0.2 + self.slopes[1] * np.arange(self.block_size)) + self.reading * bool(waiting)
+    def draft(self, rows, context, pending=0):
+        return rows**0.5 * (0.2 + self.slopes[1] * np.arange(self.block_size)) + self.reading * bool(pending)
 
     def unsure(self, rows, context):
         return np.zeros(self.block_size + 1)
@@ -282,4 +282,4 @@ def drafting_pays(monkeypatch):
 def shuffled_scheduler(target, drafter, rows, config, synced):
     head = drafter.head
     settings = Settings.read(head.generation_config, head.config.gamma, config)
-    return ShuffledSchedule(settings, experience_of(head, target.model), rows, target.packs)
+    return ShuffledSchedule(settings, acceptance_of(head, target.model), rows, target.packs)

@@ -120,7 +120,7 @@ def test_no_step_costs_less_for_more(rounds):
     for values in (costs.verify(3, 50), costs.draft(3, 50), costs.unsure(3, 50)):
         assert np.isfinite(values).all() and (values > 0).all()
     assert (np.diff(costs.verify(3, 50)) >= 0).all() and (costs.verify(4, 50) >= costs.verify(3, 50)).all()
-    assert (np.diff(costs.draft(3, 50)) >= 0).all() and (costs.draft(3, 50, waiting=100) >= costs.draft(3, 50)).all()
+    assert (np.diff(costs.draft(3, 50)) >= 0).all() and (costs.draft(3, 50, pending=100) >= costs.draft(3, 50)).all()
 
 
 def test_every_round_is_learnt_from_at_first():

@@ -92,7 +92,7 @@ def first_block(target, head, prompt) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     width = len(head.config.target_layer_ids) * head.config.hidden_size
     drafter = Drafter(head, target, 1)
-    drafter.remember(torch.randn(1, 20, width, generator=generator), [20])
+    drafter.append(torch.randn(1, 20, width, generator=generator), [20])
     anchor = torch.tensor([prompt["input_ids"][0]])
     hidden = drafter._hidden(anchor, None)
     select = lambda logits: (logits.argmax(-1), logits)  # noqa: E731

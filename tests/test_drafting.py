@@ -43,8 +43,8 @@ def close(a, b):
 def test_a_draft_catches_up_on_rounds_without_one(pair):
     often, once = Drafter(pair[1], pair[0], ROWS), Drafter(pair[1], pair[0], ROWS)
     for features, counts in committed(6):
-        often.remember(features, counts)
-        once.remember(features, counts)
+        often.append(features, counts)
+        once.append(features, counts)
         expected = block(often)
     found = block(once)
     close(found.logits[:, 0], expected.logits[:, 0])
@@ -57,8 +57,8 @@ def test_some_rows_draft_and_the_others_catch_up_later(pair):
     everybody, some = Drafter(pair[1], pair[0], ROWS), Drafter(pair[1], pair[0], ROWS)
     plans = [[0, 2], [1], [0, 1, 3], [2], None]
     for rows, (features, counts) in zip(plans, committed(5), strict=True):
-        everybody.remember(features, counts)
-        some.remember(features, counts)
+        everybody.append(features, counts)
+        some.append(features, counts)
         expected, found = block(everybody), block(some, rows)
         close(found.logits[:, 0], expected.logits[range(ROWS) if rows is None else rows, 0])
     assert some.cache.lengths == everybody.cache.lengths
@@ -68,8 +68,8 @@ def test_some_rows_draft_and_the_others_catch_up_later(pair):
 def test_rows_that_leave_take_what_waits_along(pair):
     whole, fewer = Drafter(pair[1], pair[0], ROWS), Drafter(pair[1], pair[0], ROWS)
     for features, counts in committed(3):
-        whole.remember(features, counts)
-        fewer.remember(features.clone(), counts)
+        whole.append(features, counts)
+        fewer.append(features.clone(), counts)
     fewer.keep([1, 3])
     expected = block(whole)
     select = BlockProcessors(LogitsProcessorList(), True).drafting(None)
@@ -82,11 +82,11 @@ def test_what_waits_is_taken_in_before_it_becomes_much(pair, monkeypatch):
     monkeypatch.setattr(drafting, "LONGEST_WAIT", 12)
     often, once = Drafter(pair[1], pair[0], ROWS), Drafter(pair[1], pair[0], ROWS)
     for features, counts in committed(9):
-        often.remember(features, counts)
-        once.remember(features, counts)
+        often.append(features, counts)
+        once.append(features, counts)
         expected = block(often)
-        once.catch_up(torch.tensor([3, 5, 7, 9]))
-        assert sum(features.shape[1] for features, _ in once.waiting) <= 12 + 5 + 5
+        once.flush(torch.tensor([3, 5, 7, 9]))
+        assert sum(features.shape[1] for features, _ in once.pending) <= 12 + 5 + 5
     close(block(once).logits[:, 0], expected.logits[:, 0])
 
 
@@ -97,8 +97,8 @@ def test_stopping_early_saves_the_positions_behind(pair, stop, monkeypatch):
     target, head = pair
     drafter, whole = Drafter(head, target, ROWS), Drafter(head, target, ROWS)
     (features, counts), seen, projected, steps = committed(1)[0], [], [], []
-    drafter.remember(features, counts)
-    whole.remember(features, counts)
+    drafter.append(features, counts)
+    whole.append(features, counts)
     expected = block(whole)
     base, step = head.base_logits, head.markov_head.step
     monkeypatch.setattr(
@@ -106,13 +106,13 @@ def test_stopping_early_saves_the_positions_behind(pair, stop, monkeypatch):
     )
     monkeypatch.setattr(head.markov_head, "step", lambda *args: steps.append(1) or step(*args))
 
-    def goes_on(logits):
+    def continue_drafting(logits):
         seen.append(logits)
         return len(seen) <= stop
 
     select = BlockProcessors(LogitsProcessorList(), True).drafting(None)
     torch.manual_seed(1)
-    found = drafter.draft(torch.tensor((3, 5, 7, 9)), 1, select, None, goes_on, 3)
+    found = drafter.draft(torch.tensor((3, 5, 7, 9)), 1, select, None, continue_drafting, 3)
     assert found.tokens.tolist() == expected.tokens[:, :stop].tolist()
     close(torch.stack(seen[:stop], dim=1), expected.confidence_logits[:, :stop])
     assert len(steps) == stop

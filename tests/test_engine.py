@@ -20,7 +20,7 @@ from dspark_hf.generation.rows import read_rows
 from dspark_hf.generation.stopping import Stopping
 from dspark_hf.generation.target import Target, TargetPass
 from dspark_hf.modeling_dspark import DraftBlock
-from dspark_hf.scheduling.estimates import Experience
+from dspark_hf.scheduling.estimates import AcceptanceStats
 from dspark_hf.scheduling.load import in_flight
 from dspark_hf.scheduling.scheduler import ConstantSchedule
 from dspark_hf.scheduling.settings import Settings
@@ -52,24 +52,24 @@ class MockDrafter:
 
     def __init__(self, rows=0):
         self.head = SimpleNamespace(config=SimpleNamespace(gamma=GAMMA), load_sensor=None)
-        self.cache, self.unread = SlotCache(1, rows, CPU, 8), [0] * rows
+        self.cache, self.num_pending = SlotCache(1, rows, CPU, 8), [0] * rows
 
     def add(self, rows):
-        self.unread += [0] * rows
+        self.num_pending += [0] * rows
 
     def keep(self, rows):
-        self.unread = [self.unread[r] for r in rows]
+        self.num_pending = [self.num_pending[r] for r in rows]
 
-    def remember(self, features, counts):
-        assert len(features) == len(counts) == len(self.unread)
+    def append(self, features, counts):
+        assert len(features) == len(counts) == len(self.num_pending)
 
     def read(self, rows, features, counts, anchors):
         assert len(rows) == len(features) == len(counts) == len(anchors)
 
-    def catch_up(self, anchors):
+    def flush(self, anchors):
         pass
 
-    def draft(self, anchors, length, select, rows, goes_on, most):
+    def draft(self, anchors, length, select, rows, continue_drafting, most):
         tokens = [after(anchors if rows is None else anchors[rows])]
         for _ in range(length - 1):
             tokens.append(after(tokens[-1]))
@@ -82,7 +82,7 @@ def criteria(limit):
 
 
 def mock_engine(slots, limit=14, observers=()):
-    schedule = ConstantSchedule(Settings(GAMMA, "constant", None), Experience.fresh(GAMMA), slots)
+    schedule = ConstantSchedule(Settings(GAMMA, "constant", None), AcceptanceStats.initial(GAMMA), slots)
     processors, stopping = BlockProcessors(LogitsProcessorList(), False), Stopping(criteria(limit))
     return Engine(MockTarget(), MockDrafter(slots), schedule, processors, stopping, slots, observers=observers)
 
@@ -191,14 +191,14 @@ def test_rows_that_come_and_go_write_what_they_write_alone(slots, every):
             return committed[:left], len(committed) >= left
 
     runner = Target(target, head.config.target_layer_ids)
-    schedule = ConstantSchedule(Settings(GAMMA, "constant", None), Experience.fresh(head.config.gamma), slots)
+    schedule = ConstantSchedule(Settings(GAMMA, "constant", None), AcceptanceStats.initial(head.config.gamma), slots)
     processors, stopping = BlockProcessors(LogitsProcessorList(), False), Limits(StoppingCriteriaList())
     engine = Engine(runner, Drafter(head, target, slots, slots), schedule, processors, stopping, slots)
     rows = rows_of(*prompts)
-    waiting, turns = list(rows), 0
-    while waiting or engine.busy:
-        if waiting and turns % every == 0:
-            engine.add([waiting.pop(0)])
+    pending, turns = list(rows), 0
+    while pending or engine.busy:
+        if pending and turns % every == 0:
+            engine.add([pending.pop(0)])
         engine.step()
         turns += 1
     assert [row.committed for row in rows] == expected
@@ -232,7 +232,7 @@ def test_memory_does_not_grow_over_calls():
 def test_memory_does_not_grow_over_rounds():
     target = tiny_target(max_position_embeddings=4096)
     head, slots = tiny_head(target), 4
-    schedule = ConstantSchedule(Settings(GAMMA, "constant", None), Experience.fresh(head.config.gamma), slots)
+    schedule = ConstantSchedule(Settings(GAMMA, "constant", None), AcceptanceStats.initial(head.config.gamma), slots)
     processors, stopping = BlockProcessors(LogitsProcessorList(), False), Stopping(criteria(60))
     runner = Target(target, head.config.target_layer_ids)
     engine = Engine(runner, Drafter(head, target, slots, slots), schedule, processors, stopping, slots)

@@ -138,7 +138,7 @@ def check_rounds(target, head, prompt, expected, features):
     for r, start in enumerate(expected["start"].tolist()):
         anchor = torch.tensor([prompt["generate_ids"][start]])
         assert anchor.item() == expected["anchor_id"][r]
-        drafter.remember(features[:, seen:start], [start - seen])
+        drafter.append(features[:, seen:start], [start - seen])
         hidden = drafter._hidden(anchor, None, *drafter._take(None))
         seen = start
         close(hidden[0], expected["hidden"][r])

@@ -110,7 +110,7 @@ def test_the_load_schedule(pair, ahead, monkeypatch):
     costs = FixedCosts(4, verify=0.01)
     costs.draft = lambda rows, context, waiting=0: 0.05 * FixedCosts.draft(costs, rows, context)
     monkeypatch.setattr(experience, "costs_of", lambda head, target, sampled: costs)
-    monkeypatch.setattr(experience, "_experiences", WeakKeyDictionary())
+    monkeypatch.setattr(experience, "_acceptance", WeakKeyDictionary())
     target, head = pair
     head.generation_config.num_assistant_tokens_schedule = "load"
     try:

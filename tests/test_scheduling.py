@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dspark_hf.generation.acceptance import accept_sampled
-from dspark_hf.generation.experience import experience_of
-from dspark_hf.scheduling.algorithm import admit, best_length, cut, smoothed, survival
+from dspark_hf.generation.experience import acceptance_of
+from dspark_hf.scheduling.algorithm import admit, best_length, lower_hull, survival, top_k_by_survival
 from dspark_hf.scheduling.cost import CostModel
-from dspark_hf.scheduling.estimates import Experience, RowEstimates
+from dspark_hf.scheduling.estimates import AcceptanceStats, RowEstimates
 from dspark_hf.scheduling.load import Load
 from dspark_hf.scheduling.plan import Costs, Plan, Step
-from dspark_hf.scheduling.scheduler import PLAN_LASTS, SWITCH, TRY_EVERY, LoadSchedule, _walk
+from dspark_hf.scheduling.scheduler import PLAN_LASTS, SWITCH, TRY_EVERY, LoadSchedule, _early_exit_seconds
 from dspark_hf.scheduling.settings import Settings
 
 CONFIDENCE = hnp.arrays(float, st.tuples(st.integers(1, 4), st.integers(1, 4)), elements=st.floats(0.01, 0.99))
@@ -54,7 +54,7 @@ def test_the_early_stop_is_lossless():
 
 
 def test_the_early_stop_over_smoothed_seconds_is_lossless():
-    lengths_of = algorithm_1(False, smoothed(SECONDS))
+    lengths_of = algorithm_1(False, lower_hull(SECONDS))
     assert lengths_of(np.array([0.8, 0.9])) == 2, "smoothing should let it past the local drop"
     assert first_tokens(lengths_of).tolist() == pytest.approx([0.70, 0.30], abs=WITHIN)
 
@@ -63,11 +63,11 @@ def test_stopping_in_the_middle_of_a_draft_is_lossless():
     """The walk of a single row, as the rounds use it: asked before each position."""
     schedule = load_schedule(1, greedy=False, block_size=2)
     costs = Costs(SECONDS, SECONDS, np.full(2, 1e-9))
-    plan = Plan([0], 2, 2, costs=costs, walk=_walk(costs).tolist())
+    plan = Plan([0], 2, 2, costs=costs, early_exit=_early_exit_seconds(costs).tolist())
 
     def lengths_of(confidence):
-        goes_on = schedule.walk(plan)
-        wanted = [goes_on(c) for c in confidence]
+        continue_drafting = schedule.early_exit(plan)
+        wanted = [continue_drafting(c) for c in confidence]
         drafted = 1 + wanted[1]
         return int(schedule.choose(plan, survival(confidence[:drafted])[None], np.array([9]))[0])
 
@@ -126,7 +126,7 @@ def test_the_walk_stops_at_the_first_drop(data):
 @settings(max_examples=100, deadline=None)
 def test_over_smoothed_seconds_the_first_drop_is_the_only_one(data):
     alive = survival(data.draw(CONFIDENCE))
-    seconds = smoothed(np.sort(data.draw(hnp.arrays(float, alive.size + 1, elements=st.floats(1, 3)))))
+    seconds = lower_hull(np.sort(data.draw(hnp.arrays(float, alive.size + 1, elements=st.floats(1, 3)))))
     stopped, searched = (admit(alive, len(alive), seconds, anywhere) for anywhere in (False, True))
     tokens = [len(alive) + sum(alive[r, :n].sum() for r, n in enumerate(lengths)) for lengths in (stopped, searched)]
     thetas = [t / seconds[lengths.sum()] for t, lengths in zip(tokens, (stopped, searched), strict=True)]
@@ -136,7 +136,7 @@ def test_over_smoothed_seconds_the_first_drop_is_the_only_one(data):
 @given(hnp.arrays(float, st.integers(1, 9), elements=st.floats(0.1, 5)))
 @settings(max_examples=200, deadline=None)
 def test_smoothed_is_the_largest_convex_function_below(seconds):
-    found = smoothed(seconds)
+    found = lower_hull(seconds)
     assert (found <= seconds + 1e-12).all()
     assert (np.diff(found, 2) >= -1e-9).all()
     for n in range(len(seconds)):
@@ -153,7 +153,7 @@ def test_smoothed_is_the_largest_convex_function_below(seconds):
 @settings(max_examples=100, deadline=None)
 def test_a_budget_goes_to_the_likeliest_drafts(confidence, budget):
     alive = survival(confidence)
-    lengths = cut(torch.from_numpy(alive), budget)
+    lengths = top_k_by_survival(torch.from_numpy(alive), budget)
     assert lengths.sum() == min(budget, alive.size)
     kept = sum(alive[r, :n].sum() for r, n in enumerate(lengths.tolist()))
     assert kept == pytest.approx(np.sort(alive.ravel())[::-1][:budget].sum())
@@ -189,14 +189,14 @@ def rounds(estimates, count, confidence, accepted):
 
 
 def test_confidence_that_promises_too_much_is_corrected():
-    shared = Experience.fresh(3)
+    shared = AcceptanceStats.initial(3)
     rounds(RowEstimates(shared, 4), 50, [0.9, 0.9, 0.9], [0, 0, 0, 0])
     assert shared.correction < 0.1
     assert RowEstimates(shared, 1).survival(np.full((1, 3), 0.9), [0])[0, 0] < 0.1
 
 
 def test_confidence_that_is_right_is_left_alone():
-    shared, chance = Experience.fresh(1), np.random.default_rng(0)
+    shared, chance = AcceptanceStats.initial(1), np.random.default_rng(0)
     estimates = RowEstimates(shared, 8)
     for _ in range(100):
         rounds(estimates, 1, [0.6], chance.random(8) < 0.6)
@@ -204,13 +204,13 @@ def test_confidence_that_is_right_is_left_alone():
 
 
 def test_a_row_whose_drafts_fail_is_told_from_the_others():
-    estimates = RowEstimates(Experience.fresh(4), 3)
+    estimates = RowEstimates(AcceptanceStats.initial(4), 3)
     rounds(estimates, 30, [0.8] * 4, [3, 0, 3])
     assert estimates.corrections[1] < 0.35 * min(estimates.corrections[[0, 2]])
 
 
 def test_without_a_confidence_head_acceptance_by_position_is_the_estimate():
-    shared = Experience.fresh(3)
+    shared = AcceptanceStats.initial(3)
     rounds(RowEstimates(shared, 10), 40, [0.5] * 3, [3] * 5 + [1] * 5)
     assert shared.confidence == pytest.approx([1.0, 0.5, 1.0], abs=0.05)
 
@@ -221,7 +221,7 @@ def test_without_a_confidence_head_acceptance_by_position_is_the_estimate():
 def load_schedule(rows, greedy=True, block_size=4, ahead=False, threshold=None, costs=None, shared=None):
     return LoadSchedule(
         Settings(block_size, "load", threshold),
-        shared or Experience.fresh(block_size),
+        shared or AcceptanceStats.initial(block_size),
         rows,
         costs or FixedCosts(block_size),
         greedy,
@@ -233,15 +233,15 @@ def load_schedule(rows, greedy=True, block_size=4, ahead=False, threshold=None, 
 def simulate(schedule, accepts, count, confidence=0.8, load=None):
     """Rounds of a schedule whose drafts are accepted up to accepts[r]; what each round planned and verified."""
     rows, history = len(accepts), []
-    rooms = [100] * rows
+    max_drafts = [100] * rows
     for _ in range(count):
-        plan = schedule.plan(rooms, 128, load or Load(rows, 0))
+        plan = schedule.plan(max_drafts, 128, load or Load(rows, 0))
         lengths = np.zeros(rows, dtype=int)
         if plan.rows:
             c = np.full((len(plan.rows), plan.length), confidence)
             alive = np.zeros((rows, plan.length))
             alive[plan.rows] = schedule.estimates.survival(c, plan.rows)
-            lengths = schedule.choose(plan, alive, rooms)
+            lengths = schedule.choose(plan, alive, max_drafts)
             kept = np.minimum(np.array(accepts), lengths)[plan.rows]
             schedule.estimates.learn(plan.rows, c, alive[plan.rows], lengths[plan.rows], kept)
         history.append((plan, lengths))
@@ -261,7 +261,7 @@ def test_good_drafts_are_verified_and_more_of_them_when_the_device_is_idle():
 
 def test_drafts_that_all_fail_cost_an_occasional_probe():
     for rows in (1, 16):
-        shared = Experience.fresh(4)
+        shared = AcceptanceStats.initial(4)
         history = simulate(load_schedule(rows, shared=shared), [0] * rows, 400)
         assert not any(plan.rows for plan, _ in history[-1:]) or history[-1][0].probe
         late = [plan for plan, _ in history[100:] if plan.rows]
@@ -273,7 +273,7 @@ def test_drafts_that_all_fail_cost_an_occasional_probe():
 
 def test_rest_goes_on_from_one_call_to_the_next():
     """Calls that are shorter than the rest: without memory of it no call would ever try again."""
-    shared = Experience.fresh(4)
+    shared = AcceptanceStats.initial(4)
     simulate(load_schedule(4, shared=shared), [0] * 4, 400)
     tries = [
         sum(bool(plan.rows) for plan, _ in simulate(load_schedule(4, shared=shared), [0] * 4, 40)) for _ in range(12)
@@ -282,7 +282,7 @@ def test_rest_goes_on_from_one_call_to_the_next():
 
 
 def test_few_rows_of_many_probe_and_others_the_next_time():
-    shared = Experience.fresh(4)
+    shared = AcceptanceStats.initial(4)
     schedule = load_schedule(16, shared=shared)
     probes = [plan.rows for plan, _ in simulate(schedule, [0] * 16, 300) if plan.probe]
     assert all(len(rows) == 1 for rows in probes) and not set(probes[0]) & set(probes[1])
@@ -290,20 +290,20 @@ def test_few_rows_of_many_probe_and_others_the_next_time():
 
 def test_rows_that_did_not_draft_verify_nothing_where_the_host_runs_ahead():
     schedule = load_schedule(3, ahead=True)
-    confidence, rooms = torch.full((3, 2), 0.9), torch.tensor([9, 0, 9])
+    confidence, max_drafts = torch.full((3, 2), 0.9), torch.tensor([9, 0, 9])
     for plan in (Plan([0, 2], 2, 2, budget=4), Plan([0, 2], 2, 2, True, 4), Plan([0, 2], 2, 2, True, 4, probe=True)):
-        assert schedule.choose_ahead(plan, confidence, rooms).tolist() == [2, 0, 2]
+        assert schedule.choose_on_device(plan, confidence, max_drafts).tolist() == [2, 0, 2]
 
 
 def test_drafting_does_not_begin_where_reading_the_prompt_costs_more():
     costs = FixedCosts(4, reading=1000.0)
-    rooms = [40] * 4
-    assert load_schedule(4, costs=costs).plan(rooms, 128, Load(4, 0)).rows
-    assert not load_schedule(4, costs=costs).plan(rooms, 128, Load(4, 0), waiting=128).rows
+    max_drafts = [40] * 4
+    assert load_schedule(4, costs=costs).plan(max_drafts, 128, Load(4, 0)).rows
+    assert not load_schedule(4, costs=costs).plan(max_drafts, 128, Load(4, 0), pending=128).rows
 
 
 def test_drafting_comes_back_when_drafts_succeed_again():
-    shared = Experience.fresh(4)
+    shared = AcceptanceStats.initial(4)
     schedule = load_schedule(4, shared=shared)
     simulate(schedule, [0] * 4, 100)
     history = simulate(schedule, [4] * 4, 1200)
@@ -312,7 +312,7 @@ def test_drafting_comes_back_when_drafts_succeed_again():
 
 def test_one_failing_row_rests_while_the_others_draft():
     costs = FixedCosts(4)
-    costs.draft = lambda rows, context, waiting=0: rows**0.5 * FixedCosts.draft(costs, rows, context)
+    costs.draft = lambda rows, context, pending=0: rows**0.5 * FixedCosts.draft(costs, rows, context)
     history = simulate(load_schedule(8, costs=costs), [4] * 7 + [0], 200)[50:]
     drafts = [7 in plan.rows for plan, _ in history]
     assert 1 <= sum(drafts) < 0.3 * len(drafts), "it should be tried now and then"
@@ -325,15 +325,15 @@ def test_a_threshold_prunes():
         plan = Plan([0, 1], 4, 4, packed=True, budget=8, costs=Costs(*[np.linspace(1, 1.01, 5)] * 3))
         assert schedule.choose(plan, alive, np.array([9, 9])).tolist() == [2, 0]
         confidence = torch.from_numpy(alive / np.concatenate([[[1], [1]], alive[:, :-1]], axis=1))
-        assert schedule.choose_ahead(plan, confidence, torch.tensor([9, 9])).tolist() == [2, 0]
+        assert schedule.choose_on_device(plan, confidence, torch.tensor([9, 9])).tolist() == [2, 0]
 
 
 def test_running_ahead_ranks_by_this_round_within_the_budget():
     schedule = load_schedule(2, ahead=True)
     plan = Plan([0, 1], 3, 3, packed=True, budget=3)
     confidence = torch.tensor([[0.95, 0.9, 0.9], [0.5, 0.9, 0.9]], dtype=torch.float64)
-    assert schedule.choose_ahead(plan, confidence, torch.tensor([9, 9])).tolist() == [3, 0]
-    assert schedule.choose_ahead(plan, confidence, torch.tensor([1, 9])).tolist()[0] == 1
+    assert schedule.choose_on_device(plan, confidence, torch.tensor([9, 9])).tolist() == [3, 0]
+    assert schedule.choose_on_device(plan, confidence, torch.tensor([1, 9])).tolist()[0] == 1
 
 
 # -- The switch ------------------------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_a_head_without_a_confidence_head_learns_from_acceptance(drafting_pays):
         assert torch.equal(output.sequences, target.generate(**kwargs).sequences)
         drafted += sum(output.dspark.drafted)
     assert drafted > 0
-    shared = experience_of(head, target)
+    shared = acceptance_of(head, target)
     assert shared.confidence[0] == pytest.approx(shared.accepted[0] / shared.tested[0], abs=0.15)
 
 
@@ -414,7 +414,7 @@ def test_statistics_of_a_schedule(pair, drafting_pays):
 
 
 def test_what_is_known_of_positions_is_kept_while_they_are_not_drafted():
-    shared = Experience.fresh(3)
+    shared = AcceptanceStats.initial(3)
     shared.learn(np.array([100, 80, 60]), np.array([80, 60, 20]), np.array([80.0, 60.0, 20.0]))
     last = shared.confidence[2]
     for _ in range(100):
@@ -433,7 +433,7 @@ def test_another_length_must_be_clearly_better(present, expected):
 class Unsure(FixedCosts):
     """Drafts of 3 are said to be dear, which nobody knows."""
 
-    def draft(self, rows, context, waiting=0):
+    def draft(self, rows, context, pending=0):
         return super().draft(rows, context) + np.array([0, 0, 0.75, 0.9])
 
     def unsure(self, rows, context):

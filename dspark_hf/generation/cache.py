@@ -24,7 +24,7 @@ def on_device(values: list | torch.Tensor, device: torch.device) -> torch.Tensor
     return tensor.to(device, non_blocking=True)
 
 
-def moved(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+def compact(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """x [R, ...] with only the given rows, in place: row `rows[i]` becomes row i.
 
     Args:
@@ -109,7 +109,7 @@ class SlotLayer(CacheLayerMixin):
     def keep(self, rows: list[int]) -> None:
         if self.is_initialized:
             for x in self.whole:
-                moved(x, rows)
+                compact(x, rows)
         self.resize(len(rows))
 
     def resize(self, rows: int) -> None:
@@ -202,7 +202,7 @@ class SlotCache(Cache):
             layer.resize(len(self.lengths))
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all other rows, and move those kept; see `moved`."""
+        """Drop all other rows, and move those kept; see `compact`."""
         for layer in self.layers:
             layer.keep(rows)
         self.lengths = [self.lengths[row] for row in rows]

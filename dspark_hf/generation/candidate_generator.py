@@ -59,7 +59,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         # The states that the head has not seen: those of every committed token but the last, the anchor.
         unseen = input_ids.shape[1] - 1 - self.drafter.cache.lengths[0]
         chosen = [model_outputs.hidden_states[i][:, :unseen] for i in self.hidden_state_indices]
-        self.drafter.remember(torch.cat([states.to(self.drafter.device) for states in chosen], dim=-1), [unseen])
+        self.drafter.append(torch.cat([states.to(self.drafter.device) for states in chosen], dim=-1), [unseen])
         block = self.drafter.draft(
             input_ids[:, -1],
             min(self.most, room),

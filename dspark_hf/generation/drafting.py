@@ -3,8 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling_dspark import DraftBlock, DSparkHead, GoesOn, Select
-from .cache import SlotCache, moved, on_device
+from ..modeling_dspark import ContinueDrafting, DraftBlock, DSparkHead, Select
+from .cache import SlotCache, compact, on_device
 
 # Tokens of a row, those of the last prompt or draft aside, whose target states may wait for a draft; more are taken
 # into the cache without one.
@@ -25,16 +25,16 @@ class Drafter:
         # First token of every row that the head knows; those before came from a cache that was not ours.
         self.first = [0] * rows
         # What waits: pieces [R, C, m*d], of which row r has the first counts[r] of each.
-        self.waiting: list[tuple[torch.Tensor, list[int]]] = []
+        self.pending: list[tuple[torch.Tensor, list[int]]] = []
         # Tokens of every row that wait.
-        self.unread = [0] * rows
+        self.num_pending = [0] * rows
 
     def add(self, rows: int) -> None:
         """Make room for so many rows behind the others."""
-        self.first, self.unread = self.first + [0] * rows, self.unread + [0] * rows
+        self.first, self.num_pending = self.first + [0] * rows, self.num_pending + [0] * rows
         self.cache.add(rows)
-        self.waiting = [
-            (torch.cat([own, own.new_zeros(rows, *own.shape[1:])]), known + [0] * rows) for own, known in self.waiting
+        self.pending = [
+            (torch.cat([own, own.new_zeros(rows, *own.shape[1:])]), known + [0] * rows) for own, known in self.pending
         ]
 
     def read(self, rows: list[int], features: torch.Tensor, counts: list[int], anchors: torch.Tensor) -> None:
@@ -45,11 +45,11 @@ class Drafter:
         """
         self._hidden(anchors.to(self.device), rows, features.to(self.device)[:, : max(counts)], counts)
 
-    def remember(self, features: torch.Tensor, counts: list[int]) -> None:
+    def append(self, features: torch.Tensor, counts: list[int]) -> None:
         """Target states of the tokens that were committed last: features [R, C, m*d], of row r the first counts[r].
         They are the drafter's from then on, which may move rows in them."""
-        self.waiting.append((features, counts))
-        self.unread = [waiting + count for waiting, count in zip(self.unread, counts, strict=True)]
+        self.pending.append((features, counts))
+        self.num_pending = [waiting + count for waiting, count in zip(self.num_pending, counts, strict=True)]
 
     def draft(
         self,
@@ -57,7 +57,7 @@ class Drafter:
         length: int,
         select: Select,
         rows: list[int] | None = None,
-        goes_on: GoesOn | None = None,
+        continue_drafting: ContinueDrafting | None = None,
         most: int | None = None,
     ) -> DraftBlock:
         """Draft the tokens after the anchors, once the context has caught up with what was committed.
@@ -65,22 +65,22 @@ class Drafter:
         Args:
             anchors: [R], last committed token of every row. length: draft tokens wanted, at most `config.gamma`.
             rows: those that draft, increasing; all when `None`. The block has a line for each of them.
-            select, goes_on, most: see `DSparkHead.sample_block`.
+            select, continue_drafting, most: see `DSparkHead.sample_block`.
         """
         anchors = anchors.to(self.device)
         if rows is not None:
             anchors = anchors[on_device(rows, self.device)]
         hidden = self._hidden(anchors, rows, *self._take(rows))
-        return self.head.sample_block(hidden, anchors, self.tables, length, select, goes_on, most)
+        return self.head.sample_block(hidden, anchors, self.tables, length, select, continue_drafting, most)
 
-    def catch_up(self, anchors: torch.Tensor) -> None:
+    def flush(self, anchors: torch.Tensor) -> None:
         """Take what waits into the cache without drafting, when it has become much."""
-        if self.waiting and max(self.unread) - max(self.waiting[0][1]) > LONGEST_WAIT:
+        if self.pending and max(self.num_pending) - max(self.pending[0][1]) > LONGEST_WAIT:
             self._hidden(anchors.to(self.device), None, *self._take(None))
 
     def unseen(self, row: int, count: int) -> torch.Tensor:
         """[count, m*d], the first target states of a row that wait."""
-        return torch.cat([features[row, : counts[row]] for features, counts in self.waiting])[:count].clone()
+        return torch.cat([features[row, : counts[row]] for features, counts in self.pending])[:count].clone()
 
     def start_at(self, lengths: list[int]) -> None:
         """Begin behind the first `lengths[r]` tokens of every row, without knowing them."""
@@ -88,26 +88,26 @@ class Drafter:
         self.cache.lengths = list(lengths)
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all other rows, and move those kept; see `cache.moved`."""
+        """Drop all other rows, and move those kept; see `cache.compact`."""
         self.first = [self.first[row] for row in rows]
         self.cache.keep(rows)
-        self.unread = [self.unread[row] for row in rows]
-        self.waiting = [(moved(features, rows), [counts[row] for row in rows]) for features, counts in self.waiting]
+        self.num_pending = [self.num_pending[row] for row in rows]
+        self.pending = [(compact(features, rows), [counts[row] for row in rows]) for features, counts in self.pending]
 
     def _take(self, rows: list[int] | None) -> tuple[torch.Tensor, list[int]]:
         """What waits for the given rows, [n, C, m*d] with the counts, which then no longer waits."""
-        pieces, self.waiting = self.waiting, []
+        pieces, self.pending = self.pending, []
         if rows is None:
-            counts, self.unread = self.unread, [0] * len(self.unread)
+            counts, self.num_pending = self.num_pending, [0] * len(self.num_pending)
             return _joined(pieces, counts), counts
-        counts, index = [self.unread[row] for row in rows], on_device(rows, pieces[0][0].device)
+        counts, index = [self.num_pending[row] for row in rows], on_device(rows, pieces[0][0].device)
         for row in rows:
-            self.unread[row] = 0
+            self.num_pending[row] = 0
         taken = set(rows)
         for features, own in pieces:
             left = [0 if row in taken else count for row, count in enumerate(own)]
             if any(left):
-                self.waiting.append((features, left))
+                self.pending.append((features, left))
         pieces = [(features[index], [own[row] for row in rows]) for features, own in pieces]
         return _joined(pieces, counts), counts
 

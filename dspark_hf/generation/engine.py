@@ -89,9 +89,9 @@ class Engine:
         context = max(state.cache.lengths)
         with clock.part("schedule"):
             max_drafts = list(map(planner.max_drafts_of, rows))
-            plan, load, waiting = planner.plan(rows, max_drafts, context)
+            plan, load, pending = planner.plan(rows, max_drafts, context)
         with clock.part("draft"):
-            block = rounds.draft(state, plan, self._select(plan), planner.goes_on(plan))
+            block = rounds.draft(state, plan, self._select(plan), planner.continue_drafting(plan))
         with clock.part("schedule"):
             confidence = planner.confidence(block)
             layout = rounds.schedule(planner.scheduler, plan, block, confidence, max_drafts, self.target.device)
@@ -100,7 +100,7 @@ class Engine:
         with clock.part("other"):
             layout, host, next_tokens, logits = self._accept(rows, block, layout, passed, drafts, confidence)
         with clock.part("schedule"):
-            survival = planner.learn(plan, layout, host, len(rows), context, waiting)
+            survival = planner.learn(plan, layout, host, len(rows), context, pending)
         with clock.part("other"):
             rounds.commit(state, passed.features, list(map(len, host.tokens)), next_tokens)
             return self._settle(CommittedRound(rows, host, passed, logits, load, plan, survival))
@@ -137,7 +137,7 @@ class Engine:
             self.drafter.add(len(joining))
             self.drafter.read(places, passed.features, counts, next_tokens)
         else:
-            self.drafter.remember(passed.features, counts)
+            self.drafter.append(passed.features, counts)
         return self._settle(CommittedRound(joining, host, passed, logits))
 
     def _settle(self, done: CommittedRound) -> list[Row]:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
 from ..scheduling.cost import CostModel
-from ..scheduling.estimates import Experience
+from ..scheduling.estimates import AcceptanceStats
 from ..scheduling.scheduler import ConstantSchedule, LoadSchedule, SyncedSchedule
 from ..scheduling.settings import Settings
 from .drafting import Drafter
@@ -46,7 +46,7 @@ class Kept:
 
 # By the models themselves, and what may change about them.
 _kept: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, dict[tuple, Kept]]] = WeakKeyDictionary()
-_experiences: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, Experience]] = WeakKeyDictionary()
+_acceptance: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, AcceptanceStats]] = WeakKeyDictionary()
 
 
 def runs_ahead(device: torch.device) -> bool:
@@ -65,7 +65,7 @@ def scheduler_for(
     """
     head, ahead = drafter.head, runs_ahead(target.device)
     settings = Settings.read(head.generation_config, head.config.gamma, config)
-    shared = experience_of(head, target.model)
+    shared = acceptance_of(head, target.model)
     if synced:
         return SyncedSchedule(settings, shared, rows, ahead)
     if settings.schedule == "constant":
@@ -74,11 +74,11 @@ def scheduler_for(
     return LoadSchedule(settings, shared, rows, costs, not config.do_sample, target.packs, ahead)
 
 
-def experience_of(head: DSparkHead, target: PreTrainedModel) -> Experience:
+def acceptance_of(head: DSparkHead, target: PreTrainedModel) -> AcceptanceStats:
     """What this process has seen of the head's drafts for a target."""
-    by_target = _experiences.setdefault(head, WeakKeyDictionary())
+    by_target = _acceptance.setdefault(head, WeakKeyDictionary())
     if target not in by_target:
-        by_target[target] = Experience.fresh(head.config.gamma)
+        by_target[target] = AcceptanceStats.initial(head.config.gamma)
     return by_target[target]
 
 

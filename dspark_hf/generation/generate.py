@@ -100,7 +100,7 @@ def _idle(engine: Engine) -> None:
     """The passes of a round that writes nothing, as other processes wait for ours in theirs."""
     target, head = engine.target, engine.drafter.head
     drafter = Drafter(head, target.model, 1)
-    drafter.remember(torch.zeros(1, 1, head.fc.in_features, device=target.device), [1])
+    drafter.append(torch.zeros(1, 1, head.fc.in_features, device=target.device), [1])
     anchors = torch.zeros(1, dtype=torch.int64, device=target.device)
     select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None)
     drafter.draft(anchors, engine.planner.scheduler.settings.most, select)

@@ -166,7 +166,7 @@ class Continuation:
             return
         load_draft(memory.rows, drafter.cache)
         unseen = [row.features for row in memory.rows]
-        drafter.remember(_right_padded(unseen, dim=0), [len(features) for features in unseen])
+        drafter.append(_right_padded(unseen, dim=0), [len(features) for features in unseen])
 
     def keep_row(self, r: int, row: Row, slots: SlotCache, drafter: Drafter, copy: bool) -> None:
         """Remember a row that ends: all its tokens but the last, which the target has not seen.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..modeling_dspark import DraftBlock, GoesOn
+from ..modeling_dspark import ContinueDrafting, DraftBlock
 from ..scheduling.load import Call, Load
 from ..scheduling.plan import Plan, Step
 from ..scheduling.scheduler import ConstantSchedule
@@ -54,18 +54,18 @@ class Planner:
         if self.last is not None and self.ranks.leads:
             deciding = times.get("draft", 0.0) + times.get("schedule", 0.0)
             self.scheduler.observe(self.last, load, deciding, times["verify"] + times.get("other", 0.0))
-        waiting = self._waiting(range(len(rows)))
-        plan = self.ranks.agreed(lambda: self.scheduler.plan(max_drafts, context, load, waiting))
+        pending = self._waiting(range(len(rows)))
+        plan = self.ranks.agreed(lambda: self.scheduler.plan(max_drafts, context, load, pending))
         return plan, load, self._waiting(plan.rows)
 
     def learn(
-        self, plan: Plan, layout: VerifyLayout, host: HostRound, rows: int, context: int, waiting: int
+        self, plan: Plan, layout: VerifyLayout, host: HostRound, rows: int, context: int, pending: int
     ) -> np.ndarray:
         """Tell the scheduler what became of a round of so many rows. Returns the survival [R, drafted] that it went
         by."""
         drafting, estimates = plan.index(rows), self.scheduler.estimates
         tokens = layout.tokens if layout.packed else rows * (1 + layout.most)
-        self.last = Step(len(plan.rows), layout.drafted, waiting, rows, tokens, layout.packed, context)
+        self.last = Step(len(plan.rows), layout.drafted, pending, rows, tokens, layout.packed, context)
         if not plan.rows:
             return host.confidence
         survival = layout.survival
@@ -100,21 +100,21 @@ class Planner:
             return torch.from_numpy(running).expand(len(block.tokens), -1)
         return self.drafter.head.calibrated(block.confidence_logits)
 
-    def goes_on(self, plan: Plan) -> GoesOn | None:
+    def continue_drafting(self, plan: Plan) -> ContinueDrafting | None:
         """What decides, position by position, whether a single row drafts on; `None` where it is decided before."""
-        walk = self.scheduler.walk(plan)
-        if walk is None:
+        early_exit = self.scheduler.early_exit(plan)
+        if early_exit is None:
             return None
         head, running = self.drafter.head, self.scheduler.estimates.shared.confidence
         positions = itertools.count()
 
-        def goes_on(logits: torch.Tensor | None) -> bool:
+        def continue_drafting(logits: torch.Tensor | None) -> bool:
             k = next(positions)
-            return walk(running[k] if logits is None else head.calibrated(logits, k).item())
+            return early_exit(running[k] if logits is None else head.calibrated(logits, k).item())
 
-        return goes_on
+        return continue_drafting
 
     def _waiting(self, rows: Sequence[int]) -> int:
         """Tokens of a row, at most, that the head has yet to read; 0 for what a round or two leave."""
-        longest = max((self.drafter.unread[row] for row in rows), default=0)
+        longest = max((self.drafter.num_pending[row] for row in rows), default=0)
         return longest if longest > 2 * (self.gamma + 1) else 0

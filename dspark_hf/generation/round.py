@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..modeling_dspark import DraftBlock, GoesOn, Select
+from ..modeling_dspark import ContinueDrafting, DraftBlock, Select
 from ..scheduling.plan import Plan
 from ..scheduling.scheduler import ConstantSchedule
 from .acceptance import Verdict, accept_greedy, accept_sampled
@@ -111,18 +111,20 @@ def prefill(
     return passed
 
 
-def draft(state: RoundState, plan: Plan, select: Select, goes_on: GoesOn | None = None) -> DraftBlock | None:
+def draft(
+    state: RoundState, plan: Plan, select: Select, continue_drafting: ContinueDrafting | None = None
+) -> DraftBlock | None:
     """A block with a line for every row, zeros for those that do not draft; `None` when none does.
 
     Args:
-        select, goes_on: see `DSparkHead.sample_block`.
+        select, continue_drafting: see `DSparkHead.sample_block`.
     """
     if not plan.rows:
-        state.drafter.catch_up(state.anchors)
+        state.drafter.flush(state.anchors)
         return None
     rows = len(state.anchors)
     some = None if len(plan.rows) == rows else plan.rows
-    block = state.drafter.draft(state.anchors, plan.length, select, some, goes_on, plan.most)
+    block = state.drafter.draft(state.anchors, plan.length, select, some, continue_drafting, plan.most)
     return block if some is None else block.spread(on_device(some, block.tokens.device), rows)
 
 
@@ -151,7 +153,7 @@ def schedule(
     if scheduler.runs_ahead:
         drafters = set(plan.rows)
         limits = [most if r in drafters else 0 for r, most in enumerate(max_drafts)]
-        lengths = scheduler.choose_ahead(plan, confidence.to(device), on_device(limits, device))
+        lengths = scheduler.choose_on_device(plan, confidence.to(device), on_device(limits, device))
         return VerifyLayout(lengths, drafted, rows + plan.budget, plan.packed, drafted, None)
     survival = np.zeros((rows, drafted))
     survival[drafting] = scheduler.estimates.survival(confidence.cpu().numpy()[drafting], drafting)
@@ -244,5 +246,5 @@ def commit(state: RoundState, features: torch.Tensor, counts: list[int], next_to
         features: [R, L+1, m*d], the states of the pass, for the head.
     """
     state.cache.commit(counts)
-    state.drafter.remember(features, counts)
+    state.drafter.append(features, counts)
     state.anchors = next_tokens

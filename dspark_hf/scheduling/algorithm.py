@@ -13,23 +13,23 @@ def survival(confidence: np.ndarray) -> np.ndarray:
     return np.cumprod(confidence, axis=-1)
 
 
-def admit(survival: np.ndarray, certain: float, seconds: np.ndarray, look_past_drops: bool) -> np.ndarray:
+def admit(survival: np.ndarray, base_tokens: float, seconds: np.ndarray, look_past_drops: bool) -> np.ndarray:
     """Lengths [R] to verify, by walking all (row, position) in the order of falling survival.
 
     Position j + 1 of a row never comes before j, as survival falls along a row (ties keep that order).
 
     Args:
-        survival: [R, G], expected tokens that each draft adds. certain: expected tokens when nothing is admitted.
+        survival: [R, G], expected tokens that each draft adds. base_tokens: expected tokens when nothing is admitted.
         seconds: [R*G + 1], time of the round when n positions are admitted, n = 0 first.
         look_past_drops: take the best number of positions whatever lies before it. Lossless with greedy decoding only:
             survival behind a position depends on the token drafted there, so whether that token is verified would
             depend on what it is (paper, appendix A). Without, the walk ends at the first position that does not raise
-            Theta; pass [`smoothed`] seconds, so that this is not the edge of a mere step.
+            Theta; pass [`lower_hull`] seconds, so that this is not the edge of a mere step.
     """
     rows, positions = survival.shape
     flat = survival.ravel()
     order = np.argsort(-flat, kind="stable")
-    theta = (certain + np.concatenate(([0.0], np.cumsum(flat[order])))) / seconds
+    theta = (base_tokens + np.concatenate(([0.0], np.cumsum(flat[order])))) / seconds
     if look_past_drops:
         count = int(theta.argmax())
     else:
@@ -39,20 +39,20 @@ def admit(survival: np.ndarray, certain: float, seconds: np.ndarray, look_past_d
 
 
 def best_length(
-    survival: np.ndarray, certain: float, draft: np.ndarray, sizes: np.ndarray, share: float
+    survival: np.ndarray, base_tokens: float, draft: np.ndarray, sizes: np.ndarray, share: float
 ) -> tuple[float, int, float]:
     """How many positions to draft, before the draft: the highest Theta, its length, and how many drafts to verify then.
 
     Args:
         survival: [H, U, G], what H earlier rounds were like: of each length the best drafts are taken, as `admit`
-            would. certain: expected tokens without drafts. draft: [G], seconds to draft 1, 2, .. positions.
+            would. base_tokens: expected tokens without drafts. draft: [G], seconds to draft 1, 2, .. positions.
         sizes: [G + 1], seconds to verify 1, 2, .. tokens a row; each admitted draft adds `share` of such a token.
     """
     history, _, positions = survival.shape
     flat = survival.ravel()
     order = np.argsort(-flat, kind="stable")
     within = (order % positions) <= np.arange(positions)[:, None]
-    tokens = certain + (within * flat[order]).cumsum(axis=1) / history
+    tokens = base_tokens + (within * flat[order]).cumsum(axis=1) / history
     counts = within.cumsum(axis=1) / history
     theta = tokens / (draft[:, None] + at_size(sizes, 1 + share * counts))
     best = theta.argmax()
@@ -64,7 +64,7 @@ def at_size(sizes: np.ndarray, size: np.ndarray) -> np.ndarray:
     return np.interp(size, np.arange(1, len(sizes) + 1), sizes)
 
 
-def smoothed(seconds: np.ndarray) -> np.ndarray:
+def lower_hull(seconds: np.ndarray) -> np.ndarray:
     """The largest convex function below `seconds` [N].
 
     Real step times are staircases, and on those Theta has local peaks. Expected tokens grow ever more slowly along the
@@ -81,7 +81,7 @@ def smoothed(seconds: np.ndarray) -> np.ndarray:
     return np.interp(np.arange(len(seconds)), corners, seconds[corners])
 
 
-def cut(survival: torch.Tensor, budget: int) -> torch.Tensor:
+def top_k_by_survival(survival: torch.Tensor, budget: int) -> torch.Tensor:
     """Lengths [R] when the `budget` drafts of highest survival [R, G] are verified.
 
     The production variant: the budget was chosen without this round's confidences, so that ranking by them leaks

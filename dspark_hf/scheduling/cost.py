@@ -105,13 +105,13 @@ class CostModel:
         """[block + 1] seconds of a pass over 1, 2, .. tokens of every row, or of as many that are packed unevenly."""
         return self._seconds("verify", self._verifies(rows, context, packed))
 
-    def draft(self, rows: float, context: float, waiting: float = 0) -> np.ndarray:
+    def draft(self, rows: float, context: float, pending: float = 0) -> np.ndarray:
         """[block] seconds of a draft of 1, 2, .. positions in every row.
 
         Args:
-            context: tokens of the longest row. waiting: of those the head has yet to read.
+            context: tokens of the longest row. pending: of those the head has yet to read.
         """
-        return self._seconds("draft", self._drafts(rows, context, waiting))
+        return self._seconds("draft", self._drafts(rows, context, pending))
 
     def unsure(self, rows: float, context: float) -> np.ndarray:
         """[block + 1] standard deviation of a round of 0, 1, .. drafts a row, as a share of its seconds."""
@@ -127,8 +127,8 @@ class CostModel:
     def _verifies(self, rows: float, context: float, packed: bool) -> np.ndarray:
         return np.array([_verify(rows, n * rows, context, packed) for n in range(1, self.block_size + 2)])
 
-    def _drafts(self, rows: float, context: float, waiting: float) -> np.ndarray:
-        return np.array([_draft(rows, n, context, waiting) for n in range(1, self.block_size + 1)])
+    def _drafts(self, rows: float, context: float, pending: float) -> np.ndarray:
+        return np.array([_draft(rows, n, context, pending) for n in range(1, self.block_size + 1)])
 
     # -- Learning -----------------------------------------------------------------------------------------------
 
@@ -141,9 +141,9 @@ class CostModel:
         self.seen += 1
         self._learn("verify", np.array(_verify(rows, tokens, context, packed)), seconds)
 
-    def learn_draft(self, rows: int, positions: int, context: int, waiting: int, seconds: float) -> None:
+    def learn_draft(self, rows: int, positions: int, context: int, pending: int, seconds: float) -> None:
         """Take in a draft of so many positions in `rows` rows."""
-        self._learn("draft", np.array(_draft(rows, positions, context, waiting)), seconds)
+        self._learn("draft", np.array(_draft(rows, positions, context, pending)), seconds)
 
     def _learn(self, kind: str, features: np.ndarray, seconds: float) -> None:
         line = self.lines[kind]
@@ -195,5 +195,5 @@ def _verify(rows: float, tokens: float, context: float, packed: bool) -> list[fl
     return [1.0, rows, tokens, rows * context / CONTEXT, float(tokens > rows), float(packed)]
 
 
-def _draft(rows: float, positions: float, context: float, waiting: float) -> list[float]:
-    return [1.0, rows, positions, rows * positions, rows * context / CONTEXT, rows * waiting / CONTEXT]
+def _draft(rows: float, positions: float, context: float, pending: float) -> list[float]:
+    return [1.0, rows, positions, rows * positions, rows * context / CONTEXT, rows * pending / CONTEXT]

@@ -12,39 +12,41 @@ from .algorithm import survival as survival_of
 # Tokens of evidence that the confidence is right as it is, before verification is believed over it.
 PRIOR = 4.0
 # Evidence fades: half of it is forgotten after this many tested drafts of all rows; in eight rounds of a row.
-POOL_HALF_LIFE, ROW_FADE = 512.0, 0.5 ** (1 / 8)
+POOL_HALF_LIFE, ROW_DECAY = 512.0, 0.5 ** (1 / 8)
 # A head without a confidence head, before anything is known of it.
-FIRST_GUESS = 0.7
+PRIOR_ACCEPTANCE = 0.7
 LEAST_CERTAIN, MOST_CERTAIN = 0.001, 0.99
 # Drafts, of so many rows and rounds together, that stand for what the next round may bring.
 SAMPLE = 16
 
 
 @dataclass
-class Experience:
+class AcceptanceStats:
     """What is known of a head with one target, shared by all rows and calls.
 
-    tested[k], accepted[k]: drafts at position k that were verified after all before them were accepted, and those of
-    them that were accepted. expected[k]: the sum of their confidences. last_rate: accepted of the tested drafts of the
-    last round that had any. patience: rounds to wait before drafting is tried again where it does not pay; rested: how
-    many have gone by.
+    tested: by position k, drafts that were verified after all before them were accepted.
+    accepted: those of them that were accepted.
+    expected: the sum of their confidences.
+    probe_interval: rounds to wait before drafting is tried again where it does not pay.
+    undrafted_rounds: how many have gone by.
+    last_rate: accepted of the tested drafts of the last round that had any.
     """
 
     tested: np.ndarray
     accepted: np.ndarray
     expected: np.ndarray
-    patience: int = 1
-    rested: int = 0
+    probe_interval: int = 1
+    undrafted_rounds: int = 0
     last_rate: float = 0.0
 
     @classmethod
-    def fresh(cls, block_size: int) -> "Experience":
+    def initial(cls, block_size: int) -> "AcceptanceStats":
         return cls(*np.zeros((3, block_size)))
 
     @property
     def confidence(self) -> np.ndarray:
         """[G] running acceptance by position, the estimate of a head without a confidence head."""
-        return (self.accepted + PRIOR * FIRST_GUESS) / (self.tested + PRIOR)
+        return (self.accepted + PRIOR * PRIOR_ACCEPTANCE) / (self.tested + PRIOR)
 
     @property
     def curve(self) -> np.ndarray:
@@ -70,14 +72,14 @@ class Experience:
 
 
 class RowEstimates:
-    """What is known of the rows of a call; see [`Experience`] for what they share.
+    """What is known of the rows of a call; see [`AcceptanceStats`] for what they share.
 
     recent: [H, R, G], survival of the drafts of the last rounds that drafted, so many that they are a sample of what a
     round may bring. mean: [R, G], the same averaged over the last rounds of a row. expected, accepted: [R], as in
-    `Experience`, of each row. corrections: [R], factors on the confidence of its drafts.
+    `AcceptanceStats`, of each row. corrections: [R], factors on the confidence of its drafts.
     """
 
-    def __init__(self, shared: Experience, rows: int):
+    def __init__(self, shared: AcceptanceStats, rows: int):
         self.shared = shared
         self.recent = np.tile(shared.curve, (max(1, SAMPLE // rows), rows, 1))
         self.mean = np.tile(shared.curve, (rows, 1))
@@ -105,13 +107,13 @@ class RowEstimates:
         """
         tested = np.arange(confidence.shape[1]) < np.minimum(accepted + 1, lengths)[:, None]
         promised = confidence * tested
-        self.expected[rows] = ROW_FADE * self.expected[rows] + promised.sum(axis=1)
-        self.accepted[rows] = ROW_FADE * self.accepted[rows] + accepted
+        self.expected[rows] = ROW_DECAY * self.expected[rows] + promised.sum(axis=1)
+        self.accepted[rows] = ROW_DECAY * self.accepted[rows] + accepted
         curves = self._whole(survival)
         if len(self.recent) > 1:
             self.recent[:-1, rows] = self.recent[1:, rows]
         self.recent[-1, rows] = curves
-        self.mean[rows] += (1 - ROW_FADE) * (curves - self.mean[rows])
+        self.mean[rows] += (1 - ROW_DECAY) * (curves - self.mean[rows])
         counts = tested.sum(axis=0)
         passed = (accepted[:, None] > np.arange(confidence.shape[1])).sum(axis=0)
         self.shared.learn(counts, passed, promised.sum(axis=0))

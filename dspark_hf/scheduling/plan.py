@@ -26,7 +26,8 @@ class Plan:
     most: the limit then, else the same. packed: whether rows may verify different lengths. budget: drafts of all rows
     that are worth verifying, by what earlier rounds were like; theta: tokens a second then. probe: whether
     this is only to see how drafts fare. costs: what the plan was made with.
-    walk: [block + 1] smoothed seconds of a round that drafts and verifies 0, 1, .. positions, where it may stop early.
+    early_exit: [block + 1] seconds of a round that drafts and verifies 0, 1, .. positions, their lower hull, where it
+    may stop early.
     """
 
     rows: list[int]
@@ -37,7 +38,7 @@ class Plan:
     theta: float = 0.0
     probe: bool = False
     costs: Costs | None = None
-    walk: list[float] | None = None
+    early_exit: list[float] | None = None
 
     def index(self, rows: int) -> list[int] | slice:
         """The rows that draft, of so many, as an index; that of everybody copies nothing."""
@@ -49,13 +50,13 @@ NO_DRAFT = Plan([], 0, 0)
 
 @dataclass(frozen=True)
 class Step:
-    """The shape of a round: `drafting` rows drafted `drafted` positions, after the head had read `waiting` tokens of
+    """The shape of a round: `drafting` rows drafted `drafted` positions, after the head had read `pending` tokens of
     each (0 for those of a round or two); a pass verified `tokens` tokens of `rows` rows, the longest of which holds
     `context` tokens; `packed` as in [`Plan`]."""
 
     drafting: int
     drafted: int
-    waiting: int
+    pending: int
     rows: int
     tokens: int
     packed: bool

@@ -10,16 +10,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .algorithm import admit, at_size, best_length, cut, smoothed
+from .algorithm import admit, at_size, best_length, lower_hull, top_k_by_survival
 from .cost import CostModel
-from .estimates import LEAST_CERTAIN, MOST_CERTAIN, Experience, RowEstimates
+from .estimates import LEAST_CERTAIN, MOST_CERTAIN, AcceptanceStats, RowEstimates
 from .load import Load
 from .plan import NO_DRAFT, Costs, Plan, Step
 from .settings import Settings
 
 # What steers the load schedule, beside what `cost.py` and `estimates.py` learn with.
 # Rounds without a draft before a probe, at most: 1, 2, 4 .. up to this, as long as drafts do not pay.
-MOST_PATIENCE = 256
+MOST_PROBE_INTERVAL = 256
 # How many times the present plan's tokens a second another must promise: to go to and fro costs something too.
 SWITCH = 1.02
 # Rounds that a plan is used for, at first and at most: one that is found right again lasts twice as long.
@@ -37,46 +37,46 @@ class ConstantSchedule:
             work for the device without waiting, so that this round's confidences come too late.
     """
 
-    def __init__(self, settings: Settings, shared: Experience, rows: int, runs_ahead: bool = False):
+    def __init__(self, settings: Settings, shared: AcceptanceStats, rows: int, runs_ahead: bool = False):
         self.settings, self.runs_ahead = settings, runs_ahead
         self.estimates = RowEstimates(shared, rows)
 
-    def plan(self, rooms: list[int], context: int, load: Load, waiting: int = 0) -> Plan:
+    def plan(self, max_drafts: list[int], context: int, load: Load, pending: int = 0) -> Plan:
         """What to draft.
 
         Args:
-            rooms: [R], drafts that each row could still commit. context: tokens of the longest row. load: of the
-                device. waiting: tokens of a row that a draft has to read first, beyond those of a round or two.
+            max_drafts: [R], drafts that each row could still commit. context: tokens of the longest row. load: of the
+                device. pending: tokens of a row that a draft has to read first, beyond those of a round or two.
         """
-        length = min(self.settings.most, max(rooms))
-        return Plan(list(range(len(rooms))), length, length) if length > 0 else NO_DRAFT
+        length = min(self.settings.most, max(max_drafts))
+        return Plan(list(range(len(max_drafts))), length, length) if length > 0 else NO_DRAFT
 
-    def walk(self, plan: Plan) -> Callable[[float], bool] | None:
+    def early_exit(self, plan: Plan) -> Callable[[float], bool] | None:
         """What decides, given the confidence of one position after the other, whether it is drafted; `None` where
         `plan` has decided. Losslessness asks that this does not depend on what is drafted there, and it does not: the
         confidence of a position sees only the tokens before it."""
         return None
 
-    def choose(self, plan: Plan, survival: np.ndarray, rooms: list[int]) -> np.ndarray:
+    def choose(self, plan: Plan, survival: np.ndarray, max_drafts: list[int]) -> np.ndarray:
         """Lengths [R] to verify.
 
         Args:
-            survival: [R, G] of the drafts, 0 where none was made. rooms: as in `plan`.
+            survival: [R, G] of the drafts, 0 where none was made. max_drafts: as in `plan`.
         """
-        return np.minimum(self._confident(survival), rooms)
+        return np.minimum(self._confident(survival), max_drafts)
 
-    def choose_ahead(self, plan: Plan, confidence: torch.Tensor, rooms: torch.Tensor) -> torch.Tensor:
+    def choose_on_device(self, plan: Plan, confidence: torch.Tensor, max_drafts: torch.Tensor) -> torch.Tensor:
         """The same where the host does not wait to see this round's confidence [R, G]: lengths [R] on the device.
 
         Args:
-            rooms: [R], 0 for rows that did not draft.
+            max_drafts: [R], 0 for rows that did not draft.
         """
         if self.settings.threshold is None:
-            return rooms.clamp(max=plan.length)
-        alive = self._survival_ahead(confidence) >= self.settings.threshold
-        return torch.minimum(alive.sum(dim=1), rooms)
+            return max_drafts.clamp(max=plan.length)
+        alive = self._survival_on_device(confidence) >= self.settings.threshold
+        return torch.minimum(alive.sum(dim=1), max_drafts)
 
-    def _survival_ahead(self, confidence: torch.Tensor) -> torch.Tensor:
+    def _survival_on_device(self, confidence: torch.Tensor) -> torch.Tensor:
         corrections = torch.from_numpy(self.estimates.corrections)
         corrections = corrections.to(confidence.device, confidence.dtype, non_blocking=True)
         return (confidence * corrections[:, None]).clamp(LEAST_CERTAIN, MOST_CERTAIN).cumprod(dim=1)
@@ -103,8 +103,8 @@ class SyncedSchedule(ConstantSchedule):
     """Drafts as many positions in every round, whether there is room for them or not: processes that wait for each
     other in every pass must make the same passes."""
 
-    def plan(self, rooms, context, load, waiting=0):
-        return Plan(list(range(len(rooms))), self.settings.most, self.settings.most)
+    def plan(self, max_drafts, context, load, pending=0):
+        return Plan(list(range(len(max_drafts))), self.settings.most, self.settings.most)
 
 
 class LoadSchedule(ConstantSchedule):
@@ -118,7 +118,7 @@ class LoadSchedule(ConstantSchedule):
     def __init__(
         self,
         settings: Settings,
-        shared: Experience,
+        shared: AcceptanceStats,
         rows: int,
         costs: CostModel,
         greedy: bool,
@@ -128,104 +128,104 @@ class LoadSchedule(ConstantSchedule):
         super().__init__(settings, shared, rows, runs_ahead)
         self.costs, self.greedy, self.packs = costs, greedy, packs
         # Rounds that each row had gone without a draft when the last plan was made.
-        self.idle = np.zeros(rows, dtype=int)
+        self.undrafted = np.zeros(rows, dtype=int)
         # The last plan, the load it was made for, in how many rounds it has been used, and for how many it is good.
-        self.last, self.situation, self.age, self.lasts = NO_DRAFT, None, 0, PLAN_LASTS
+        self.last, self.plan_load, self.plan_age, self.plan_lasts = NO_DRAFT, None, 0, PLAN_LASTS
         # Drafts a row that were found best last, whatever was tried since; before the first time `None`.
         self.length: int | None = None
         # Whether the last plan is to see what it costs.
         self.is_trial = False
         self.plans = self.rounds = 0
 
-    def plan(self, rooms, context, load, waiting=0):
-        limit = min(max(rooms), self.settings.most)
+    def plan(self, max_drafts, context, load, pending=0):
+        limit = min(max(max_drafts), self.settings.most)
         if limit <= 0 or self.costs.pace is None:
             return NO_DRAFT
-        self.age += 1
+        self.plan_age += 1
         if not self.last.rows:
-            self.estimates.shared.rested += 1
+            self.estimates.shared.undrafted_rounds += 1
         if self._is_out_of_date(limit, load):
-            self._renew(np.array(rooms), context, load, waiting)
+            self._renew(np.array(max_drafts), context, load, pending)
         return self.last
 
     def _is_out_of_date(self, limit: int, load: Load) -> bool:
         if self.last.rows:
-            return self.age > self.lasts or self.last.probe or limit < self.last.most
-        return self.estimates.shared.rested > self.estimates.shared.patience or load != self.situation
+            return self.plan_age > self.plan_lasts or self.last.probe or limit < self.last.most
+        return self.estimates.shared.undrafted_rounds > self.estimates.shared.probe_interval or load != self.plan_load
 
-    def _renew(self, rooms: np.ndarray, context: int, load: Load, waiting: int) -> None:
+    def _renew(self, max_drafts: np.ndarray, context: int, load: Load, pending: int) -> None:
         shared = self.estimates.shared
-        self.idle += self.age
-        self.idle[self.last.rows] = 0
-        plan = self._best(rooms, context, load, waiting)
-        waited = not self.last.rows and shared.rested > shared.patience
+        self.undrafted += self.plan_age
+        self.undrafted[self.last.rows] = 0
+        plan = self._best(max_drafts, context, load, pending)
+        waited = not self.last.rows and shared.undrafted_rounds > shared.probe_interval
         if self.last.probe and shared.last_rate > shared.correction:
             # Drafts do better than they have come to be trusted: worth another look sooner.
-            shared.patience = max(1, shared.patience // 4)
+            shared.probe_interval = max(1, shared.probe_interval // 4)
         if plan.rows:
-            shared.patience = 1
+            shared.probe_interval = 1
         elif waited:
-            shared.patience = min(2 * shared.patience, MOST_PATIENCE)
+            shared.probe_interval = min(2 * shared.probe_interval, MOST_PROBE_INTERVAL)
             # One row is enough to see how drafts fare, and has all its context to read first.
-            plan = Plan([int(self.idle.argmax())], 1, 1, self.packs, 1, probe=True)
+            plan = Plan([int(self.undrafted.argmax())], 1, 1, self.packs, 1, probe=True)
         if plan.rows:
-            shared.rested = 0
+            shared.undrafted_rounds = 0
         confirmed = (plan.rows, plan.length) == (self.last.rows, self.last.length)
-        self.lasts = min(2 * self.lasts, PLAN_LASTS_AT_MOST) if confirmed else PLAN_LASTS
+        self.plan_lasts = min(2 * self.plan_lasts, PLAN_LASTS_AT_MOST) if confirmed else PLAN_LASTS
         if self.is_trial:
-            self.lasts = PLAN_LASTS
-        self.last, self.situation, self.age = plan, load, 0
+            self.plan_lasts = PLAN_LASTS
+        self.last, self.plan_load, self.plan_age = plan, load, 0
 
-    def walk(self, plan):
-        if plan.walk is None:
+    def early_exit(self, plan):
+        if plan.early_exit is None:
             return None
-        seconds, threshold = plan.walk, self.settings.threshold or 0.0
+        seconds, threshold = plan.early_exit, self.settings.threshold or 0.0
         correction = self.estimates.corrections[0]
         alive, tokens, k = 1.0, 1.0, 0
 
-        def goes_on(confidence: float) -> bool:
+        def continue_drafting(confidence: float) -> bool:
             nonlocal alive, tokens, k
             before, k = tokens, k + 1
             alive *= min(max(confidence * correction, LEAST_CERTAIN), MOST_CERTAIN)
             tokens += alive
             return alive >= threshold and tokens * seconds[k - 1] > before * seconds[k]
 
-        return goes_on
+        return continue_drafting
 
-    def choose(self, plan, survival, rooms):
-        most = super().choose(plan, survival, rooms)
+    def choose(self, plan, survival, max_drafts):
+        most = super().choose(plan, survival, max_drafts)
         if plan.probe:
-            return np.minimum(rooms, survival.any(axis=1))
+            return np.minimum(max_drafts, survival.any(axis=1))
         if not plan.packed:
             # A single row: every position was admitted before it was drafted, and to drop one now would depend on what
             # it is. Several: a column was paid for by all rows, whatever becomes of some.
             return most
         rows, drafted = survival.shape
         admissible = survival if most.min() == drafted else survival * (np.arange(drafted) < most[:, None])
-        sizes = plan.costs.packed if self.greedy else smoothed(plan.costs.packed)
+        sizes = plan.costs.packed if self.greedy else lower_hull(plan.costs.packed)
         seconds = plan.costs.draft[drafted - 1] + at_size(sizes, 1 + np.arange(rows * drafted + 1) / rows)
         return admit(admissible, rows, seconds, self.greedy)
 
-    def choose_ahead(self, plan, confidence, rooms):
-        most = super().choose_ahead(plan, confidence, rooms)
+    def choose_on_device(self, plan, confidence, max_drafts):
+        most = super().choose_on_device(plan, confidence, max_drafts)
         if plan.probe:
             return most
         if not plan.packed:
             return most.clamp(max=max(1, plan.budget // len(plan.rows)))
-        alive = self._survival_ahead(confidence)
-        positions = torch.arange(confidence.shape[1], device=rooms.device)
-        return torch.minimum(cut(alive * (positions < most[:, None]), plan.budget), most)
+        alive = self._survival_on_device(confidence)
+        positions = torch.arange(confidence.shape[1], device=max_drafts.device)
+        return torch.minimum(top_k_by_survival(alive * (positions < most[:, None]), plan.budget), most)
 
     def add(self, rows):
         super().add(rows)
-        self.idle, self.lasts = np.append(self.idle, np.zeros(rows, dtype=int)), 0
+        self.undrafted, self.plan_lasts = np.append(self.undrafted, np.zeros(rows, dtype=int)), 0
 
     def keep(self, rows):
         super().keep(rows)
-        self.idle = self.idle[rows]
+        self.undrafted = self.undrafted[rows]
         # Where many are gone another length may be right; a plan outlives a row.
-        if self.situation is not None and 2 * len(rows) <= self.situation.rows:
-            self.lasts = PLAN_LASTS
+        if self.plan_load is not None and 2 * len(rows) <= self.plan_load.rows:
+            self.plan_lasts = PLAN_LASTS
         drafting = set(self.last.rows)
         self.last = replace(self.last, rows=[i for i, row in enumerate(rows) if row in drafting])
 
@@ -236,27 +236,27 @@ class LoadSchedule(ConstantSchedule):
             return
         self.costs.learn_verify(step.rows, step.tokens, step.context, step.packed, step_seconds)
         if step.drafted:
-            self.costs.learn_draft(step.drafting, step.drafted, step.context, step.waiting, draft_seconds)
+            self.costs.learn_draft(step.drafting, step.drafted, step.context, step.pending, draft_seconds)
 
     # -- Searching ----------------------------------------------------------------------------------------------
 
-    def _best(self, rooms: np.ndarray, context: int, load: Load, waiting: int) -> Plan:
+    def _best(self, max_drafts: np.ndarray, context: int, load: Load, pending: int) -> Plan:
         """The plan that earlier rounds suggest."""
-        rows, total, model = len(rooms), load.total, self.costs
+        rows, total, model = len(max_drafts), load.total, self.costs
         draft, packed = model.draft(total, context), model.verify(total, context, packed=True)
         costs = Costs(model.verify(total, context), packed, draft)
-        allowed = np.arange(self.estimates.recent.shape[2]) < np.minimum(rooms, self.settings.most)[:, None]
+        allowed = np.arange(self.estimates.recent.shape[2]) < np.minimum(max_drafts, self.settings.most)[:, None]
         worth = self.estimates.recent * allowed
         if self.settings.threshold is not None:
             worth = worth * (worth >= self.settings.threshold)
         # [limit + 1], of a round of 0, 1, .. drafts a row.
-        sizes = min(rooms.max(), self.settings.most) + 1
+        sizes = min(max_drafts.max(), self.settings.most) + 1
         tokens = rows + np.concatenate(([0.0], worth.sum(axis=1).mean(axis=0).cumsum()))[:sizes]
         seconds = (costs.verify + np.concatenate(([0.0], draft)))[:sizes]
-        if waiting:
+        if pending:
             # What the head has to read first is paid once, and is shared by the rounds to the end of the call.
-            reading = model.draft(total, context, waiting)[0] - draft[0]
-            seconds[1:] += reading * tokens[1:] / (rows * (rooms.max() + 1))
+            reading = model.draft(total, context, pending)[0] - draft[0]
+            seconds[1:] += reading * tokens[1:] / (rows * (max_drafts.max() + 1))
         thetas = tokens / seconds
         self.length = self._settled(thetas)
         # Without drafts a new plan is rare.
@@ -268,7 +268,7 @@ class LoadSchedule(ConstantSchedule):
         plan = Plan(list(range(rows)), length, length, budget=length * rows, theta=thetas[length], costs=costs)
         if rows == 1:
             return plan if self.runs_ahead else self._stopping_early(plan, worth[:, 0])
-        if self.packs and not waiting:
+        if self.packs and not pending:
             theta, its_length, count = best_length(worth, rows, draft, packed, 1 / rows)
             if theta > SWITCH * plan.theta:
                 plan = replace(plan, length=its_length, most=its_length, packed=True, budget=round(count), theta=theta)
@@ -292,14 +292,14 @@ class LoadSchedule(ConstantSchedule):
     def _stopping_early(self, plan: Plan, worth: np.ndarray) -> Plan:
         """The plan of a single row, drafted position by position as long as that pays, where that brings more than all
         of its positions would have in rounds with drafts of survival [H, G]."""
-        walk = _walk(plan.costs)
-        price = plan.theta * np.diff(walk)
+        early_exit = _early_exit_seconds(plan.costs)
+        price = plan.theta * np.diff(early_exit)
         taken = np.logical_and.accumulate((worth > price) & (worth > 0), axis=1)
-        theta = (1 + (worth * taken).sum(axis=1)).mean() / walk[taken.sum(axis=1)].mean()
+        theta = (1 + (worth * taken).sum(axis=1)).mean() / early_exit[taken.sum(axis=1)].mean()
         if theta < SWITCH * plan.theta:
             return plan
         most = int(worth.any(axis=0).sum())
-        return replace(plan, most=max(most, plan.length), theta=theta, walk=walk.tolist())
+        return replace(plan, most=max(most, plan.length), theta=theta, early_exit=early_exit.tolist())
 
     def _without_losers(self, plan: Plan, allowed: np.ndarray, context: int, busy: float) -> list[int]:
         """The rows of the plan whose drafts bring more than drafting them costs, and those that have rested for long.
@@ -312,11 +312,11 @@ class LoadSchedule(ConstantSchedule):
         seconds = plan.costs.draft - self.costs.draft(fewer * busy, context)
         price = plan.theta * seconds[plan.length - 1] / (len(rows) - fewer)
         value = (self.estimates.mean * allowed)[:, : plan.length].sum(axis=1)
-        kept = rows[(value > price) | (self.idle >= PLAN_LASTS_AT_MOST)]
+        kept = rows[(value > price) | (self.undrafted >= PLAN_LASTS_AT_MOST)]
         return kept.tolist() or plan.rows
 
 
-def _walk(costs: Costs) -> np.ndarray:
-    """[block + 1] smoothed seconds of a round of one row that drafts and verifies 0, 1, .. positions."""
+def _early_exit_seconds(costs: Costs) -> np.ndarray:
+    """[block + 1] seconds of a round of one row that drafts and verifies 0, 1, .. positions, their lower hull."""
     before = max(2 * costs.draft[0] - costs.draft[1:2].sum(), 0.0) if len(costs.draft) > 1 else 0.0
-    return smoothed(np.concatenate(([before], costs.draft)) + costs.verify)
+    return lower_hull(np.concatenate(([before], costs.draft)) + costs.verify)
