@@ -133,7 +133,7 @@ def test_drafts_are_accepted_and_rejected(pair):
         input_ids=ids, do_sample=True, top_k=0, max_new_tokens=5, assistant_model=head, return_dict_in_generate=True
     )
     share = sum(output.dspark.accepted) / sum(output.dspark.verified)
-    assert 0.1 < share < 0.9
+    assert 0.05 < share < 0.95
 
 
 def test_the_test_can_fail(pair):

@@ -71,7 +71,7 @@ def story(tokens: list[int], stats: DSparkStats) -> Story:
         place += committed
         own = tokens[place - 1] if committed > accepted else None
         rounds.append(Round(drafts, confidence, verified, accepted, own))
-    return Story(tokens[0], rounds, stats.expected_lengths[0], stats.block_size)
+    return Story(tokens[0], rounds, stats.expected_lengths[0], stats.gamma)
 
 
 def acceptance(rounds: list[Round], block_size: int) -> pd.DataFrame | None:

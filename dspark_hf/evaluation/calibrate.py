@@ -96,12 +96,12 @@ def _blocks(stats) -> Blocks:
     confidence, kept = [], []
     for row in range(len(stats.committed_lengths)):
         rounds = zip(stats.confidence[row], stats.accepted_lengths[row], strict=True)
-        whole = [(c, k) for c, k in list(rounds)[:-1] if len(c) == stats.block_size]
+        whole = [(c, k) for c, k in list(rounds)[:-1] if len(c) == stats.gamma]
         confidence += [c for c, _ in whole]
         kept += [k for _, k in whole]
-    c = np.array(confidence).reshape(-1, stats.block_size).clip(1e-9, 1 - 1e-9)
-    survived = np.array(kept)[:, None] > np.arange(stats.block_size)
-    return Blocks(np.log(c / (1 - c)), survived.reshape(-1, stats.block_size))
+    c = np.array(confidence).reshape(-1, stats.gamma).clip(1e-9, 1 - 1e-9)
+    survived = np.array(kept)[:, None] > np.arange(stats.gamma)
+    return Blocks(np.log(c / (1 - c)), survived.reshape(-1, stats.gamma))
 
 
 def calibrate(

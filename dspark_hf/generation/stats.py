@@ -26,7 +26,7 @@ class DSparkStats:
         acceptance, commit, streaming and stopping.
     """
 
-    block_size: int
+    gamma: int
     committed_lengths: list[list[int]]
     accepted_lengths: list[list[int]]
     drafted_lengths: list[list[int]]
@@ -42,8 +42,8 @@ class DSparkStats:
     other_seconds: float = 0.0
 
     @classmethod
-    def empty(cls, rows: int, block_size: int) -> "DSparkStats":
-        return cls(block_size, *([[] for _ in range(rows)] for _ in range(7)))
+    def empty(cls, rows: int, gamma: int) -> "DSparkStats":
+        return cls(gamma, *([[] for _ in range(rows)] for _ in range(7)))
 
     @property
     def rounds(self) -> int:
@@ -87,7 +87,7 @@ class DSparkStats:
         return self._by_position(self.accepted_lengths)
 
     def _by_position(self, lengths: list[list[int]]) -> list[int]:
-        return [sum(length > k for row in lengths for length in row) for k in range(self.block_size)]
+        return [sum(length > k for row in lengths for length in row) for k in range(self.gamma)]
 
 
 def _mean(lengths: list[list[int]]) -> float:

@@ -80,15 +80,15 @@ class CostModel:
     """Seconds of the steps of a pair on its device.
 
     Args:
-        block_size: of the head. share: layers of the head over those of the target. device: its type; all but a CPU
+        gamma: of the head. share: layers of the head over those of the target. device: its type; all but a CPU
             compute many tokens in about the time of one.
 
     Attributes:
         pace: seconds of a plain step; `None` before the first round. seen: rounds learnt from.
     """
 
-    def __init__(self, block_size: int, share: float, device: str):
-        self.block_size = block_size
+    def __init__(self, gamma: int, share: float, device: str):
+        self.gamma = gamma
         self.pace: float | None = None
         self.seen = 0
         token, context = (0.03, 0.03) if device == "cpu" else (0.004, 0.003)
@@ -102,11 +102,11 @@ class CostModel:
     # -- What steps cost ----------------------------------------------------------------------------------------
 
     def verify(self, rows: float, context: float, packed: bool = False) -> np.ndarray:
-        """[block + 1] seconds of a pass over 1, 2, .. tokens of every row, or of as many that are packed unevenly."""
+        """[gamma + 1] seconds of a pass over 1, 2, .. tokens of every row, or of as many that are packed unevenly."""
         return self._seconds("verify", self._verifies(rows, context, packed))
 
     def draft(self, rows: float, context: float, pending: float = 0) -> np.ndarray:
-        """[block] seconds of a draft of 1, 2, .. positions in every row.
+        """[gamma] seconds of a draft of 1, 2, .. positions in every row.
 
         Args:
             context: tokens of the longest row. pending: of those the head has yet to read.
@@ -114,7 +114,7 @@ class CostModel:
         return self._seconds("draft", self._drafts(rows, context, pending))
 
     def unsure(self, rows: float, context: float) -> np.ndarray:
-        """[block + 1] standard deviation of a round of 0, 1, .. drafts a row, as a share of its seconds."""
+        """[gamma + 1] standard deviation of a round of 0, 1, .. drafts a row, as a share of its seconds."""
         verify, draft = self._verifies(rows, context, False), self._drafts(rows, context, 0)
         variance, seconds = (self.lines["verify"].variance(verify), self.lines["verify"].seconds(verify))
         variance[1:] += self.lines["draft"].variance(draft)
@@ -125,10 +125,10 @@ class CostModel:
         return (self.pace or 1.0) * np.maximum(self.lines[kind].seconds(features), LEAST)
 
     def _verifies(self, rows: float, context: float, packed: bool) -> np.ndarray:
-        return np.array([_verify(rows, n * rows, context, packed) for n in range(1, self.block_size + 2)])
+        return np.array([_verify(rows, n * rows, context, packed) for n in range(1, self.gamma + 2)])
 
     def _drafts(self, rows: float, context: float, pending: float) -> np.ndarray:
-        return np.array([_draft(rows, n, context, pending) for n in range(1, self.block_size + 1)])
+        return np.array([_draft(rows, n, context, pending) for n in range(1, self.gamma + 1)])
 
     # -- Learning -----------------------------------------------------------------------------------------------
 

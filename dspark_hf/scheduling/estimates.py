@@ -40,8 +40,8 @@ class AcceptanceStats:
     last_rate: float = 0.0
 
     @classmethod
-    def initial(cls, block_size: int) -> "AcceptanceStats":
-        return cls(*np.zeros((3, block_size)))
+    def initial(cls, gamma: int) -> "AcceptanceStats":
+        return cls(*np.zeros((3, gamma)))
 
     @property
     def confidence(self) -> np.ndarray:

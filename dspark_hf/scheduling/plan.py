@@ -9,7 +9,7 @@ import numpy as np
 class Costs:
     """Seconds of this round's possible steps.
 
-    verify, packed: [block + 1] for 1, 2, .. tokens a row, evenly and unevenly spread. draft: [block] for 1, 2, ..
+    verify, packed: [gamma + 1] for 1, 2, .. tokens a row, evenly and unevenly spread. draft: [gamma] for 1, 2, ..
     positions, by all rows.
     """
 
@@ -26,7 +26,7 @@ class Plan:
     most: the limit then, else the same. packed: whether rows may verify different lengths. budget: drafts of all rows
     that are worth verifying, by what earlier rounds were like; theta: tokens a second then. probe: whether
     this is only to see how drafts fare. costs: what the plan was made with.
-    early_exit: [block + 1] seconds of a round that drafts and verifies 0, 1, .. positions, their lower hull, where it
+    early_exit: [gamma + 1] seconds of a round that drafts and verifies 0, 1, .. positions, their lower hull, where it
     may stop early.
     """
 

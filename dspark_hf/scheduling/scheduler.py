@@ -317,6 +317,6 @@ class LoadSchedule(ConstantSchedule):
 
 
 def _early_exit_seconds(costs: Costs) -> np.ndarray:
-    """[block + 1] seconds of a round of one row that drafts and verifies 0, 1, .. positions, their lower hull."""
+    """[gamma + 1] seconds of a round of one row that drafts and verifies 0, 1, .. positions, their lower hull."""
     before = max(2 * costs.draft[0] - costs.draft[1:2].sum(), 0.0) if len(costs.draft) > 1 else 0.0
     return lower_hull(np.concatenate(([before], costs.draft)) + costs.verify)

@@ -22,7 +22,7 @@ class Settings:
     threshold: float | None
 
     @classmethod
-    def read(cls, head: GenerationConfig, block_size: int, call: GenerationConfig | None = None) -> "Settings":
+    def read(cls, head: GenerationConfig, gamma: int, call: GenerationConfig | None = None) -> "Settings":
         """Of a head's generation config, and what a call says instead, as the hook has noted it on the call's.
 
         Raises:
@@ -30,7 +30,7 @@ class Settings:
         """
         asked: dict[str, Any] = getattr(call, "_dspark_asked", {})
         most, schedule, threshold = (asked.get(name, getattr(head, name)) for name in DRAFT_SETTINGS)
-        most = block_size if most is None else most
+        most = gamma if most is None else most
         schedule = schedule or "load"
         if not isinstance(most, int) or most < 1:
             raise ValueError(
@@ -43,4 +43,4 @@ class Settings:
             )
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"`assistant_confidence_threshold` must be between 0 and 1, got {threshold!r}.")
-        return cls(min(most, block_size), schedule, threshold)
+        return cls(min(most, gamma), schedule, threshold)
