@@ -89,11 +89,12 @@ def prompts(batch: int) -> dict[str, torch.Tensor]:
     return {"input_ids": (ids * mask)[:batch], "attention_mask": mask[:batch]}
 
 
-def check_same_tokens(target, head=None, batches: tuple[int, ...] = (1, 3), reference=None, **kwargs):
-    """Plain `generate`, of `reference` if given, and `generate` with a head agree for one row and for padded rows."""
+def check_same_tokens(target, head=None, batches: tuple[int, ...] = (1, 3), reference=None, plainly=None, **kwargs):
+    """Plain `generate`, of `reference` and with settings `plainly` if given, and `generate` with a head agree for one
+    row and for padded rows."""
     for batch in batches:
         inputs = prompts(batch) | {"max_new_tokens": NEW_TOKENS, "do_sample": False} | kwargs
-        plain = (reference or target).generate(**inputs)
+        plain = (reference or target).generate(**inputs, **plainly or {})
         new = plain[:, 9:]
         assert min(len(set(row)) for row in new.tolist()) > 4, "the target repeats itself, so the test shows little"
         output = target.generate(
@@ -227,7 +228,8 @@ def phi3(original: int):
 
 @pytest.mark.parametrize("original", [6, 9, 10, 24, 128])
 def test_longrope_on_both_sides_of_its_border(original):
-    check_same_tokens(phi3(original))
+    """Compared with plain decoding without a cache: with one it loses the text at the border in transformers 5.17."""
+    check_same_tokens(phi3(original), plainly={"use_cache": False})
 
 
 @pytest.mark.parametrize("longest", [8, 24])
