@@ -263,7 +263,7 @@ class FixedCosts:
     def verify(self, rows, context, packed=False):
         return rows**0.5 * (1 + self.slopes[0] * np.arange(self.block_size + 1)) * (1.02 if packed else 1)
 
-    def draft(self, rows, context, pending=0):
+    def draft(self, rows, context, pending=0, asks=False):
         return rows**0.5 * (0.2 + self.slopes[1] * np.arange(self.block_size)) + self.reading * bool(pending)
 
     def unsure(self, rows, context):

@@ -312,7 +312,7 @@ def test_drafting_comes_back_when_drafts_succeed_again():
 
 def test_one_failing_row_rests_while_the_others_draft():
     costs = FixedCosts(4)
-    costs.draft = lambda rows, context, pending=0: rows**0.5 * FixedCosts.draft(costs, rows, context)
+    costs.draft = lambda rows, context, pending=0, asks=False: rows**0.5 * FixedCosts.draft(costs, rows, context)
     history = simulate(load_schedule(8, costs=costs), [4] * 7 + [0], 200)[50:]
     drafts = [7 in plan.rows for plan, _ in history]
     assert 1 <= sum(drafts) < 0.3 * len(drafts), "it should be tried now and then"
@@ -433,7 +433,7 @@ def test_another_length_must_be_clearly_better(present, expected):
 class Unsure(FixedCosts):
     """Drafts of 3 are said to be dear, which nobody knows."""
 
-    def draft(self, rows, context, pending=0):
+    def draft(self, rows, context, pending=0, asks=False):
         return super().draft(rows, context) + np.array([0, 0, 0.75, 0.9])
 
     def unsure(self, rows, context):

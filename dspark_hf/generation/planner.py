@@ -65,7 +65,8 @@ class Planner:
         by."""
         drafting, estimates = plan.index(rows), self.scheduler.estimates
         tokens = layout.tokens if layout.packed else rows * (1 + layout.most)
-        self.last = Step(len(plan.rows), layout.drafted, pending, rows, tokens, layout.packed, context)
+        asks = plan.early_exit is not None
+        self.last = Step(len(plan.rows), layout.drafted, pending, rows, tokens, layout.packed, context, asks)
         if not plan.rows:
             return host.confidence
         survival = layout.survival

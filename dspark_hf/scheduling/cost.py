@@ -25,7 +25,10 @@ PACE_SHARE = 0.1
 EVERY_ROUND, THEN_ONE_IN = 100, 8
 
 VERIFY = ("a pass", "a row", "a token", "context of the rows", "verifying drafts", "packing them")
-DRAFT = ("a draft", "a row", "a position", "a position of a row", "context of the rows", "context still to be read")
+DRAFT = (
+    "a draft", "a row", "a position", "a position of a row", "context of the rows", "context still to be read",
+    "a position decided on its own",
+)  # fmt: skip
 
 
 @dataclass
@@ -93,7 +96,7 @@ class CostModel:
         self.seen = 0
         token, context = (0.03, 0.03) if device == "cpu" else (0.004, 0.003)
         verify = [1 - 2 * token, token, token, context, 0.05, 0.05]
-        draft = [share, share * token, 0.03, share * token, share * context, 0.3 * share * CONTEXT * token]
+        draft = [share, share * token, 0.03, share * token, share * context, 0.3 * share * CONTEXT * token, 0.03]
         self.lines = {
             "verify": Line.guess(verify, [0.3, token, token, context, 0.1, 0.1]),
             "draft": Line.guess(draft, [0.5 * share + 0.1, *draft[1:]]),
@@ -105,17 +108,18 @@ class CostModel:
         """[gamma + 1] seconds of a pass over 1, 2, .. tokens of every row, or of as many that are packed unevenly."""
         return self._seconds("verify", self._verifies(rows, context, packed))
 
-    def draft(self, rows: float, context: float, pending: float = 0) -> np.ndarray:
+    def draft(self, rows: float, context: float, pending: float = 0, asks: bool = False) -> np.ndarray:
         """[gamma] seconds of a draft of 1, 2, .. positions in every row.
 
         Args:
-            context: tokens of the longest row. pending: of those the head has yet to read.
+            context: tokens of the longest row. pending: of those the head has yet to read. asks: whether it is decided
+                position by position.
         """
-        return self._seconds("draft", self._drafts(rows, context, pending))
+        return self._seconds("draft", self._drafts(rows, context, pending, asks))
 
     def unsure(self, rows: float, context: float) -> np.ndarray:
         """[gamma + 1] standard deviation of a round of 0, 1, .. drafts a row, as a share of its seconds."""
-        verify, draft = self._verifies(rows, context, False), self._drafts(rows, context, 0)
+        verify, draft = self._verifies(rows, context, False), self._drafts(rows, context, 0, False)
         variance, seconds = (self.lines["verify"].variance(verify), self.lines["verify"].seconds(verify))
         variance[1:] += self.lines["draft"].variance(draft)
         seconds[1:] += self.lines["draft"].seconds(draft)
@@ -127,8 +131,8 @@ class CostModel:
     def _verifies(self, rows: float, context: float, packed: bool) -> np.ndarray:
         return np.array([_verify(rows, n * rows, context, packed) for n in range(1, self.gamma + 2)])
 
-    def _drafts(self, rows: float, context: float, pending: float) -> np.ndarray:
-        return np.array([_draft(rows, n, context, pending) for n in range(1, self.gamma + 1)])
+    def _drafts(self, rows: float, context: float, pending: float, asks: bool) -> np.ndarray:
+        return np.array([_draft(rows, n, context, pending, asks) for n in range(1, self.gamma + 1)])
 
     # -- Learning -----------------------------------------------------------------------------------------------
 
@@ -141,9 +145,11 @@ class CostModel:
         self.seen += 1
         self._learn("verify", np.array(_verify(rows, tokens, context, packed)), seconds)
 
-    def learn_draft(self, rows: int, positions: int, context: int, pending: int, seconds: float) -> None:
+    def learn_draft(
+        self, rows: int, positions: int, context: int, pending: int, seconds: float, asks: bool = False
+    ) -> None:
         """Take in a draft of so many positions in `rows` rows."""
-        self._learn("draft", np.array(_draft(rows, positions, context, pending)), seconds)
+        self._learn("draft", np.array(_draft(rows, positions, context, pending, asks)), seconds)
 
     def _learn(self, kind: str, features: np.ndarray, seconds: float) -> None:
         line = self.lines[kind]
@@ -195,5 +201,6 @@ def _verify(rows: float, tokens: float, context: float, packed: bool) -> list[fl
     return [1.0, rows, tokens, rows * context / CONTEXT, float(tokens > rows), float(packed)]
 
 
-def _draft(rows: float, positions: float, context: float, pending: float) -> list[float]:
-    return [1.0, rows, positions, rows * positions, rows * context / CONTEXT, rows * pending / CONTEXT]
+def _draft(rows: float, positions: float, context: float, pending: float, asks: bool) -> list[float]:
+    contexts = [rows * context / CONTEXT, rows * pending / CONTEXT]
+    return [1.0, rows, positions, rows * positions, *contexts, positions * asks]

@@ -50,9 +50,17 @@ NO_DRAFT = Plan([], 0, 0)
 
 @dataclass(frozen=True)
 class Step:
-    """The shape of a round: `drafting` rows drafted `drafted` positions, after the head had read `pending` tokens of
-    each (0 for those of a round or two); a pass verified `tokens` tokens of `rows` rows, the longest of which holds
-    `context` tokens; `packed` as in [`Plan`]."""
+    """The shape of a round.
+
+    drafting: rows that drafted.
+    drafted: positions that they did.
+    pending: tokens of each that the head had to read first; 0 for those of a round or two.
+    rows: those of the pass that verified.
+    tokens: those of the pass.
+    packed: as in [`Plan`].
+    context: tokens of the longest row.
+    asks: whether it was decided position by position whether to draft on.
+    """
 
     drafting: int
     drafted: int
@@ -61,3 +69,4 @@ class Step:
     tokens: int
     packed: bool
     context: int
+    asks: bool = False

@@ -236,7 +236,7 @@ class LoadSchedule(ConstantSchedule):
             return
         self.costs.learn_verify(step.rows, step.tokens, step.context, step.packed, step_seconds)
         if step.drafted:
-            self.costs.learn_draft(step.drafting, step.drafted, step.context, step.pending, draft_seconds)
+            self.costs.learn_draft(step.drafting, step.drafted, step.context, step.pending, draft_seconds, step.asks)
 
     # -- Searching ----------------------------------------------------------------------------------------------
 
@@ -267,7 +267,8 @@ class LoadSchedule(ConstantSchedule):
             return NO_DRAFT
         plan = Plan(list(range(rows)), length, length, budget=length * rows, theta=thetas[length], costs=costs)
         if rows == 1:
-            return plan if self.runs_ahead else self._stopping_early(plan, worth[:, 0])
+            asking = replace(costs, draft=model.draft(total, context, asks=True))
+            return plan if self.runs_ahead else self._stopping_early(plan, worth[:, 0], asking)
         if self.packs and not pending:
             theta, its_length, count = best_length(worth, rows, draft, packed, 1 / rows)
             if theta > SWITCH * plan.theta:
@@ -289,10 +290,14 @@ class LoadSchedule(ConstantSchedule):
         most = max(hoped, key=hoped.get, default=self.length)
         return most if hoped.get(most, 0.0) > thetas[self.length] else self.length
 
-    def _stopping_early(self, plan: Plan, worth: np.ndarray) -> Plan:
+    def _stopping_early(self, plan: Plan, worth: np.ndarray, costs: Costs) -> Plan:
         """The plan of a single row, drafted position by position as long as that pays, where that brings more than all
-        of its positions would have in rounds with drafts of survival [H, G]."""
-        early_exit = _early_exit_seconds(plan.costs)
+        of its positions would have in rounds with drafts of survival [H, G].
+
+        Args:
+            costs: of steps whose drafts are decided so.
+        """
+        early_exit = _early_exit_seconds(costs)
         price = plan.theta * np.diff(early_exit)
         taken = np.logical_and.accumulate((worth > price) & (worth > 0), axis=1)
         theta = (1 + (worth * taken).sum(axis=1)).mean() / early_exit[taken.sum(axis=1)].mean()
