@@ -18,7 +18,7 @@ from .past import Continuation
 from .processors import BlockProcessors
 from .ranks import Ranks, any_busy
 from .releases import CACHE
-from .rows import Streaming, read_rows
+from .rows import Row, Streaming, read_rows
 from .stats import DSparkGenerateOutput, DSparkStats
 from .stopping import Stopping
 from .target import Target
@@ -64,6 +64,9 @@ def generate(
     if is_needed(size, logits_processor, stopping):
         ends, ranks = bool(stopping.eos_ids), Ranks(model)
         lockstep = Lockstep(input_ids, logits_processor, stopping_criteria, pad, ends, wants("scores"), ranks)
+    drafter = Drafter(head, model, size)
+    scheduler = scheduler_for(target, drafter, size, config, synced_gpus)
+    processors = BlockProcessors(logits_processor, config.do_sample)
     observers: list[Observer] = []
     if config.return_dict_in_generate:
         observers.append(StatsObserver(stats))
@@ -71,29 +74,38 @@ def generate(
         observers.append(OutputObserver(recorder, past.cached))
     if streamer is not None:
         observers.append(StreamObserver(Streaming(streamer, rows, pad)))
-    drafter = Drafter(head, model, size)
-    scheduler = scheduler_for(target, drafter, size, config, synced_gpus)
-    processors = BlockProcessors(logits_processor, config.do_sample)
     engine = Engine(target, drafter, scheduler, processors, stopping, size, lockstep, past, observers)
     engine.add(rows)
-    try:
-        while any_busy(engine.busy, target.device) if synced_gpus else engine.busy:
-            _ = engine.step() if engine.busy else _idle(engine)
-    finally:
-        engine.close()
+    _run(engine, synced_gpus)
     if streamer is not None:
         streamer.end()
     if engine.planner.ranks.leads and isinstance(scheduler, LoadSchedule):
         store(head, target, config.do_sample)
-    longest = max(len(row.committed) for row in rows)
-    new = [row.committed + [pad] * (longest - len(row.committed)) for row in rows]
-    sequences = torch.cat([input_ids, torch.tensor(new, device=input_ids.device)], dim=1)
+    sequences = torch.cat([input_ids, _new_tokens(rows, pad).to(input_ids.device)], dim=1)
     cache = past.store(rows, target.config, head)
     if not config.return_dict_in_generate:
         return sequences
     for name, seconds in engine.clock.totals().items():
         setattr(stats, f"{name}_seconds", seconds)
     return DSparkGenerateOutput(sequences=sequences, dspark=stats, **recorder.collect(), **{CACHE: cache})
+
+
+def _run(engine: Engine, synced: bool) -> None:
+    """All rounds. Where processes wait for each other in every pass, `synced`, until all of them are through."""
+    try:
+        while any_busy(engine.busy, engine.target.device) if synced else engine.busy:
+            if engine.busy:
+                engine.step()
+            else:
+                _idle(engine)
+    finally:
+        engine.close()
+
+
+def _new_tokens(rows: list[Row], pad: int) -> torch.Tensor:
+    """[R, longest], right-padded."""
+    longest = max(len(row.committed) for row in rows)
+    return torch.tensor([row.committed + [pad] * (longest - len(row.committed)) for row in rows])
 
 
 def _idle(engine: Engine) -> None:
