@@ -15,7 +15,7 @@ from ..modeling_dspark import DraftBlock, Select
 from ..scheduling.plan import Plan
 from ..scheduling.scheduler import ConstantSchedule
 from . import round as rounds
-from .cache import on_device
+from .cache import SlotCache, on_device
 from .compatibility import check_prompt
 from .drafting import Drafter
 from .lockstep import Lockstep
@@ -23,6 +23,7 @@ from .observers import CommittedRound, Observer
 from .past import Continuation
 from .planner import Planner
 from .processors import BlockProcessors, Prefixes
+from .rereading import read_lengths, reread
 from .round import HostRound, RoundState, VerifyLayout
 from .rows import Row
 from .stats import Stopwatch
@@ -84,7 +85,8 @@ class Engine:
         if self.queue and len(self.rows) < self.slots:
             with self.clock.part("prefill"):
                 return self._prefill()
-        self._reread()
+        if self.past is None or not self.past.given_in_part:
+            reread(self.rows, self.state.cache, self.target)
         rows, state, planner, clock = self.rows, self.state, self.planner, self.clock
         context = max(state.cache.lengths)
         with clock.part("schedule"):
@@ -96,7 +98,8 @@ class Engine:
             confidence = planner.confidence(block)
             layout = rounds.schedule(planner.scheduler, plan, block, confidence, max_drafts, self.target.device)
         with clock.part("verify"):
-            passed, drafts = rounds.verify(state, self.target, block, layout, self._read_at(1 + layout.most))
+            read_at = read_lengths(rows, 1 + layout.most, self.target)
+            passed, drafts = rounds.verify(state, self.target, block, layout, read_at)
         with clock.part("other"):
             layout, host, next_tokens, logits = self._accept(rows, block, layout, passed, drafts, confidence)
         with clock.part("schedule"):
@@ -123,7 +126,7 @@ class Engine:
         self.planner.scheduler.add(len(joining))
         if present == 0:
             self.drafter.add(len(joining))
-            self._expect_tokens(joining)
+            expect_tokens(joining, self.stopping.max_length, self.planner.gamma + 1, (cache, self.drafter.cache))
             if self.past is not None:
                 self.past.load(joining, cache, self.drafter)
         lengths = [len(row.prompt_columns) + row.lag for row in joining]
@@ -229,38 +232,6 @@ class Engine:
         prefixes = Prefixes(tokens, [row.index for row in rows])
         return prefixes if drafts is None else prefixes.longer(drafts)
 
-    def _read_at(self, count: int) -> torch.Tensor | None:
-        """[R, count] of the next tokens of every row the length of the longest row when plain decoding reads them;
-        `None` where the target does not go by it."""
-        if not self.target.growing:
-            return None
-        first = [len(row.columns) + row.lag for row in self.rows]
-        return on_device(first, self.target.device)[:, None] + torch.arange(count, device=self.target.device)
-
-    def _reread(self) -> None:
-        """Where plain decoding would read a text anew with other frequencies, see `rope.rereads_at`, so do we."""
-        border = self.target.rereads_at
-        if border is None or (self.past is not None and self.past.given_in_part):
-            return
-        crossing = [r for r, row in enumerate(self.rows) if row.anchor_column == border and row.width <= border]
-        if not crossing:
-            return
-        texts = [self.rows[r].tokens[:-1] for r in crossing]
-        longest, device = max(map(len, texts)), self.target.device
-        tokens = on_device([text + [0] * (longest - len(text)) for text in texts], device)
-        lengths = [len(text) + 1 + self.rows[r].lag for r, text in zip(crossing, texts, strict=True)]
-        read_at = on_device(lengths, device)[:, None].expand_as(tokens)
-        self.target.reread(tokens, self.state.cache, on_device(crossing, device), read_at)
-
-    def _expect_tokens(self, rows: Sequence[Row]) -> None:
-        """Tell the caches how long rows can get: to their limit, and a block beyond it."""
-        limit = self.stopping.max_length
-        if limit is None:
-            return
-        longest = max(len(row.prompt_columns) + limit - row.length for row in rows)
-        for cache in (self.state.cache, self.drafter.cache):
-            cache.expect(longest + self.planner.gamma + 1)
-
 
 def _check_tokens(rows: Sequence[Row], host: HostRound) -> None:
     """Raise where logits were no distribution, as no token that follows means anything."""
@@ -270,3 +241,12 @@ def _check_tokens(rows: Sequence[Row], host: HostRound) -> None:
                 f"The target's logits for row {row.index} of the batch hold NaN, or nothing but -inf. Check the "
                 "model's weights and dtype (float16 overflows in many models; use bfloat16), and the logits processors."
             )
+
+
+def expect_tokens(rows: Sequence[Row], limit: int | None, block: int, caches: Iterable[SlotCache]) -> None:
+    """Tell the caches how long rows can get: to their limit, and a block beyond it."""
+    if limit is None:
+        return
+    longest = max(len(row.prompt_columns) + limit - row.length for row in rows)
+    for cache in caches:
+        cache.expect(longest + block)
