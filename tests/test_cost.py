@@ -172,11 +172,13 @@ def file_in(folder):
 
 def test_generation_learns_and_stores(folder, monkeypatch):
     target, head = pair()
+    passes = []
+    target.model.register_forward_pre_hook(lambda *_: passes.append(1))
     output = generate(target, head)
     costs = experience.costs_of(head, target)
     assert costs.seen > 0 and 0 < costs.verify(2, 10)[0] < 1
-    # No pass is made for the sake of measuring: each of the rounds wrote a token.
-    assert output.dspark.rounds <= 19 and sum(map(sum, output.dspark.drafted_lengths)) >= 0
+    # No pass is made for the sake of measuring.
+    assert len(passes) == 1 + output.dspark.rounds
     assert file_in(folder) == experience.path_of(experience.identity_of(target.model, head, target.device))
     stored = json.loads(file_in(folder).read_text())
     assert stored["pace"] == costs.pace

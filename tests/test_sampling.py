@@ -16,7 +16,7 @@ from transformers import (
 
 from dspark_hf.generation import experience
 
-VOCABULARY, TOKENS, DRAWS, ROWS = 16, 3, 15_000, 500
+VOCABULARY, TOKENS, DRAWS, ROWS = 16, 3, 20_000, 500
 PROMPTS = ([1, 5, 9, 2], [7, 7, 3], [12, 4, 8, 11, 6, 2])
 
 SETTINGS = {
@@ -128,12 +128,12 @@ def test_the_load_schedule(pair, ahead, monkeypatch):
 def test_drafts_are_accepted_and_rejected(pair):
     """The tests above exercise both branches."""
     target, head = pair
-    ids = torch.tensor([PROMPTS[0]]).repeat(200, 1)
+    ids = torch.tensor([PROMPTS[0]]).repeat(2000, 1)
     output = target.generate(
         input_ids=ids, do_sample=True, top_k=0, max_new_tokens=5, assistant_model=head, return_dict_in_generate=True
     )
     share = sum(output.dspark.accepted) / sum(output.dspark.verified)
-    assert 0.05 < share < 0.95
+    assert 0.1 < share < 0.9
 
 
 def test_the_test_can_fail(pair):

@@ -101,7 +101,7 @@ class Engine:
             read_at = read_lengths(rows, 1 + layout.most, self.target)
             passed, drafts = rounds.verify(state, self.target, block, layout, read_at)
         with clock.part("other"):
-            layout, host, next_tokens, logits = self._accept(rows, block, layout, passed, drafts, confidence)
+            host, next_tokens, logits = self._accept(rows, block, layout, passed, drafts, confidence)
         with clock.part("schedule"):
             survival = planner.learn(plan, layout, host, len(rows), context, pending)
         with clock.part("other"):
@@ -133,7 +133,7 @@ class Engine:
         prompts = [row.prompt for row in joining]
         passed = rounds.prefill(state, self.target, prompts, lengths, places if present else None)
         layout = rounds.undrafted(len(joining))
-        _, host, next_tokens, logits = self._accept(joining, None, layout, passed)
+        host, next_tokens, logits = self._accept(joining, None, layout, passed)
         state.anchors = torch.cat([state.anchors, next_tokens])
         counts = list(map(len, prompts))
         if present:
@@ -201,9 +201,8 @@ class Engine:
         passed: TargetPass,
         drafts: torch.Tensor | None = None,
         confidence: torch.Tensor | None = None,
-    ) -> tuple[VerifyLayout, HostRound, torch.Tensor, torch.Tensor]:
-        """The layout as far as it was looked at, what the host learns, the next anchors, and the processed logits of
-        the rows of a pass."""
+    ) -> tuple[HostRound, torch.Tensor, torch.Tensor]:
+        """What the host learns of a pass over rows, the next anchors, and the processed logits."""
         if self.lockstep is None:
             prefixes = self._prefixes(rows, drafts)
             verdict, logits = rounds.accept(passed.logits, drafts, block, layout, self.processors, prefixes)
@@ -212,12 +211,9 @@ class Engine:
             index = on_device([row.index for row in rows], passed.logits.device)
             choose = self.processors.choose
             verdict, logits, ended = self.lockstep.accept(passed.logits, drafts, block, layout, index, choose)
-            looked_at = logits.shape[1]
-            if block is not None:
-                layout = replace(layout, verify_lens=layout.verify_lens.clamp(max=looked_at))
-            host = replace(rounds.to_host(block, layout, verdict, confidence, looked_at), stops=ended)
+            host = replace(rounds.to_host(block, layout, verdict, confidence, logits.shape[1]), stops=ended)
         _check_tokens(rows, host)
-        return layout, host, verdict.next_tokens, logits
+        return host, verdict.next_tokens, logits
 
     def _select(self, plan: Plan) -> Select:
         """Chooses the tokens of a draft; see `BlockProcessors.drafting`."""

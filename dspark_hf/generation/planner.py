@@ -54,9 +54,9 @@ class Planner:
         if self.last is not None and self.ranks.leads:
             deciding = times.get("draft", 0.0) + times.get("schedule", 0.0)
             self.scheduler.observe(self.last, load, deciding, times["verify"] + times.get("other", 0.0))
-        pending = self._waiting(range(len(rows)))
+        pending = self._pending(range(len(rows)))
         plan = self.ranks.agreed(lambda: self.scheduler.plan(max_drafts, context, load, pending))
-        return plan, load, self._waiting(plan.rows)
+        return plan, load, self._pending(plan.rows)
 
     def learn(
         self, plan: Plan, layout: VerifyLayout, host: HostRound, rows: int, context: int, pending: int
@@ -115,7 +115,7 @@ class Planner:
 
         return continue_drafting
 
-    def _waiting(self, rows: Sequence[int]) -> int:
+    def _pending(self, rows: Sequence[int]) -> int:
         """Tokens of a row, at most, that the head has yet to read; 0 for what a round or two leave."""
         longest = max((self.drafter.num_pending[row] for row in rows), default=0)
         return longest if longest > 2 * (self.gamma + 1) else 0

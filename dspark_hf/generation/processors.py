@@ -66,10 +66,6 @@ class Prefixes:
         fewer."""
         return [[own[: len(own) - positions + 1 + j] for j in range(positions)] for own in self.tokens]
 
-    def of(self, rows: list[int]) -> "Prefixes":
-        """Those of some of the rows only."""
-        return Prefixes([self.tokens[r] for r in rows], [self.rows[r] for r in rows])
-
     def longer(self, tokens: torch.Tensor) -> "Prefixes":
         """With tokens [R] or [R, n] behind."""
         columns = (tokens if tokens.dim() == 2 else tokens[:, None]).to(self.tokens[0])

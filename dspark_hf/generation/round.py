@@ -221,14 +221,15 @@ def to_host(
 
     Args:
         confidence: [R, drafted], calibrated. count: tokens that every row commits, where that is not one more than it
-            accepted.
+            accepted; drafts behind them were not looked at.
     """
     if block is None:
         tokens = verdict.next_tokens[:, None].tolist()
         nothing = np.zeros(len(tokens), dtype=int)
         return HostRound(tokens, nothing, nothing, [[] for _ in tokens], np.zeros((len(tokens), 0)))
     device, drafted = layout.verify_lens.device, block.tokens.shape[1]
-    columns = [x[:, None] for x in (verdict.accepted, layout.verify_lens, verdict.next_tokens)]
+    looked_at = layout.verify_lens if count is None else layout.verify_lens.clamp(max=count)
+    columns = [x[:, None] for x in (verdict.accepted, looked_at, verdict.next_tokens)]
     # In double precision token ids stay what they are.
     columns += [block.tokens.to(device), confidence.to(device)]
     table = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()

@@ -24,12 +24,6 @@ PACE_SHARE = 0.1
 # Every round is learnt from until so many were seen, then one in so many, which costs less and says as much.
 EVERY_ROUND, THEN_ONE_IN = 100, 8
 
-VERIFY = ("a pass", "a row", "a token", "context of the rows", "verifying drafts", "packing them")
-DRAFT = (
-    "a draft", "a row", "a position", "a position of a row", "context of the rows", "context still to be read",
-    "a position decided on its own",
-)  # fmt: skip
-
 
 @dataclass
 class Line:
@@ -198,9 +192,12 @@ def _is_positive(information: np.ndarray) -> bool:
 
 
 def _verify(rows: float, tokens: float, context: float, packed: bool) -> list[float]:
+    """Features of a pass: itself, a row, a token, context of the rows, verifying drafts, packing them."""
     return [1.0, rows, tokens, rows * context / CONTEXT, float(tokens > rows), float(packed)]
 
 
 def _draft(rows: float, positions: float, context: float, pending: float, asks: bool) -> list[float]:
+    """Features of a draft: itself, a row, a position, a position of a row, context of the rows, context still to be
+    read, a position that is decided on its own."""
     contexts = [rows * context / CONTEXT, rows * pending / CONTEXT]
     return [1.0, rows, positions, rows * positions, *contexts, positions * asks]
