@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,8 @@ from dspark_hf.evaluation.prompts import encode
 gr = pytest.importorskip("gradio", reason="the demo needs the extra `demo`")
 playwright = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright")
 
+from dspark_hf.demo.load import LONGEST_SECONDS  # noqa: E402  (imports gradio)
+
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
@@ -28,7 +29,7 @@ HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked =
 SHORT, LONG = "What is 3 times 4?", "Tom has 3 boxes with 12 pencils each. How many pencils has he?"
 # What a visitor may have to wait for on a busy machine.
 SECONDS = 60
-# How often something is tried that a busy machine, or chance, may spoil.
+# How often something is tried that chance may spoil.
 ATTEMPTS = 6
 
 
@@ -169,19 +170,14 @@ def test_chat_of_two_turns(visit, answers):
     assert float(figure(page, "#chat-numbers", "tau")) >= 1
 
 
-def within_a_second(attempt: Callable[[], float]) -> bool:
-    """Whether some attempt takes less: the machine may be busy with something else during one."""
-    return any(attempt() < 1 for _ in range(ATTEMPTS))
-
-
-def test_the_stop_button_stops_within_a_second(visit):
+def test_the_stop_button_stops(visit):
     page = visit("Chat")
     page.locator("input[type=number]:visible").nth(0).fill("1.5")
     page.locator("input[type=number]:visible").nth(2).fill("504")
     page.keyboard.press("Tab")
-    told, counts = page.get_by_text("Stopped."), []
+    told = page.get_by_text("Stopped.")
 
-    def stop() -> float:
+    def stop() -> bool:
         playwright.expect(told).to_have_count(0)
         page.click("#chat-clear")
         playwright.expect(page.locator("#chat-history .bot.message")).to_have_count(0)
@@ -189,19 +185,17 @@ def test_the_stop_button_stops_within_a_second(visit):
         try:
             page.wait_for_function("document.querySelector('#chat-history .bot.message')?.innerText.length > 20")
             page.click("#chat-stop")
-            started = time.monotonic()
             told.first.wait_for(timeout=5000)
         except playwright.TimeoutError:
-            # The sample had ended by itself, as many do.
-            return float("inf")
-        waited = time.monotonic() - started
-        counts.append(figure(page, "#chat-numbers", "tokens"))
-        return waited
+            return False
+        return True
 
-    assert within_a_second(stop)
-    assert 0 < int(counts[-1]) < 504
+    # A sample may end by itself before it is stopped.
+    assert any(stop() for _ in range(ATTEMPTS))
+    count = figure(page, "#chat-numbers", "tokens")
+    assert 0 < int(count) < 504
     page.wait_for_timeout(600)
-    assert figure(page, "#chat-numbers", "tokens") == counts[-1]
+    assert figure(page, "#chat-numbers", "tokens") == count
 
 
 def test_load_draws_points(visit):
@@ -227,22 +221,18 @@ def test_two_visitors_get_their_own_texts(visit, answers):
         assert page.locator("#chat-history .user.message").inner_text().strip() == prompt
 
 
-def test_a_closed_tab_frees_the_model_within_a_second(visit):
-    def close() -> float:
-        busy, next_one = visit("Load"), visit()
-        busy.click("#load-start")
-        busy.wait_for_selector("#load-plot .mark-line path")
-        next_one.click("#race-start")
-        next_one.wait_for_timeout(500)
-        assert "Measuring" not in next_one.inner_text("#race-verdict")
-        started = time.monotonic()
-        busy.context.close()
-        wait_for(next_one, "#race-verdict", "Measuring")
-        waited = time.monotonic() - started
-        next_one.context.close()
-        return waited
-
-    assert within_a_second(close)
+def test_a_closed_tab_frees_the_model(visit):
+    """Long before what runs in it would have ended by itself."""
+    busy, next_one = visit("Load"), visit()
+    started = time.monotonic()
+    busy.click("#load-start")
+    busy.wait_for_selector("#load-plot .mark-line path")
+    next_one.click("#race-start")
+    next_one.wait_for_timeout(500)
+    assert "Measuring" not in next_one.inner_text("#race-verdict")
+    busy.context.close()
+    wait_for(next_one, "#race-verdict", "Measuring")
+    assert time.monotonic() - started < LONGEST_SECONDS
 
 
 @pytest.mark.parametrize("tab, field, button", [
