@@ -3,7 +3,6 @@
 import itertools
 import re
 import sys
-import time
 import tomllib
 from pathlib import Path
 
