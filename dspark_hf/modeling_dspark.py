@@ -196,6 +196,13 @@ class DSparkHead(PreTrainedModel):
             block = layer(block, context, rope, masks if torch.is_tensor(masks) else masks[kind], cache)
         return self.norm(block)
 
+    def read(self, context: torch.Tensor, positions: torch.Tensor, cache: Cache) -> None:
+        """Take projected context [R, C, d] at absolute positions [R, C] into the cache, without a block: its keys and
+        values depend on nothing that a layer computes."""
+        rope = self.rotary_emb(context, positions)
+        for layer in self.layers:
+            cache.update(*layer.self_attn.cached(context, rope), layer.self_attn.layer_idx)
+
     @functools.cached_property
     def mask_rules(self) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
         """For each type of layer what its rows see, given key positions and the anchor's; see `draft_mask`."""

@@ -94,7 +94,7 @@ def first_block(target, head, prompt) -> torch.Tensor:
     drafter = Drafter(head, target, 1)
     drafter.append(torch.randn(1, 20, width, generator=generator), [20])
     anchor = torch.tensor([prompt["input_ids"][0]])
-    hidden = drafter._hidden(anchor, None, *drafter._take(None))
+    hidden = drafter._hidden(anchor, None, *drafter.take(None))
     select = lambda logits: (logits.argmax(-1), logits)  # noqa: E731
     return head.sample_block(hidden, anchor, drafter.tables, head.config.gamma, select).logits
 

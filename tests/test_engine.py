@@ -63,10 +63,10 @@ class MockDrafter:
     def append(self, features, counts):
         assert len(features) == len(counts) == len(self.num_pending)
 
-    def read(self, rows, features, counts, anchors):
-        assert len(rows) == len(features) == len(counts) == len(anchors)
+    def read(self, rows, features, counts):
+        assert len(rows) == len(features) == len(counts)
 
-    def flush(self, anchors):
+    def flush(self):
         pass
 
     def draft(self, anchors, length, select, rows, continue_drafting, most):

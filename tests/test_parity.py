@@ -139,7 +139,7 @@ def check_rounds(target, head, prompt, expected, features):
         anchor = torch.tensor([prompt["generate_ids"][start]])
         assert anchor.item() == expected["anchor_id"][r]
         drafter.append(features[:, seen:start], [start - seen])
-        hidden = drafter._hidden(anchor, None, *drafter._take(None))
+        hidden = drafter._hidden(anchor, None, *drafter.take(None))
         seen = start
         close(hidden[0], expected["hidden"][r])
         predictions = hidden[:, -head.config.gamma :]

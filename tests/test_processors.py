@@ -7,12 +7,15 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SynthIDTextWatermarkingConfig,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
     WatermarkingConfig,
 )
 
-from dspark_hf.generation.processors import BlockProcessors, OverLogits, Prefixes, is_pure
+from dspark_hf.generation.processors import BlockProcessors, Prefixes, is_pure
 
 VOCABULARY = 24
 
@@ -174,20 +177,29 @@ def test_a_repetition_penalty_leaves_drafts(vanilla, rows):
     assert all(sum(row) > 0 for row in output.dspark.verified_lengths)
 
 
-def test_prefix_free_processors_run_once_a_block():
-    calls = []
+def counted(monkeypatch, *kinds):
+    """Rows of every call of processors of these kinds."""
+    rows = []
 
-    class Counting(LogitsProcessorList):
-        def __call__(self, input_ids, scores, **kwargs):
-            calls.append(1)
-            return super().__call__(input_ids, scores, **kwargs)
+    def counting(call):
+        def counted(self, input_ids, scores):
+            rows.append(len(scores))
+            return call(self, input_ids, scores)
 
+        return counted
+
+    for kind in kinds:
+        monkeypatch.setattr(kind, "__call__", counting(kind.__call__))
+    return rows
+
+
+def test_prefix_free_processors_run_once_a_block(monkeypatch):
+    rows = counted(monkeypatch, TemperatureLogitsWarper, TopKLogitsWarper)
     target = tiny_target(vocab_size=VOCABULARY)
     config = GenerationConfig(do_sample=True, temperature=0.7, top_k=3)
     processors = BlockProcessors(target._get_logits_processor(config), True)
-    processors.runs = [OverLogits(Counting(run.processors)) for run in processors.runs]
     processors(torch.randn(4, 8, VOCABULARY), None)
-    assert len(calls) == 1 and not processors.needs_prefix
+    assert rows == [32, 32] and not processors.needs_prefix
 
 
 def test_drafts_follow_the_processors(vanilla):
@@ -281,20 +293,13 @@ def test_settings_that_keep_a_state(pair, settings):
     check_greedy(pair, {"input_ids": torch.tensor([[3, 9, 4, 7]])}, **settings)
 
 
-def test_a_batch_of_any_size_does_linear_work():
+def test_a_batch_of_any_size_does_linear_work(monkeypatch):
     """Each position of each row is processed once, not once for every row of the batch."""
-    seen = []
-
-    class Counting(LogitsProcessorList):
-        def __call__(self, input_ids, scores, **kwargs):
-            seen.append(len(scores))
-            return super().__call__(input_ids, scores, **kwargs)
-
+    seen = counted(monkeypatch, TemperatureLogitsWarper, NoRepeatNGramLogitsProcessor)
     target = tiny_target(vocab_size=VOCABULARY)
     config = GenerationConfig(do_sample=True, temperature=0.7, top_k=3, no_repeat_ngram_size=3, num_beams=1)
     stock = target._get_logits_processor(config, input_ids_seq_length=3, model_kwargs={})
     processors = BlockProcessors(stock, True)
-    processors.runs = [type(run)(Counting(run.processors)) for run in processors.runs]
     prefixes = Prefixes([torch.ones(8, dtype=torch.long)] * 16, list(range(16)))
     processors(torch.randn(16, 4, VOCABULARY), prefixes)
     assert sum(seen) == 2 * 16 * 4

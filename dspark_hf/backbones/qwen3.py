@@ -52,15 +52,19 @@ class DraftAttention(nn.Module):
         """[R, n, kv_heads, head_dim] each, before the rotary embedding, from [R, n, d]."""
         return self.k_norm(self._heads(self.k_proj(source))), self._heads(self.v_proj(source))
 
+    def cached(self, source: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same as a cache keeps them, [R, kv_heads, n, head_dim]."""
+        keys, values = (x.transpose(1, 2) for x in self.keys_and_values(source))
+        return rotate(keys, rope), values
+
     def forward(
         self, block: torch.Tensor, context: torch.Tensor, rope: Rope, mask: torch.Tensor, cache: Cache | None
     ) -> torch.Tensor:
         source = torch.cat([context, block], dim=1)
         queries = self.q_norm(self._heads(self.q_proj(block))).transpose(1, 2)
-        keys, values = (x.transpose(1, 2) for x in self.keys_and_values(source))
         size = block.shape[1]
         queries = rotate(queries, (rope[0][:, -size:], rope[1][:, -size:]))
-        keys = rotate(keys, rope)
+        keys, values = self.cached(source, rope)
         if cache is not None:
             keys, values = cache.update(keys, values, self.layer_idx)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=True)

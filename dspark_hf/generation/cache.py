@@ -67,10 +67,11 @@ class SlotLayer(CacheLayerMixin):
         super().__init__()
         self.rows, self.slots = rows, slots
         self.expected: int | None = None
+        self.is_static = False
         self.placement: Placement | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        capacity = _capacity_for(self.placement.view, self.expected)
+        capacity = self._capacity_for(self.placement.view)
         self._hold(*(x.new_zeros(self.slots, x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)))
 
     def update(
@@ -98,12 +99,12 @@ class SlotLayer(CacheLayerMixin):
     def _reserve(self, view: int) -> None:
         if view <= self.keys.shape[2]:
             return
-        larger = _capacity_for(view, self.expected) - self.keys.shape[2]
+        larger = self._capacity_for(view) - self.keys.shape[2]
         self._hold(*(torch.nn.functional.pad(x, (0, 0, 0, larger)) for x in self.whole))
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take over [R, heads, n, head_dim] as the first n tokens of every row."""
-        room, free = _capacity_for(max(keys.shape[2], 1), self.expected) - keys.shape[2], self.slots - len(keys)
+        room, free = self._capacity_for(max(keys.shape[2], 1)) - keys.shape[2], self.slots - len(keys)
         self._hold(*(torch.nn.functional.pad(x, (0, 0, 0, room, 0, 0, 0, free)) for x in (keys, values)))
 
     def keep(self, rows: list[int]) -> None:
@@ -124,6 +125,13 @@ class SlotLayer(CacheLayerMixin):
         self.keys, self.values = keys[: self.rows], values[: self.rows]
         self.is_initialized = True
 
+    def _capacity_for(self, view: int) -> int:
+        """What is expected, when that is near or said to be fixed: growing later would cost a copy. Else a power of
+        two, so that shapes stay the same for many rounds and growing costs little overall."""
+        capacity = max(SMALLEST_CAPACITY, 1 << (view - 1).bit_length())
+        near = self.expected is not None and view <= self.expected and (self.is_static or self.expected <= 2 * capacity)
+        return self.expected if near else capacity
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.placement.view, 0
 
@@ -133,13 +141,6 @@ class SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
-
-
-def _capacity_for(view: int, expected: int | None) -> int:
-    """What is expected, when that is near: growing later would cost a copy. Else a power of two, so that shapes stay
-    the same for many rounds and growing costs little overall."""
-    capacity = max(SMALLEST_CAPACITY, 1 << (view - 1).bit_length())
-    return expected if expected is not None and view <= expected <= 2 * capacity else capacity
 
 
 class SlotCache(Cache):
@@ -162,10 +163,11 @@ class SlotCache(Cache):
         self.device = device
         self.lines = torch.arange(slots, device=device)[:, None]
 
-    def expect(self, tokens: int) -> None:
-        """Make room for so many tokens a row; more come in all the same, for the price of a copy."""
+    def expect(self, tokens: int, is_static: bool = False) -> None:
+        """Make room for so many tokens a row, `is_static` from the start; more come in all the same, for the price of
+        a copy."""
         for layer in self.layers:
-            layer.expected = tokens
+            layer.expected, layer.is_static = tokens, is_static
 
     def place(self, count: int, packing: Packing | None = None, rows: list[int] | None = None) -> Placement:
         """The next pass appends `count` tokens to every row, or to the given ones, or those of them that are packed.
@@ -184,11 +186,19 @@ class SlotCache(Cache):
     def place_at(self, slots: torch.Tensor, view: int, start: int | None = None, **fields) -> Placement:
         """The next pass writes to the given slots; see [`Placement`]."""
         rows = fields.get("rows")
+        # Compiled passes show more slots than there are rows.
+        self.show(len(slots) if rows is None else len(self.lengths))
         lines = self.lines[: len(slots)] if rows is None else rows[:, None]
         placement = Placement(slots, start, view, lines=lines, **fields)
         for layer in self.layers:
             layer.placement = placement
         return placement
+
+    def show(self, slots: int) -> None:
+        """Let passes see the first so many slots."""
+        for layer in self.layers:
+            if layer.rows != slots:
+                layer.resize(slots)
 
     def commit(self, counts: list[int], rows: list[int] | None = None) -> None:
         """Make the first `counts[r]` tokens of the last pass part of row r, or of the given ones."""
@@ -198,8 +208,7 @@ class SlotCache(Cache):
     def add(self, rows: int) -> None:
         """Give so many further rows a slot, without tokens."""
         self.lengths = self.lengths + [0] * rows
-        for layer in self.layers:
-            layer.resize(len(self.lengths))
+        self.show(len(self.lengths))
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows, and move those kept; see `compact`."""

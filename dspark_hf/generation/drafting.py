@@ -20,7 +20,7 @@ class Drafter:
     def __init__(self, head: DSparkHead, target: PreTrainedModel, rows: int, slots: int | None = None):
         self.head = head
         self.tables = head.share_tables(target)
-        self.device = head.fc.weight.device
+        self.device, self.dtype = head.fc.weight.device, head.fc.weight.dtype
         self.cache = SlotCache(head.config.num_hidden_layers, rows, self.device, slots)
         # First token of every row that the head knows; those before came from a cache that was not ours.
         self.first = [0] * rows
@@ -37,13 +37,20 @@ class Drafter:
             (torch.cat([own, own.new_zeros(rows, *own.shape[1:])]), known + [0] * rows) for own, known in self.pending
         ]
 
-    def read(self, rows: list[int], features: torch.Tensor, counts: list[int], anchors: torch.Tensor) -> None:
-        """Take target states of some rows into the cache at once, as those that wait do so for all rows alike.
+    def read(self, rows: list[int] | None, features: torch.Tensor, counts: list[int]) -> None:
+        """Take target states of the given rows, all when `None`, into the cache without drafting.
 
         Args:
-            features: [n, C, m*d], of each of the rows the first counts[i]. anchors: [n].
+            features: [n, C, m*d], of each of the rows the first counts[i].
         """
-        self._hidden(anchors.to(self.device), rows, features.to(self.device)[:, : max(counts)], counts)
+        starts, ends = self._ends(rows, counts)
+        features = features[:, : max(counts)]
+        positions = on_device(starts, self.device)[:, None] + torch.arange(features.shape[1], device=self.device)
+        # What lies beyond a row's count goes to a slot that nobody sees.
+        places = positions.where(positions < on_device(ends, self.device)[:, None], max(ends))
+        self.cache.place_at(places, max(ends) + 1, rows=None if rows is None else on_device(rows, self.device))
+        self.head.read(self.head.project_context(features), positions, self.cache)
+        self.cache.commit(counts, rows)
 
     def append(self, features: torch.Tensor, counts: list[int]) -> None:
         """Target states of the tokens that were committed last: features [R, C, m*d], of row r the first counts[r].
@@ -70,13 +77,13 @@ class Drafter:
         anchors = anchors.to(self.device)
         if rows is not None:
             anchors = anchors[on_device(rows, self.device)]
-        hidden = self._hidden(anchors, rows, *self._take(rows))
+        hidden = self._hidden(anchors, rows, *self.take(rows))
         return self.head.sample_block(hidden, anchors, self.tables, length, select, continue_drafting, most)
 
-    def flush(self, anchors: torch.Tensor) -> None:
+    def flush(self) -> None:
         """Take what waits into the cache without drafting, when it has become much."""
         if self.pending and max(self.num_pending) - max(self.pending[0][1]) > LONGEST_WAIT:
-            self._hidden(anchors.to(self.device), None, *self._take(None))
+            self.read(None, *self.take(None))
 
     def unseen(self, row: int, count: int) -> torch.Tensor:
         """[count, m*d], the first target states of a row that wait."""
@@ -94,7 +101,7 @@ class Drafter:
         self.num_pending = [self.num_pending[row] for row in rows]
         self.pending = [(compact(features, rows), [counts[row] for row in rows]) for features, counts in self.pending]
 
-    def _take(self, rows: list[int] | None) -> tuple[torch.Tensor, list[int]]:
+    def take(self, rows: list[int] | None) -> tuple[torch.Tensor, list[int]]:
         """What waits for the given rows, [n, C, m*d] with the counts, which then no longer waits."""
         pieces, self.pending = self.pending, []
         if rows is None:
@@ -118,9 +125,7 @@ class Drafter:
         to the slots behind each row's length, the block behind it; only the context is committed, so the next draft
         overwrites the block."""
         size, width = self.head.config.block_size, features.shape[1]
-        lines = range(len(self.first)) if rows is None else rows
-        starts = [self.cache.lengths[row] for row in lines]
-        ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        starts, ends = self._ends(rows, counts)
         end = on_device(ends, self.device)[:, None]
         if rows is None and len(set(starts)) == 1 and set(counts) == {width}:
             placement = self.cache.place(width + size)
@@ -136,22 +141,30 @@ class Drafter:
             index = None if rows is None else on_device(rows, self.device)
             placement = self.cache.place_at(places, unseen + 1, rows=index)
         slots = torch.arange(placement.view, device=self.device)
-        first = [self.first[row] for row in lines]
+        first = self.first if rows is None else [self.first[row] for row in rows]
         known = slots >= on_device(first, self.device)[:, None] if any(first) else None
-        hidden = self.head.backbone(
-            self.head.embed_block(anchors, self.tables),
-            self.head.project_context(features),
-            positions,
-            self._masks(slots, end, known),
-            self.cache,
-        )
+        masks = block_masks(self.head, slots, end, known)
+        context, block = self.head.project_context(features), self.head.embed_block(anchors, self.tables)
+        hidden = self.head.backbone(block, context, positions, masks, self.cache)
         self.cache.commit(counts, rows)
         return hidden
 
-    def _masks(self, slots: torch.Tensor, end: torch.Tensor, known: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """What a block behind the first `end[r]` [n, 1] slots sees, [n, 1, B or 1, view], for each type of layer."""
-        masks = {kind: rule(slots, end) for kind, rule in self.head.mask_rules.items()}
-        return {kind: (m if known is None else m & known[:, None])[:, None] for kind, m in masks.items()}
+    def _ends(self, rows: list[int] | None, counts: list[int]) -> tuple[list[int], list[int]]:
+        """Tokens in the cache of the given rows, and with so many further ones."""
+        starts = self.cache.lengths if rows is None else [self.cache.lengths[row] for row in rows]
+        return starts, [start + count for start, count in zip(starts, counts, strict=True)]
+
+
+def block_masks(
+    head: DSparkHead, slots: torch.Tensor, end: torch.Tensor, known: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """What a block behind the first `end[r]` [n, 1] slots sees, [n, 1, B or 1, view], for each type of layer.
+
+    Args:
+        slots: [view]. known: [n, view], slots that hold something; all when `None`.
+    """
+    masks = {kind: rule(slots, end) for kind, rule in head.mask_rules.items()}
+    return {kind: (m if known is None else m & known[:, None])[:, None] for kind, m in masks.items()}
 
 
 def _joined(pieces: list[tuple[torch.Tensor, list[int]]], counts: list[int]) -> torch.Tensor:

@@ -15,8 +15,9 @@ from ..modeling_dspark import DraftBlock, Select
 from ..scheduling.plan import Plan
 from ..scheduling.scheduler import ConstantSchedule
 from . import round as rounds
-from .cache import SlotCache, on_device
+from .cache import on_device
 from .compatibility import check_prompt
+from .compiled import CompiledPasses
 from .drafting import Drafter
 from .lockstep import Lockstep
 from .observers import CommittedRound, Observer
@@ -41,6 +42,7 @@ class Engine:
         slots: rows that decode at once; others wait for a place.
         lockstep: where processors or criteria must be called as plain decoding calls them.
         past: the cache that a batch goes on from.
+        compiled: passes that are captured.
         observers: see [`Observer`].
     """
 
@@ -54,11 +56,12 @@ class Engine:
         slots: int,
         lockstep: Lockstep | None = None,
         past: Continuation | None = None,
+        compiled: CompiledPasses | None = None,
         observers: Sequence[Observer] = (),
     ):
         self.target, self.drafter = target, drafter
         self.processors, self.stopping, self.lockstep = processors, stopping, lockstep
-        self.past, self.observers, self.slots = past, observers, slots
+        self.past, self.observers, self.slots, self.compiled = past, observers, slots, compiled
         self.clock = Stopwatch(target.device)
         # In lockstep every row of a batch would have to accept for one to go on.
         drafts = lockstep is None or len(lockstep.input_ids) == 1
@@ -66,7 +69,7 @@ class Engine:
         self.rows: list[Row] = []
         self.queue: deque[Row] = deque()
         no_anchors = torch.zeros(0, dtype=torch.long, device=target.device)
-        self.state = RoundState(no_anchors, target.new_cache(0, slots), drafter)
+        self.state = RoundState(no_anchors, target.new_cache(0, slots if compiled is None else compiled.slots), drafter)
 
     @property
     def busy(self) -> bool:
@@ -79,6 +82,8 @@ class Engine:
     def close(self) -> None:
         """Count as no load any more."""
         self.planner.call.set_rows(0)
+        if self.compiled is not None:
+            self.compiled.close()
 
     def step(self) -> list[Row]:
         """Run a round, or the prefill of rows that join. Returns the rows that have ended."""
@@ -87,23 +92,25 @@ class Engine:
                 return self._prefill()
         if self.past is None or not self.past.given_in_part:
             reread(self.rows, self.state.cache, self.target)
-        rows, state, planner, clock = self.rows, self.state, self.planner, self.clock
+        rows, state, planner, clock, passes = self.rows, self.state, self.planner, self.clock, self.compiled or rounds
         context = max(state.cache.lengths)
         with clock.part("schedule"):
             max_drafts = list(map(planner.max_drafts_of, rows))
             plan, load, pending = planner.plan(rows, max_drafts, context)
         with clock.part("draft"):
-            block = rounds.draft(state, plan, self._select(plan), planner.continue_drafting(plan))
+            block = passes.draft(state, plan, self._select(plan), planner.continue_drafting(plan))
         with clock.part("schedule"):
             confidence = planner.confidence(block)
             layout = rounds.schedule(planner.scheduler, plan, block, confidence, max_drafts, self.target.device)
         with clock.part("verify"):
             read_at = read_lengths(rows, 1 + layout.most, self.target)
-            passed, drafts = rounds.verify(state, self.target, block, layout, read_at)
+            passed, drafts = passes.verify(state, self.target, block, layout, read_at)
         with clock.part("other"):
             host, next_tokens, logits = self._accept(rows, block, layout, passed, drafts, confidence)
         with clock.part("schedule"):
             survival = planner.learn(plan, layout, host, len(rows), context, pending)
+            if self.compiled is not None and self.compiled.captured:
+                planner.last = None
         with clock.part("other"):
             rounds.commit(state, passed.features, list(map(len, host.tokens)), next_tokens)
             return self._settle(CommittedRound(rows, host, passed, logits, load, plan, survival))
@@ -126,7 +133,7 @@ class Engine:
         self.planner.scheduler.add(len(joining))
         if present == 0:
             self.drafter.add(len(joining))
-            expect_tokens(joining, self.stopping.max_length, self.planner.gamma + 1, (cache, self.drafter.cache))
+            self._expect_tokens(joining)
             if self.past is not None:
                 self.past.load(joining, cache, self.drafter)
         lengths = [len(row.prompt_columns) + row.lag for row in joining]
@@ -138,10 +145,19 @@ class Engine:
         counts = list(map(len, prompts))
         if present:
             self.drafter.add(len(joining))
-            self.drafter.read(places, passed.features, counts, next_tokens)
+            self.drafter.read(places, passed.features, counts)
         else:
             self.drafter.append(passed.features, counts)
         return self._settle(CommittedRound(joining, host, passed, logits))
+
+    def _expect_tokens(self, rows: Sequence[Row]) -> None:
+        """Tell the caches how long rows can get: to their limit, and a block beyond it."""
+        limit, block = self.stopping.max_length, self.planner.gamma + 1
+        for cache in (self.state.cache, self.drafter.cache):
+            if self.compiled is not None:
+                cache.expect(self.compiled.view, is_static=True)
+            elif limit is not None:
+                cache.expect(longest_of(rows, limit) + block)
 
     def _settle(self, done: CommittedRound) -> list[Row]:
         """Give the rows what they commit, up to their ends; drop those that ended, which are returned."""
@@ -201,9 +217,13 @@ class Engine:
         passed: TargetPass,
         drafts: torch.Tensor | None = None,
         confidence: torch.Tensor | None = None,
-    ) -> tuple[HostRound, torch.Tensor, torch.Tensor]:
-        """What the host learns of a pass over rows, the next anchors, and the processed logits."""
-        if self.lockstep is None:
+    ) -> tuple[HostRound, torch.Tensor, torch.Tensor | None]:
+        """What the host learns of a pass over rows, the next anchors, and the processed logits, `None` where they stay
+        in a captured pass."""
+        if passed.verdict is not None:
+            verdict, logits = passed.verdict, None
+            host = rounds.to_host(block, layout, verdict, confidence)
+        elif self.lockstep is None:
             prefixes = self._prefixes(rows, drafts)
             verdict, logits = rounds.accept(passed.logits, drafts, block, layout, self.processors, prefixes)
             host = rounds.to_host(block, layout, verdict, confidence)
@@ -239,10 +259,6 @@ def _check_tokens(rows: Sequence[Row], host: HostRound) -> None:
             )
 
 
-def expect_tokens(rows: Sequence[Row], limit: int | None, block: int, caches: Iterable[SlotCache]) -> None:
-    """Tell the caches how long rows can get: to their limit, and a block beyond it."""
-    if limit is None:
-        return
-    longest = max(len(row.prompt_columns) + limit - row.length for row in rows)
-    for cache in caches:
-        cache.expect(longest + block)
+def longest_of(rows: Iterable[Row], limit: int) -> int:
+    """Tokens of the longest of the rows when it reaches the limit."""
+    return max(len(row.prompt_columns) + limit - row.length for row in rows)

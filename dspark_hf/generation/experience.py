@@ -22,6 +22,7 @@ from ..scheduling.cost import CostModel
 from ..scheduling.estimates import AcceptanceStats
 from ..scheduling.scheduler import ConstantSchedule, LoadSchedule, SyncedSchedule
 from ..scheduling.settings import Settings
+from .compiled import draft_tiers
 from .drafting import Drafter
 from .packing import implementation_of
 from .target import Target
@@ -71,7 +72,8 @@ def scheduler_for(
     if settings.schedule == "constant":
         return ConstantSchedule(settings, shared, rows, ahead)
     costs = costs_of(head, target, config.do_sample)
-    return LoadSchedule(settings, shared, rows, costs, not config.do_sample, target.packs, ahead)
+    tiers = draft_tiers(head.config.gamma) if target.captured else None
+    return LoadSchedule(settings, shared, rows, costs, not config.do_sample, target.packs, ahead, tiers)
 
 
 def acceptance_of(head: DSparkHead, target: PreTrainedModel) -> AcceptanceStats:
@@ -93,12 +95,12 @@ def costs_of(head: DSparkHead, target: Target, sampled: bool = False) -> CostMod
 
 def _kept_of(head: DSparkHead, target: Target, sampled: bool) -> Kept:
     model = target.model
-    changing = tuple(_settings_of(model, head, target.device, sampled).values())
+    changing = tuple(_settings_of(model, head, target.device, sampled, target.captured).values())
     by_settings = _kept.setdefault(head, WeakKeyDictionary()).setdefault(model, {})
     if changing not in by_settings:
         share = (head.config.num_hidden_layers + 1) / (target.config.num_hidden_layers + 1)
         costs = CostModel(head.config.gamma, share, target.device.type)
-        identity = identity_of(model, head, target.device, sampled)
+        identity = identity_of(model, head, target.device, sampled, target.captured)
         _load(costs, identity)
         by_settings[changing] = Kept(costs, identity)
     return by_settings[changing]
@@ -141,20 +143,22 @@ def path_of(identity: dict[str, Any]) -> Path:
 
 
 def identity_of(
-    target: PreTrainedModel, head: DSparkHead, device: torch.device, sampled: bool = False
+    target: PreTrainedModel, head: DSparkHead, device: torch.device, sampled: bool = False, captured: bool = False
 ) -> dict[str, Any]:
     """What step costs depend on: the two models, their dtypes, the device, the attention implementation, and whether
-    tokens are sampled."""
+    tokens are sampled and passes captured."""
     return {
         "target": type(target).__name__,
         "target_config": _digest(target.config),
         "target_bytes": target.get_memory_footprint(),
         "head_config": _digest(head.config),
         "torch": torch.__version__,
-    } | _settings_of(target, head, device, sampled)
+    } | _settings_of(target, head, device, sampled, captured)
 
 
-def _settings_of(target: PreTrainedModel, head: DSparkHead, device: torch.device, sampled: bool) -> dict[str, Any]:
+def _settings_of(
+    target: PreTrainedModel, head: DSparkHead, device: torch.device, sampled: bool, captured: bool
+) -> dict[str, Any]:
     """The part of an identity that may change while a process runs."""
     cuda = device.type == "cuda"
     return {
@@ -162,7 +166,7 @@ def _settings_of(target: PreTrainedModel, head: DSparkHead, device: torch.device
         "head_dtype": str(head.dtype),
         "device": torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads",
         "attention": implementation_of(target.config.get_text_config(decoder=True)),
-        "compiled": target._compiled_call_impl is not None,
+        "compiled": captured or target._compiled_call_impl is not None,
         "processes": target.tp_size or 1,
         "sampled": sampled,
     }

@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
 from ..scheduling.scheduler import LoadSchedule
 from .compatibility import check_inputs, check_positions, check_prompt
+from .compiled import CompiledPasses, compile_options, power_of_two, reason_for_eager
 from .drafting import Drafter
-from .engine import Engine
+from .engine import Engine, longest_of
 from .experience import scheduler_for, store
 from .lockstep import Lockstep, is_needed
 from .observers import Observer, OutputObserver, StatsObserver, StreamObserver
@@ -22,6 +24,8 @@ from .rows import Row, Streaming, read_rows
 from .stats import DSparkGenerateOutput, DSparkStats
 from .stopping import Stopping
 from .target import Target
+
+logger = logging.get_logger(__name__)
 
 
 @torch.no_grad()
@@ -64,7 +68,16 @@ def generate(
     if is_needed(size, logits_processor, stopping):
         ends, ranks = bool(stopping.eos_ids), Ranks(model)
         lockstep = Lockstep(input_ids, logits_processor, stopping_criteria, pad, ends, wants("scores"), ranks)
-    drafter = Drafter(head, model, size)
+    options = compile_options(config, target.device)
+    drafter = Drafter(head, model, size, None if options is None else power_of_two(size))
+    compiled = None
+    if options is not None:
+        reason = reason_for_eager(target, drafter, logits_processor, lockstep is not None, recorder.active, stopping)
+        if reason is None:
+            longest = longest_of(rows, stopping.max_length)
+            compiled = CompiledPasses(options, target, drafter, logits_processor, config.do_sample, size, longest)
+        else:
+            logger.warning_once(f"The rounds run eagerly, as without `cache_implementation`: {reason}.")
     scheduler = scheduler_for(target, drafter, size, config, synced_gpus)
     processors = BlockProcessors(logits_processor, config.do_sample)
     observers: list[Observer] = []
@@ -74,7 +87,7 @@ def generate(
         observers.append(OutputObserver(recorder, past.cached))
     if streamer is not None:
         observers.append(StreamObserver(Streaming(streamer, rows, pad)))
-    engine = Engine(target, drafter, scheduler, processors, stopping, size, lockstep, past, observers)
+    engine = Engine(target, drafter, scheduler, processors, stopping, size, lockstep, past, compiled, observers)
     engine.add(rows)
     _run(engine, synced_gpus)
     if streamer is not None:

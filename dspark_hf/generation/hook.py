@@ -84,6 +84,8 @@ def _wrap_config(stock):
         asked = {name: kwargs.get(name, getattr(generation_config, name, None)) for name in DRAFT_SETTINGS}
         config, rest = stock(self, generation_config, **kwargs)
         config._dspark_asked = {name: value for name, value in asked.items() if value is not None}
+        # Some releases forget it beside an assistant.
+        config._dspark_static = config.cache_implementation == "static"
         return config, rest
 
     return _prepare_generation_config

@@ -93,7 +93,8 @@ def our_pass(
 
 
 def current_pass() -> Pass | None:
-    """The pass that attention is part of; compiled passes are padded, and a compiler need not look into the context."""
+    """The pass that attention is part of; compiled passes are not packed, and a compiler need not look into the
+    context."""
     return None if torch.compiler.is_compiling() else _pass.get()
 
 
@@ -147,9 +148,9 @@ def sdpa_attention(
     """transformers' sdpa attention; in a packed pass for queries [1, heads, B, head_dim] and keys and values
     [rows, kv_heads, view, head_dim], with a mask [rows, 1, width, view]. Returns [1, B, heads, head_dim] then."""
     ours = current_pass()
-    if ours is None:
+    if ours is None and not torch.compiler.is_compiling():
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
-    if ours.packing is None:
+    if ours is None or ours.packing is None:
         return _attend(ours, module, query, key, value, attention_mask, *args, **kwargs), None
     query = ours.packing.unpack(query.transpose(1, 2)).transpose(1, 2)
     return ours.packing.pack(_attend(ours, module, query, key, value, attention_mask, *args, **kwargs)), None
@@ -163,6 +164,8 @@ def _attend(ours, module, query, key, value, mask, dropout=0.0, scaling=None, **
     if groups == 1 or count > MOST_GROUPED or mask.shape[1] != 1 or unusual:
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
     grouped = query.reshape(len(query), -1, groups * count, query.shape[3])
-    mask = ours.mask_of_groups(mask, groups) if count > 1 else mask
+    if count > 1:
+        # A compiler sees for itself that all layers repeat the same.
+        mask = mask.repeat(1, 1, groups, 1) if ours is None else ours.mask_of_groups(mask, groups)
     mixed = scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scaling)
     return mixed.reshape(*query.shape[:3], -1).transpose(1, 2)

@@ -135,7 +135,10 @@ class OverLogits:
     processors: LogitsProcessorList
 
     def __call__(self, logits: torch.Tensor, prefixes: Prefixes | None) -> torch.Tensor:
-        return self.processors(None, logits.flatten(0, 1)).view_as(logits)
+        flat = logits.flatten(0, 1)
+        for processor in self.processors:
+            flat = processor(None, flat)
+        return flat.view_as(logits)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def draft(
         select, continue_drafting: see `DSparkHead.sample_block`.
     """
     if not plan.rows:
-        state.drafter.flush(state.anchors)
+        state.drafter.flush()
         return None
     rows = len(state.anchors)
     some = None if len(plan.rows) == rows else plan.rows

@@ -1,6 +1,7 @@
 """The target as a decoding round sees it: tokens in, logits and hidden states out, keys and values in a SlotCache."""
 
 import inspect
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..tables import device_of
 from . import attention
+from .acceptance import Verdict
 from .cache import Placement, SlotCache, causal_mask
 from .hidden_states import indices_of, request_for
 from .packing import Packing, attention_of_rounds, implementation_of, our_pass
@@ -23,15 +25,18 @@ Mask = torch.Tensor | BlockMask
 class TargetPass:
     """What one pass of the target over n tokens of R rows gives.
 
-    logits: [R, n, V] float32, or of the positions asked for. features: [R, n, m*d], the layers that the head reads,
-    side by side. hidden_states: of all layers [R, n, d], and attentions: of all layers [R, heads, n, view]; both
-    `None` unless asked for.
+    logits: [R, n, V] float32, or of the positions asked for; `None` where the pass has decided already.
+    features: [R, n, m*d], the layers that the head reads, side by side.
+    hidden_states: of all layers [R, n, d]; `None` unless asked for.
+    attentions: of all layers [R, heads, n, view]; `None` unless asked for.
+    verdict: what a compiled pass has made of the drafts.
     """
 
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     features: torch.Tensor
-    hidden_states: tuple[torch.Tensor, ...] | None
-    attentions: tuple[torch.Tensor, ...] | None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    verdict: Verdict | None = None
 
 
 class Target:
@@ -44,6 +49,7 @@ class Target:
         options: scalars of the caller that every pass is given, as plain `generate` gives them.
 
     Attributes:
+        captured: whether its passes are.
         growing: its rotary embeddings that go by the length of the text. rereads_at: see `rope.rereads_at`.
         positions: those that its table of learned positions has, `None` where positions do not end.
     """
@@ -72,6 +78,7 @@ class Target:
         self.cache_argument = cache_argument(model)
         self.growing, self.rereads_at = growing_modules(model), rereads_at(model)
         self.positions = position_limit(self.config)
+        self.captured = False
 
     def new_cache(self, rows: int, slots: int | None = None) -> SlotCache:
         return SlotCache(self.config.num_hidden_layers, rows, self.device, slots)
@@ -81,7 +88,7 @@ class Target:
         """Whether rows of different lengths can share a pass without padding; see `packing`."""
         wants_all = self.all_hidden_states or self.attentions
         uses_interface = self.implementation in ("sdpa", attention.NAME) and self.model._supports_attention_backend
-        return uses_interface and not wants_all and self.model._compiled_call_impl is None
+        return uses_interface and not wants_all and not self.captured and self.model._compiled_call_impl is None
 
     def forward(
         self,
@@ -103,10 +110,9 @@ class Target:
         with our_pass(placement.slots[:, 0], None, lengths):
             outputs = self._call(tokens, placement.slots, placement, cache, **kwargs)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
-        chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
         return TargetPass(
             logits.to(tokens.device, torch.float32),
-            torch.cat(chosen, dim=-1),
+            self.features_of(outputs),
             outputs.hidden_states if self.all_hidden_states else None,
             outputs.attentions if self.attentions else None,
         )
@@ -129,12 +135,11 @@ class Target:
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
         with our_pass(placement.slots[:, 0], packing, None if lengths is None else packing.pack(lengths)):
             outputs = self._call(packing.pack(tokens), packing.pack(placement.slots), placement, cache, **kwargs)
-        chosen = [outputs.hidden_states[i].to(tokens.device) for i in self.hidden_state_indices]
         logits = outputs.logits.to(tokens.device, torch.float32)
         if keep is not None and not kwargs:
             logits = logits[:, keep]
         logits = packing.unpack(logits) if keep is None else logits.transpose(0, 1)
-        return TargetPass(logits, packing.unpack(torch.cat(chosen, dim=-1)), None, None)
+        return TargetPass(logits, packing.unpack(self.features_of(outputs)), None, None)
 
     def reread(self, tokens: torch.Tensor, cache: SlotCache, rows: torch.Tensor, lengths: torch.Tensor) -> None:
         """Write the keys and values of rows [k] anew, with tokens [k, n] as their first ones.
@@ -149,22 +154,36 @@ class Target:
         with our_pass(slots[:, 0], None, lengths):
             self._call(tokens, slots, placement, cache, **kwargs)
 
+    def in_our_attention(self) -> AbstractContextManager[None]:
+        """See `packing.attention_of_rounds`."""
+        return attention_of_rounds(self.config)
+
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, placement: Placement, cache: SlotCache, **kwargs):
+        with turned_as_in_plain(self.growing), self.in_our_attention():
+            return self.run(tokens, positions, placement, cache, **kwargs)
+
+    def run(self, tokens: torch.Tensor, positions: torch.Tensor, placement: Placement, cache: SlotCache, **kwargs):
+        """The model's outputs. Nothing here depends on values, so that a compiler can follow."""
         if self.positions is not None:
             # Drafts behind a row's last position are never verified, but a table of positions must not be left.
             positions = positions.clamp(max=self.positions - 1)
-        kwargs |= self.options | {self.cache_argument: cache}
-        with turned_as_in_plain(self.growing), attention_of_rounds(self.config):
-            return self.model(
-                input_ids=tokens,
-                attention_mask=self._mask(placement),
-                position_ids=positions,
-                use_cache=True,
-                output_hidden_states=self.all_hidden_states or request_for(self.hidden_state_indices),
-                output_attentions=self.attentions,
-                return_dict=True,
-                **kwargs,
-            )
+        return self.model(
+            input_ids=tokens,
+            attention_mask=self._mask(placement),
+            position_ids=positions,
+            use_cache=True,
+            output_hidden_states=self.all_hidden_states or request_for(self.hidden_state_indices),
+            output_attentions=self.attentions,
+            return_dict=True,
+            **kwargs,
+            **self.options,
+            **{self.cache_argument: cache},
+        )
+
+    def features_of(self, outputs) -> torch.Tensor:
+        """[R, n, m*d], the states that the head reads of a pass."""
+        chosen = [outputs.hidden_states[i] for i in self.hidden_state_indices]
+        return torch.cat([states.to(self.device) for states in chosen], dim=-1)
 
     def _mask(self, placement: Placement) -> Mask | dict[str, Mask]:
         """What the model takes as `attention_mask`: one mask, or one a layer type where it mixes types."""

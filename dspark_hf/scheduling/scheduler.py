@@ -4,7 +4,7 @@ The head's `generation_config` says which of the two schedules runs: "load" weig
 "constant" always drafts and verifies `num_assistant_tokens`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -111,8 +111,10 @@ class LoadSchedule(ConstantSchedule):
     """Weighs expected tokens against step times.
 
     Args:
-        costs: what steps of the pair cost on this device. greedy: whether decoding is, so that any schedule is
-            lossless. packs: whether rows of different lengths can be verified in one pass without padding.
+        costs: what steps of the pair cost on this device.
+        greedy: whether decoding is, so that any schedule is lossless.
+        packs: whether rows of different lengths can be verified in one pass without padding.
+        tiers: drafts a row that there are passes for; any number when `None`.
     """
 
     def __init__(
@@ -124,9 +126,11 @@ class LoadSchedule(ConstantSchedule):
         greedy: bool,
         packs: bool,
         runs_ahead: bool,
+        tiers: Sequence[int] | None = None,
     ):
         super().__init__(settings, shared, rows, runs_ahead)
         self.costs, self.greedy, self.packs = costs, greedy, packs
+        self.tiers = None if tiers is None else sorted({min(length, settings.most) for length in tiers})
         # Rounds that each row had gone without a draft when the last plan was made.
         self.undrafted = np.zeros(rows, dtype=int)
         # The last plan, the load it was made for, in how many rounds it has been used, and for how many it is good.
@@ -249,8 +253,8 @@ class LoadSchedule(ConstantSchedule):
         worth = self.estimates.recent * allowed
         if self.settings.threshold is not None:
             worth = worth * (worth >= self.settings.threshold)
-        # [limit + 1], of a round of 0, 1, .. drafts a row.
-        sizes = min(max_drafts.max(), self.settings.most) + 1
+        # [limit + 1], of a round of 0, 1, .. drafts a row. A pass of a tier is run whatever there is room for.
+        sizes = (min(max_drafts.max(), self.settings.most) if self.tiers is None else self.tiers[-1]) + 1
         tokens = rows + np.concatenate(([0.0], worth.sum(axis=1).mean(axis=0).cumsum()))[:sizes]
         seconds = (costs.verify + np.concatenate(([0.0], draft)))[:sizes]
         if pending:
@@ -258,6 +262,8 @@ class LoadSchedule(ConstantSchedule):
             reading = model.draft(total, context, pending)[0] - draft[0]
             seconds[1:] += reading * tokens[1:] / (rows * (max_drafts.max() + 1))
         thetas = tokens / seconds
+        if self.tiers is not None:
+            thetas[[length for length in range(sizes) if length not in self.tiers]] = 0
         self.length = self._settled(thetas)
         # Without drafts a new plan is rare.
         tries, unsure = self.length == 0 or self.plans % TRY_EVERY == 0, model.unsure(total, context)
@@ -266,7 +272,7 @@ class LoadSchedule(ConstantSchedule):
         if length == 0:
             return NO_DRAFT
         plan = Plan(list(range(rows)), length, length, budget=length * rows, theta=thetas[length], costs=costs)
-        if rows == 1:
+        if rows == 1 and self.tiers is None:
             asking = replace(costs, draft=model.draft(total, context, asks=True))
             return plan if self.runs_ahead else self._stopping_early(plan, worth[:, 0], asking)
         if self.packs and not pending:
@@ -285,7 +291,9 @@ class LoadSchedule(ConstantSchedule):
 
     def _tried(self, thetas: np.ndarray, unsure: np.ndarray) -> int:
         """A number of drafts that may be better than the best known, as it was hardly tried; else the best."""
-        near = {0, self.length - 1, self.length + 1} - {self.length}
+        lengths = self.tiers or range(len(thetas))
+        before = max((n for n in lengths if n < self.length), default=0)
+        near = {0, before, min((n for n in lengths if n > self.length), default=0)} - {self.length}
         hoped = {n: thetas[n] * (1 + unsure[n]) for n in near if 0 <= n < len(thetas) and unsure[n] > UNSURE}
         most = max(hoped, key=hoped.get, default=self.length)
         return most if hoped.get(most, 0.0) > thetas[self.length] else self.length

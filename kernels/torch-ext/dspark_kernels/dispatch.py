@@ -149,7 +149,10 @@ def random_seeds(rows: int, device: torch.device) -> torch.Tensor:
 
 
 def uses_kernels(*tensors: torch.Tensor) -> bool:
-    """Whether tensors like these go to the kernels, as far as their device and the environment say."""
+    """Whether tensors like these go to the kernels, as far as their device and the environment say. A compiler is shown
+    torch, of which it makes kernels of its own."""
+    if torch.compiler.is_compiling():
+        return False
     wanted = os.environ.get("DSPARK_KERNELS", "").lower() not in ("off", "0", "false")
     return wanted and all(tensor.is_cuda for tensor in tensors) and _has_triton()
 
