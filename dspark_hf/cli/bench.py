@@ -36,6 +36,14 @@ def bench(
         str,
         typer.Option(help="Comma-separated: plain, stock, dspark (the head as it is set), load, fixed-1 and so on."),
     ] = "plain,stock,dspark",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Also measure plain, stock and dspark with static caches and compiled passes. Compiling comes before "
+            "the time limit.",
+        ),
+    ] = False,
     sweep_batch: Annotated[
         str | None,
         typer.Option(
@@ -72,7 +80,7 @@ def bench(
         if sweep_batch is None:
             raise ValueError(f"--plot {plot} shows a sweep: give --sweep-batch too.")
         check_picture(plot)
-    names = entries("--methods", methods)
+    names = entries("--methods", methods) + (speed.static_methods() if compiled else [])
     sizes = counts("--batch-sizes", batch_sizes) if sweep_batch is None else counts("--sweep-batch", sweep_batch)
     tables = speed if sweep_batch is None else sweep
     seconds = seconds or tables.SECONDS

@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from rich import box
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation.hook import stock_loop
 from ..generation.stats import DSparkStats, synchronize
@@ -31,6 +32,8 @@ TURNS = 3
 SECONDS = 120.0
 # What tables say of the mark in `turns_cell`.
 CUT_SHORT = "turns: runs of a method; cut: the time limit came before the turns that were to be."
+# Behind the name of a method that decodes with static caches, and compiled passes.
+STATIC = "-static"
 # Of the call that says how long the others will take: so few that it is short, so many that the prompt weighs little.
 FIRST_TOKENS = 8
 
@@ -123,12 +126,13 @@ def cells_of(
 
     Args:
         methods: `plain`; `stock`, transformers' own loop with the same head, at batch 1 only; `dspark`, the head as it
-            is set; `load` and `fixed-1`, `fixed-2`, .., the head with that schedule.
+            is set; `load` and `fixed-1`, `fixed-2`, .., the head with that schedule; the first three also
+            with `-static` behind, compiled.
 
     Raises:
         ValueError: for a method that there is not, and a batch size without prompts or methods for it.
     """
-    known = ["plain", "stock", "dspark", "load", *fixed_methods(head)]
+    known = ["plain", "stock", "dspark", *static_methods(), "load", *fixed_methods(head)]
     unknown = set(methods) - set(known)
     if unknown:
         raise ValueError(f"Unknown methods {sorted(unknown)}; choose from {', '.join(known)}.")
@@ -139,12 +143,17 @@ def cells_of(
                 f"Batch size {size} needs as many prompts, and there are {len(prompts)}: give more --prompts, a higher "
                 "--limit, or a smaller batch."
             )
-        chosen = [method for method in methods if method != "stock" or size == 1]
+        chosen = [method for method in methods if not method.startswith("stock") or size == 1]
         if not chosen:
             raise ValueError(f"No method is left at batch size {size}: transformers' stock loop takes one row only.")
         batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)]
         cells.append(Cell(batches, chosen, turns, domain))
     return cells
+
+
+def static_methods() -> list[str]:
+    """The methods with static caches and compiled passes."""
+    return [method + STATIC for method in ("plain", "stock", "dspark")]
 
 
 def fixed_methods(head: DSparkHead) -> list[str]:
@@ -213,7 +222,7 @@ def bench(
 
     Args:
         turn_seconds: see [`estimate`].
-        seconds: the time limit.
+        seconds: the time limit; compiling, for methods that do, comes before.
         report: told of every turn.
 
     Raises:
@@ -226,13 +235,22 @@ def bench(
             f"takes about {least:.0f} s. Give --seconds {2 * least:.0f}, or fewer methods, batch sizes or "
             "--max-new-tokens."
         )
+    room = _room(cells, head, tokenizer, max_new_tokens)
+
+    def run_one(method: str, inputs) -> Run:
+        return _run(method, model, head, inputs, max_new_tokens, clock, room)
+
+    for cell in cells:
+        for method in filter(lambda method: method.endswith(STATIC), cell.methods):
+            report(f"compiling {method} at batch {cell.batch_size}")
+            run_one(method, encode(cell.batches[0], tokenizer, model.device))
     started, needs, draw = clock(), _needs(cells, turn_seconds), random.Random(0)
 
     def run_turn(cell: Cell, prompts: list[str]) -> dict[str, Run]:
         inputs = encode(prompts, tokenizer, model.device)
         # What a run leaves in caches and memory helps or hinders the next, which must not always be the same one.
         order = draw.sample(cell.methods, len(cell.methods))
-        return {method: _run(method, model, head, inputs, max_new_tokens, clock) for method in order}
+        return {method: run_one(method, inputs) for method in order}
 
     def report_turn(text: str) -> None:
         report(f"{text}; {clock() - started:.0f} s of at most {seconds:g} s")
@@ -242,6 +260,13 @@ def bench(
         ends = now + (started + seconds - now) * needs[index] / sum(needs[index:])
         runs, cut_short = _measure(cell, run_turn, ends, report_turn, clock)
         yield from _records(runs, cell, cut_short)
+
+
+def _room(cells: list[Cell], head: DSparkHead, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> int:
+    """Tokens that static caches hold, so that nothing is compiled anew for a longer prompt."""
+    prompts = {prompt for cell in cells for batch in cell.batches for prompt in batch}
+    longest = max(encode([prompt], tokenizer, "cpu")["input_ids"].shape[1] for prompt in prompts)
+    return longest + max_new_tokens + head.config.block_size + 1
 
 
 def _measure(
@@ -279,8 +304,17 @@ def _is_settled(runs: Runs, fewest: int, batches: int) -> bool:
     return errors.max() < SURE * batches**0.5
 
 
-def _run(method: str, model, head, inputs, max_new_tokens: int, clock: Callable[[], float]) -> Run:
+def _run(
+    method: str, model, head, inputs, max_new_tokens: int, clock: Callable[[], float], room: int | None = None
+) -> Run:
+    """Decode with a method.
+
+    Args:
+        room: tokens that static caches hold.
+    """
     kwargs = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+    if method.endswith(STATIC):
+        method, kwargs = method.removesuffix(STATIC), kwargs | _static_options(room)
     synchronize(model.device)
     started = clock()
     if method == "plain":
@@ -293,6 +327,15 @@ def _run(method: str, model, head, inputs, max_new_tokens: int, clock: Callable[
     new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     outputs = [until_eos(row, model.generation_config.eos_token_id) for row in new]
     return Run(seconds, outputs, getattr(output, "dspark", None))
+
+
+def _static_options(room: int | None) -> dict[str, Any]:
+    """Of `generate`. On a CPU plain decoding is compiled only with a flag that transformers keeps to itself."""
+    config = CompileConfig()
+    config._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": config}
+    # Older releases have a cache as long as each call.
+    return options | ({"max_cache_len": room} if hasattr(GenerationConfig(), "max_cache_len") else {})
 
 
 @contextmanager

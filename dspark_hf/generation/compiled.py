@@ -6,14 +6,15 @@ processors, acceptance and the choice of the next anchor. What a row is, and how
 round that cannot be captured is run eagerly in between.
 
 There are few shapes. Rows come in powers of two, drafts are whole blocks, verify widths have three tiers, and a call
-has one view, a power of two that holds its longest row at its end. Each shape is captured when a call first needs it,
-unless a larger one is there, which then serves: no call waits for a compiler in the middle of its text twice.
+has one view, a power of two that holds its longest row at its end. A call whose rows and view are new captures all that
+it may need before it begins to draft, so that no text waits for a compiler in its middle; calls with fewer rows left,
+or shorter ones, use what is there.
 """
 
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -120,68 +121,62 @@ def verify_pass(
 
 @dataclass(frozen=True)
 class Shape:
-    """What a graph is for.
+    """What captured passes are for.
 
-    kind: "draft" or "verify".
-    rows: lines of its tensors.
-    width: tokens of each.
+    rows: lines of their tensors.
     view: slots that attention sees.
     choice: how tokens are chosen, see `choice_of`.
     options: of the compiler.
     """
 
-    kind: str
     rows: int
-    width: int
     view: int
     choice: tuple
     options: str
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The captured passes of a shape. rows: their lines. draft: of a whole block. verify: of so many tokens a row."""
+
+    rows: int
+    draft: Callable
+    verify: dict[int, Callable]
 
 
 class Graphs:
     """The captured passes of a pair.
 
     Attributes:
-        made: of every shape what runs it. wished: shapes in whose place calls ran larger ones; the next one that could
-            use them captures them before it begins. refused: why the pair cannot be captured, `None` if it can.
+        made: of every shape. refused: why the pair cannot be captured, `None` if it can.
     """
 
     def __init__(self):
-        self.made: dict[Shape, Callable] = {}
-        self.wished: set[Shape] = set()
+        self.made: dict[Shape, Passes] = {}
         self.refused: str | None = None
 
-    def serving(self, wanted: Shape) -> Shape:
-        """The smallest captured shape that does what is wanted, else this one itself."""
-        larger = [
-            shape
-            for shape in self.made
-            if (shape.kind, shape.view, shape.choice, shape.options)
-            == (wanted.kind, wanted.view, wanted.choice, wanted.options)
-            and shape.rows >= wanted.rows
-            and shape.width >= wanted.width
-        ]
-        return min(larger, key=lambda shape: (shape.rows, shape.width), default=wanted)
+    @property
+    def count(self) -> int:
+        return sum(1 + len(passes.verify) for passes in self.made.values())
 
     def view_for(self, tokens: int) -> int:
         """Slots for rows of so many tokens: those of graphs that are there, or else a power of two."""
         own = max(SMALLEST_CAPACITY, power_of_two(tokens))
         return min((shape.view for shape in self.made if own <= shape.view <= MOST_VIEW * own), default=own)
 
-    def run(self, shape: Shape, body: Callable, options: dict[str, Any], *args: Any) -> tuple:
-        """What `body` returns, captured if that was not done yet."""
-        if shape in self.made:
-            return self.made[shape](*args)
-        # The compiler keeps, and counts, what it made by code: every shape has one of its own.
-        own = FunctionType(body.__code__.replace(co_name=f"{shape.kind}_pass"), body.__globals__)
-        graph, started = torch.compile(own, fullgraph=True, dynamic=False, **options), time.perf_counter()
-        found = graph(*args)
-        self.made[shape] = graph
-        logger.info(
-            f"Captured a {shape.kind} pass of {shape.rows} x {shape.width} tokens over {shape.view} slots in "
-            f"{time.perf_counter() - started:.1f} s."
-        )
-        return found
+    def serving(self, rows: int, shape: Shape) -> Passes:
+        """The passes of the fewest lines, of those of `shape` at most, that are enough for so many rows."""
+        enough = (own for own in self.made if rows <= own.rows <= shape.rows and replace(own, rows=shape.rows) == shape)
+        return self.made[min(enough, key=lambda own: own.rows)]
+
+
+def captured(body: Callable, options: dict[str, Any], name: str) -> Callable:
+    """What runs `body` compiled, without a break, for the one shape of its first call.
+
+    The compiler keeps, and counts, what it made by code: every pass has code of its own.
+    """
+    own = FunctionType(body.__code__.replace(co_name=name), body.__globals__)
+    return torch.compile(own, fullgraph=True, dynamic=False, **options)
 
 
 _graphs: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, Graphs]] = WeakKeyDictionary()
@@ -266,7 +261,7 @@ class CompiledPasses:
         slots: rows of the call, at most. tokens: of its longest row at the end.
 
     Attributes:
-        captured: whether the last pass, or the one before, was captured then, so that its time says nothing.
+        captured: whether that was done in the present round, so that its time says nothing.
     """
 
     def __init__(
@@ -279,42 +274,34 @@ class CompiledPasses:
         slots: int,
         tokens: int,
     ):
-        self.graphs = graphs = graphs_of(drafter.head, target.model)
+        head, self.graphs = drafter.head, graphs_of(drafter.head, target.model)
         self.options, self.target, self.slots, target.captured = options, target, power_of_two(slots), True
         # Behind a row there are a block, and the slot that nobody sees.
-        self.view = graphs.view_for(tokens + drafter.head.config.block_size + 1)
+        self.view = self.graphs.view_for(tokens + head.config.block_size + 1)
         self.processors = BlockProcessors(buffered(processors, target.device), do_sample)
         self.processors.temperature = None
         self.select = self.processors.drafting(None)
-        self.shape = Shape("", 0, 0, self.view, choice_of(processors, do_sample), repr(sorted(options.items())))
-        self.tiers = [1 + drafts for drafts in draft_tiers(drafter.head.config.gamma)]
-        self.wishes: set[Shape] = set()
-        self.captured = self.began = False
-        self.drafts: torch.Tensor | None = None
-        self.sampled_from: torch.Tensor | None = None
+        options_as_text = repr(sorted(options.items()))
+        self.shape = Shape(self.slots, self.view, choice_of(processors, do_sample), options_as_text)
+        self.captured = False
+        # The last draft, of all lines.
+        self.block: DraftBlock | None = None
+        # A compiler does not follow a cached property that has not been asked before.
+        head.mask_rules  # noqa: B018
 
     def draft(
         self, state: RoundState, plan: Plan, select: Select, continue_drafting: ContinueDrafting | None = None
     ) -> DraftBlock | None:
         """As `round.draft`; the block has drafts for every row."""
-        self.captured, self.drafts = False, None
-        if not plan.rows or self.graphs.refused:
+        self.captured, self.block = False, None
+        if self.shape not in self.graphs.made and self.graphs.refused is None:
+            self._capture(state)
+        if not plan.rows or self.graphs.refused is not None:
             return rounds.draft(state, plan, select, continue_drafting)
-        drafter, rows = state.drafter, len(state.anchors)
-        shape = self._shape("draft", rows, drafter.head.config.gamma)
-        features, counts = self._unread(drafter, shape.rows)
-        values = [drafter.cache.lengths, counts, drafter.first]
-        table = on_device([own + [0] * (shape.rows - rows) for own in values], drafter.device)
-        drafter.cache.show(shape.rows)
-        args = drafter, _padded(state.anchors, shape.rows), features, table, self.select, self.view
-        found = self._run(shape, draft_pass, *args)
-        if found is None:
-            drafter.append(features[:rows], counts)
-            return rounds.draft(state, plan, select, continue_drafting)
-        drafter.cache.commit(counts)
-        self.drafts, self.sampled_from, confidence = found
-        parts = (None if x is None else x[:rows, : plan.length] for x in (self.drafts, self.sampled_from, confidence))
-        return DraftBlock(*parts)
+        rows = len(state.anchors)
+        self.block = self._draft(state, self.graphs.serving(rows, self.shape))
+        parts = (self.block.tokens, self.block.logits, self.block.confidence_logits)
+        return DraftBlock(*(None if x is None else x[:rows, : plan.length] for x in parts))
 
     def verify(
         self,
@@ -325,97 +312,89 @@ class CompiledPasses:
         read_at: torch.Tensor | None,
     ) -> tuple[TargetPass, torch.Tensor | None]:
         """As `round.verify`, with a verdict."""
-        if self.graphs.refused or (layout.most and self.drafts is None):
+        if self.graphs.refused is not None:
             return rounds.verify(state, target, block, layout, read_at)
-        rows, drafts = len(state.anchors), self.drafts if layout.most else None
-        width = next(tier for tier in self.tiers if tier > layout.most)
-        wanted = self._shape("verify", rows, width)
-        self._capture_wishes(state, wanted)
-        found = self._verify(state, wanted, drafts, layout.verify_lens)
-        if found is None:
-            return rounds.verify(state, target, block, layout, read_at)
+        rows = len(state.anchors)
+        passes = self.graphs.serving(rows, self.shape)
+        width = min(width for width in passes.verify if width > layout.most)
+        found = self._verify(state, passes, width, layout.verify_lens)
         accepted, following, features = (x[:rows] for x in found)
         return TargetPass(None, features, verdict=Verdict(accepted, following)), None
 
-    def close(self) -> None:
-        """Tell the next calls what this one would have used."""
-        self.graphs.wished |= self.wishes
-
-    def _verify(self, state: RoundState, shape: Shape, drafts: torch.Tensor | None, lengths: torch.Tensor | None):
-        rows, cache = len(state.anchors), state.cache
-        known = on_device(cache.lengths + [0] * (shape.rows - rows), self.target.device)
-        counts = torch.zeros_like(known) if lengths is None else _padded(lengths, shape.rows)
-        drafts = None if drafts is None else _padded(drafts, shape.rows)
-        sampled_from = None if drafts is None or self.sampled_from is None else _padded(self.sampled_from, shape.rows)
-        cache.show(shape.rows)
-        table, anchors = torch.stack([known, counts]), _padded(state.anchors, shape.rows)
-        args = cache, anchors, drafts, sampled_from, table, self.processors, shape.width, self.view
-        return self._run(shape, verify_pass, self.target, *args)
-
-    def _shape(self, kind: str, rows: int, width: int) -> Shape:
-        """What serves so many rows and tokens a row. Where nothing does yet it is captured for all rows of the call;
-        where something wider does, the next call may have its own."""
-        choice, options = self.shape.choice, self.shape.options
-        wanted = Shape(kind, power_of_two(rows), width, self.view, choice, options)
-        found = self.graphs.serving(wanted)
-        if found not in self.graphs.made or found.rows > self.slots:
-            return Shape(kind, self.slots, width, self.view, choice, options)
-        if found.width > width:
-            self.wishes.add(Shape(kind, self.slots, width, self.view, choice, options))
-        return found
-
-    def _capture_wishes(self, state: RoundState, shape: Shape) -> None:
-        """Capture what earlier calls wished for, before the first round with drafts. Behind what is committed a pass
-        changes nothing that is looked at."""
-        if self.began or self.drafts is None:
-            return
-        self.began = True
-        lengths = torch.zeros_like(state.anchors)
-        for wish in [own for own in self.graphs.wished if own.rows == self.slots and _same_but_width(own, shape)]:
-            self.graphs.wished.discard(wish)
-            if wish not in self.graphs.made:
-                self._verify(state, wish, self.drafts if wish.width > 1 else None, lengths)
-
-    def _unread(self, drafter: Drafter, rows: int) -> tuple[torch.Tensor, list[int]]:
-        """Target states that the head has not read, [rows, gamma + 1, m*d] with the counts. Longer ones, such as a
-        prompt's, are read at once."""
-        width, present = drafter.head.config.gamma + 1, len(drafter.num_pending)
-        if max(drafter.num_pending) > width or not drafter.cache.layers[0].is_initialized:
-            drafter.read(None, *drafter.take(None))
-        if not drafter.pending:
-            empty = torch.zeros(rows, width, drafter.head.fc.in_features, dtype=drafter.dtype, device=drafter.device)
-            return empty, [0] * present
-        features, counts = drafter.take(None)
-        return pad(features, (0, 0, 0, width - features.shape[1], 0, rows - present)), counts
-
-    def _run(self, shape: Shape, body: Callable, *args: Any) -> tuple | None:
-        """What a captured pass returns; `None` where it cannot be captured, which is said once."""
-        new = shape not in self.graphs.made
+    def _capture(self, state: RoundState) -> None:
+        """Capture what the call may need, by running it: behind what is committed a pass changes nothing that anybody
+        looks at. Where the compiler cannot follow, that is said, and the pair is run eagerly from then on."""
+        started, gamma, rows = time.perf_counter(), state.drafter.head.config.gamma, self.slots
+        draft = captured(draft_pass, self.options, f"draft_of_{rows}")
+        widths = [1 + drafts for drafts in draft_tiers(gamma)]
+        passes = Passes(rows, draft, {n: captured(verify_pass, self.options, f"verify_of_{rows}x{n}") for n in widths})
         try:
-            with self.target.in_our_attention():
-                if self.target.device.type == "cuda":
-                    torch.compiler.cudagraph_mark_step_begin()
-                found = self.graphs.run(shape, body, self.options, *args)
+            self.block = self._draft(state, passes, commits=False)
+            for width in widths:
+                self._verify(state, passes, width, torch.zeros_like(state.anchors))
         except Exception as error:  # whatever a compiler may raise about somebody's model
-            if not new:
-                raise
             self.graphs.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            logger.warning_once(
+            logger.warning(
                 f"The rounds of {type(self.target.model).__name__} cannot be compiled and run eagerly "
                 f"({self.graphs.refused}). The text is the same."
             )
-            return None
-        self.captured |= new
-        if self.target.device.type == "cuda":
-            # The next replay writes to the same places.
-            return tuple(None if x is None else x.clone() for x in found)
-        return found
+            return
+        self.graphs.made[self.shape], self.captured = passes, True
+        logger.info(
+            f"Captured {1 + len(widths)} passes of {rows} rows over {self.view} slots in "
+            f"{time.perf_counter() - started:.1f} s."
+        )
+
+    def _draft(self, state: RoundState, passes: Passes, commits: bool = True) -> DraftBlock:
+        """A whole block of all lines. What the head had yet to read it has, unless the draft only captures."""
+        drafter, present = state.drafter, len(state.anchors)
+        width, lines = drafter.head.config.gamma + 1, passes.rows
+        if max(drafter.num_pending) > width or not drafter.cache.layers[0].is_initialized:
+            # Prompts, and what rounds without drafts have left.
+            drafter.read(None, *drafter.take(None))
+        waits = commits and drafter.pending
+        features, counts = drafter.take(None) if waits else (None, [0] * present)
+        if features is None:
+            features = torch.zeros(
+                lines, width, drafter.head.fc.in_features, dtype=self.target.dtype, device=drafter.device
+            )
+        else:
+            features = pad(features, (0, 0, 0, width - features.shape[1], 0, lines - present))
+        values = drafter.cache.lengths, counts, drafter.first
+        table = on_device([own + [0] * (lines - present) for own in values], drafter.device)
+        drafter.cache.show(lines)
+        anchors = _padded(state.anchors, lines)
+        found = self._run(passes.draft, drafter, anchors, features, table, self.select, self.view)
+        if commits:
+            drafter.cache.commit(counts)
+        return DraftBlock(*found)
+
+    def _verify(
+        self, state: RoundState, passes: Passes, width: int, lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """See `verify_pass`. lengths: [R], drafts to verify, `None` for none."""
+        lines, cache = passes.rows, state.cache
+        known = on_device(cache.lengths + [0] * (lines - len(state.anchors)), self.target.device)
+        counts = torch.zeros_like(known) if lengths is None else _padded(lengths, lines)
+        drafts = sampled_from = None
+        if width > 1:
+            drafts = _padded(self.block.tokens, lines)
+            sampled_from = None if self.block.logits is None else _padded(self.block.logits, lines)
+        cache.show(lines)
+        table, anchors = torch.stack([known, counts]), _padded(state.anchors, lines)
+        args = cache, anchors, drafts, sampled_from, table, self.processors, width, self.view
+        return self._run(passes.verify[width], self.target, *args)
+
+    def _run(self, graph: Callable, *args: Any) -> tuple:
+        on_cuda = self.target.device.type == "cuda"
+        with self.target.in_our_attention():
+            if on_cuda:
+                torch.compiler.cudagraph_mark_step_begin()
+            found = graph(*args)
+        # The next replay writes to the same places.
+        return tuple(None if x is None else x.clone() for x in found) if on_cuda else found
 
 
 def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
     """With zeros behind, up to so many rows."""
     return x[:rows] if len(x) >= rows else pad(x, (0, 0) * (x.dim() - 1) + (0, rows - len(x)))
-
-
-def _same_but_width(a: Shape, b: Shape) -> bool:
-    return (a.kind, a.view, a.choice, a.options) == (b.kind, b.view, b.choice, b.options)

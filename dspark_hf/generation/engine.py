@@ -82,8 +82,6 @@ class Engine:
     def close(self) -> None:
         """Count as no load any more."""
         self.planner.call.set_rows(0)
-        if self.compiled is not None:
-            self.compiled.close()
 
     def step(self) -> list[Row]:
         """Run a round, or the prefill of rows that join. Returns the rows that have ended."""

@@ -74,7 +74,7 @@ def generate(
     if options is not None:
         reason = reason_for_eager(target, drafter, logits_processor, lockstep is not None, recorder.active, stopping)
         if reason is None:
-            longest = longest_of(rows, stopping.max_length)
+            longest = max(longest_of(rows, stopping.max_length), getattr(config, "max_cache_len", None) or 0)
             compiled = CompiledPasses(options, target, drafter, logits_processor, config.do_sample, size, longest)
         else:
             logger.warning_once(f"The rounds run eagerly, as without `cache_implementation`: {reason}.")
