@@ -161,7 +161,8 @@ class SlotCache(Cache):
         super().__init__(layers=[SlotLayer(rows, slots) for _ in range(num_layers)])
         self.lengths = [0] * rows
         self.device = device
-        self.lines = torch.arange(slots, device=device)[:, None]
+        self.all_lines = torch.arange(slots, device=device)[:, None]
+        self.lines = self.all_lines[:rows]
 
     def expect(self, tokens: int, is_static: bool = False) -> None:
         """Make room for so many tokens a row, `is_static` from the start; more come in all the same, for the price of
@@ -188,7 +189,7 @@ class SlotCache(Cache):
         rows = fields.get("rows")
         # Compiled passes show more slots than there are rows.
         self.show(len(slots) if rows is None else len(self.lengths))
-        lines = self.lines[: len(slots)] if rows is None else rows[:, None]
+        lines = self.lines if rows is None else rows[:, None]
         placement = Placement(slots, start, view, lines=lines, **fields)
         for layer in self.layers:
             layer.placement = placement
@@ -196,6 +197,8 @@ class SlotCache(Cache):
 
     def show(self, slots: int) -> None:
         """Let passes see the first so many slots."""
+        if len(self.lines) != slots:
+            self.lines = self.all_lines[:slots]
         for layer in self.layers:
             if layer.rows != slots:
                 layer.resize(slots)

@@ -20,6 +20,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.compiler import keep_tensor_guards_unsafe
 from torch.nn.functional import pad
 from transformers import CompileConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import logits_process as stock
@@ -126,7 +127,7 @@ class Shape:
     rows: lines of their tensors.
     view: slots that attention sees.
     choice: how tokens are chosen, see `choice_of`.
-    options: of the compiler.
+    options: of the compiler, and of every pass of the target.
     """
 
     rows: int
@@ -154,6 +155,12 @@ class Graphs:
     def __init__(self):
         self.made: dict[Shape, Passes] = {}
         self.refused: str | None = None
+        self.structure: tuple | None = None
+
+    def check(self, structure: tuple) -> None:
+        """Drop what is known of models that have changed since; see there."""
+        if self.structure != structure:
+            self.made, self.refused = {}, None
 
     @property
     def count(self) -> int:
@@ -176,7 +183,24 @@ def captured(body: Callable, options: dict[str, Any], name: str) -> Callable:
     The compiler keeps, and counts, what it made by code: every pass has code of its own.
     """
     own = FunctionType(body.__code__.replace(co_name=name), body.__globals__)
-    return torch.compile(own, fullgraph=True, dynamic=False, **options)
+    # The compiler takes out of the dictionary what is not for its backend.
+    settings = dict(options["options"])
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=options["backend"], options=settings)
+
+
+def structure(*models: PreTrainedModel) -> tuple:
+    """What graphs of models depend on but their tensors and `Shape`: their modules, and what is hung on them."""
+    return tuple(
+        (id(own), own.training, vars(own).get("forward"), len(own._forward_hooks), len(own._forward_pre_hooks))
+        for model in models
+        for own in model.modules()
+    )
+
+
+def is_stock(*models: PreTrainedModel) -> bool:
+    """Whether all modules are ones that keep no state of their own: those of adapters and of remote code may."""
+    packages = {type(own).__module__.partition(".")[0] for model in models for own in model.modules()}
+    return packages <= {"torch", "transformers", __package__.partition(".")[0]}
 
 
 _graphs: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, Graphs]] = WeakKeyDictionary()
@@ -202,7 +226,11 @@ def compile_options(config: GenerationConfig, device: torch.device) -> dict[str,
     if given is None and device.type not in COMPILING_DEVICES:
         return None
     options = (given or CompileConfig()).to_dict()
-    return {name: options[name] for name in ("backend", "mode", "options") if options.get(name) is not None}
+    mode, settings = options["mode"], dict(options["options"] or {})
+    if mode is not None and options["backend"] == "inductor":
+        # The compiler takes one or the other.
+        settings |= torch._inductor.list_mode_options(mode)
+    return {"backend": options["backend"], "options": settings}
 
 
 def reason_for_eager(
@@ -228,8 +256,7 @@ def reason_for_eager(
         "weights are offloaded": bool(places & {"cpu", "disk"}) and len(places) > 1,
         f"the head is on {drafter.device}, not {target.device}": drafter.device != target.device,
     }
-    refused = graphs_of(drafter.head, model).refused
-    return next((reason for reason, holds in reasons.items() if holds), refused)
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def choice_of(processors: Sequence[LogitsProcessor], do_sample: bool) -> tuple:
@@ -275,14 +302,20 @@ class CompiledPasses:
         tokens: int,
     ):
         head, self.graphs = drafter.head, graphs_of(drafter.head, target.model)
-        self.options, self.target, self.slots, target.captured = options, target, power_of_two(slots), True
+        self.target, self.slots, target.captured = target, power_of_two(slots), True
+        self.graphs.check(structure(head, target.model))
+        key = repr((sorted(options.items()), sorted(target.options.items()), target.implementation))
+        if is_stock(head, target.model):
+            # Their modules are looked at once a call, by `structure`, and not before every pass, which takes longer
+            # than all else that the host does.
+            options = options | {"options": options["options"] | {"guard_filter_fn": keep_tensor_guards_unsafe}}
+        self.options = options
         # Behind a row there are a block, and the slot that nobody sees.
         self.view = self.graphs.view_for(tokens + head.config.block_size + 1)
         self.processors = BlockProcessors(buffered(processors, target.device), do_sample)
         self.processors.temperature = None
         self.select = self.processors.drafting(None)
-        options_as_text = repr(sorted(options.items()))
-        self.shape = Shape(self.slots, self.view, choice_of(processors, do_sample), options_as_text)
+        self.shape = Shape(self.slots, self.view, choice_of(processors, do_sample), key)
         self.captured = False
         # The last draft, of all lines.
         self.block: DraftBlock | None = None
@@ -324,9 +357,10 @@ class CompiledPasses:
     def _capture(self, state: RoundState) -> None:
         """Capture what the call may need, by running it: behind what is committed a pass changes nothing that anybody
         looks at. Where the compiler cannot follow, that is said, and the pair is run eagerly from then on."""
-        started, gamma, rows = time.perf_counter(), state.drafter.head.config.gamma, self.slots
+        started, head, rows = time.perf_counter(), state.drafter.head, self.slots
+        self.graphs.structure = structure(head, self.target.model)
         draft = captured(draft_pass, self.options, f"draft_of_{rows}")
-        widths = [1 + drafts for drafts in draft_tiers(gamma)]
+        widths = [1 + drafts for drafts in draft_tiers(head.config.gamma)]
         passes = Passes(rows, draft, {n: captured(verify_pass, self.options, f"verify_of_{rows}x{n}") for n in widths})
         try:
             self.block = self._draft(state, passes, commits=False)
@@ -352,14 +386,8 @@ class CompiledPasses:
         if max(drafter.num_pending) > width or not drafter.cache.layers[0].is_initialized:
             # Prompts, and what rounds without drafts have left.
             drafter.read(None, *drafter.take(None))
-        waits = commits and drafter.pending
-        features, counts = drafter.take(None) if waits else (None, [0] * present)
-        if features is None:
-            features = torch.zeros(
-                lines, width, drafter.head.fc.in_features, dtype=self.target.dtype, device=drafter.device
-            )
-        else:
-            features = pad(features, (0, 0, 0, width - features.shape[1], 0, lines - present))
+        features, counts = drafter.take(None) if commits else drafter.nothing(present)
+        features = pad(features.to(self.target.dtype), (0, 0, 0, width - features.shape[1], 0, lines - present))
         values = drafter.cache.lengths, counts, drafter.first
         table = on_device([own + [0] * (lines - present) for own in values], drafter.device)
         drafter.cache.show(lines)

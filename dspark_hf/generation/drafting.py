@@ -104,6 +104,8 @@ class Drafter:
     def take(self, rows: list[int] | None) -> tuple[torch.Tensor, list[int]]:
         """What waits for the given rows, [n, C, m*d] with the counts, which then no longer waits."""
         pieces, self.pending = self.pending, []
+        if not pieces:
+            return self.nothing(len(self.first) if rows is None else len(rows))
         if rows is None:
             counts, self.num_pending = self.num_pending, [0] * len(self.num_pending)
             return _joined(pieces, counts), counts
@@ -117,6 +119,10 @@ class Drafter:
                 self.pending.append((features, left))
         pieces = [(features[index], [own[row] for row in rows]) for features, own in pieces]
         return _joined(pieces, counts), counts
+
+    def nothing(self, rows: int) -> tuple[torch.Tensor, list[int]]:
+        """What `take` gives where nothing waits, [rows, 0, m*d]."""
+        return torch.zeros(rows, 0, self.head.fc.in_features, dtype=self.dtype, device=self.device), [0] * rows
 
     def _hidden(
         self, anchors: torch.Tensor, rows: list[int] | None, features: torch.Tensor, counts: list[int]
