@@ -5,8 +5,9 @@
 First every kernel is checked against its torch reference in float64 on fresh random inputs. Then each is timed against
 that reference, eager and under torch.compile, with the bytes that its docstring counts as a share of what a plain copy
 moves in the same run. Last a decoding round at the shapes of Qwen3-4B and 8B and their released heads, at batch 1, 8
-and 32: weights are random, so acceptance is forced to a given tau, and labelled so. Without a GPU only the checks run,
-at small shapes in Triton's interpreter.
+and 32, eager and captured, beside plain `generate`, eager and with a static cache, and at batch 1 transformers' own
+loop with one: weights are random, so acceptance is forced to a given tau, and labelled so. Without a GPU only the
+checks run, at small shapes in Triton's interpreter.
 """
 
 import argparse
@@ -200,8 +201,9 @@ def pair_of(name: str):
 
 
 @contextmanager
-def forced(tau: float, parts: dict[str, list]):
-    """Acceptance of `tau` tokens a round on average, whatever was drafted; and events around the parts of a round."""
+def forced(tau: float, parts: dict[str, list] | None):
+    """Acceptance of `tau` tokens a round on average, whatever was drafted; and events around the parts of a round,
+    which no captured one has (`None`)."""
     from dspark_hf.generation import drafting
     from dspark_hf.generation import round as steps
     from dspark_hf.modeling_dspark import DSparkHead
@@ -217,21 +219,20 @@ def forced(tau: float, parts: dict[str, list]):
 
         return run
 
-    real = timed("acceptance", steps.accept_greedy)
-    rounds = 0
+    real = timed("acceptance", steps.accept_greedy) if parts is not None else steps.accept_greedy
 
     def accept(logits, drafts, lengths):
-        nonlocal rounds
         verdict = real(logits, drafts, lengths)
-        rounds += 1
-        wanted = int(rounds * (tau - 1)) - int((rounds - 1) * (tau - 1))
-        return steps.Verdict(lengths.clamp(max=wanted), verdict.next_tokens)
+        # A rule that a compiler can capture, the same for eager and captured rounds.
+        wanted = (tau - 1 + torch.rand(len(lengths), device=lengths.device)).floor().long()
+        return steps.Verdict(torch.minimum(lengths, wanted), verdict.next_tokens)
 
     before = steps.accept_greedy, drafting.Drafter._hidden, DSparkHead.sample_block, steps.verify
     steps.accept_greedy = accept
-    drafting.Drafter._hidden = timed("draft backbone", before[1])
-    DSparkHead.sample_block = timed("sequential head", before[2])
-    steps.verify = timed("verify", before[3])
+    if parts is not None:
+        drafting.Drafter._hidden = timed("draft backbone", before[1])
+        DSparkHead.sample_block = timed("sequential head", before[2])
+        steps.verify = timed("verify", before[3])
     try:
         yield
     finally:
@@ -256,15 +257,52 @@ def time_rounds(console: Console, tokens: int = 96) -> list[dict]:
                 record[f"{part} ms"] = sum(begin.elapsed_time(end) for begin, end in events) / rounds
             record["round ms"] = 1000 * seconds / rounds
             record["everything else ms"] = record["round ms"] - sum(record[f"{part} ms"] for part in parts)
+            record["captured round ms"] = captured_round_ms(target, inputs, tokens, ours)
+            if rows == 1:
+                record["stock static round ms"] = stock_round_ms(target, inputs, tokens, ours)
             plain, static = plain_seconds(target, inputs, tokens), plain_seconds(target, inputs, tokens, "static")
             record |= {"plain ms a token": 1000 * plain / tokens, "static compiled ms a token": 1000 * static / tokens}
             record |= {"speed of plain": plain / seconds, "speed of static compiled": static / seconds}
-            console.print(f"{name}, {rows} rows: {record['round ms']:.2f} ms a round at a forced tau of {TAU}")
+            times = f"{record['round ms']:.2f} ms a round, {record['captured round ms']:.2f} captured"
+            console.print(f"{name}, {rows} rows: {times}, at a forced tau of {TAU}")
             found.append(record)
             torch.compiler.reset()
         del target, head
         torch.cuda.empty_cache()
     return found
+
+
+def captured_round_ms(target, inputs, tokens: int, ours: dict) -> float:
+    """Of whole blocks, once all passes are captured."""
+    with forced(TAU, None):
+        for _ in range(3):
+            kwargs = ours | {"max_new_tokens": tokens, "cache_implementation": "static"}
+            seconds, output = timed_call(target, inputs, **kwargs)
+    return 1000 * (seconds - output.dspark.prefill_seconds) / output.dspark.rounds
+
+
+def stock_round_ms(target, inputs, tokens: int, ours: dict) -> float:
+    """Of transformers' own loop with the same head and compiled passes. With random weights it accepts next to nothing,
+    which changes how many rounds there are and not what one takes."""
+    from dspark_hf.generation.candidate_generator import DSparkCandidateGenerator as Generator
+    from dspark_hf.generation.hook import stock_loop
+
+    rounds, propose = [], Generator.get_candidates
+
+    def counted(self, *args, **kwargs):
+        rounds.append(1)
+        return propose(self, *args, **kwargs)
+
+    Generator.get_candidates = counted
+    try:
+        with stock_loop():
+            for _ in range(3):
+                rounds.clear()
+                kwargs = ours | {"max_new_tokens": tokens, "cache_implementation": "static"}
+                seconds, _ = timed_call(target, inputs, **kwargs)
+    finally:
+        Generator.get_candidates = propose
+    return 1000 * seconds / len(rounds)
 
 
 def plain_seconds(target, inputs, tokens: int, cache: str | None = None) -> float:
@@ -298,9 +336,11 @@ def as_table(results: dict) -> Table:
     for r in results["rounds"]:
         for part in ("draft backbone", "sequential head", "verify", "acceptance", "everything else"):
             table.add_row(f"{r['target']} {part}", str(r["rows"]), f"{1000 * r[f'{part} ms']:.1f}", "", "", "")
-        times = r["round ms"], TAU * r["plain ms a token"], TAU * r["static compiled ms a token"]
-        name = f"{r['target']} round, tau forced to {TAU}"
-        table.add_row(name, str(r["rows"]), *(f"{1000 * time:.1f}" for time in times), "")
+        beside = [f"{1000 * TAU * r[name]:.1f}" for name in ("plain ms a token", "static compiled ms a token")]
+        for name in ("round ms", "captured round ms", "stock static round ms"):
+            if name in r:
+                own = f"{r['target']} {name.removesuffix(' ms')}, tau forced to {TAU}"
+                table.add_row(own, str(r["rows"]), f"{1000 * r[name]:.1f}", *beside, "")
     return table
 
 
