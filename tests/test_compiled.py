@@ -136,11 +136,38 @@ def test_nothing_is_compiled_after_a_warm_up(pair):
     assert len(compiles) == graphs.count == 12
 
 
-def test_a_pass_is_one_graph(pair):
+def test_a_pass_is_one_graph_that_the_device_runs_alone(pair):
+    """No break, and nothing that makes the host wait: no value that is read, no shape that depends on one."""
     target, head = pair
+    graphs = []
+
+    def noting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     counters.clear()
-    new_tokens(target, batch(2), assistant_model=head, **static())
-    assert not counters["graph_break"] and graphs_of(head, target).count == 1 + len(draft_tiers(head.config.gamma))
+    new_tokens(target, batch(2), assistant_model=head, **static(noting))
+    assert not counters["graph_break"] and len(graphs) == 1 + len(draft_tiers(head.config.gamma))
+    called = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op.startswith("call")}
+    waits = ("item", "tolist", "nonzero", "masked_select", "multinomial", "unique", "cpu", "numpy")
+    assert called and not called & set(waits) and not any(name.endswith(waits) for name in called)
+
+
+def test_a_changed_model_is_captured_again(pair):
+    """The layers of a model may be replaced, or get hooks, between calls."""
+    target, head = pair
+    inputs = batch(2)
+    new_tokens(target, inputs, assistant_model=head, **static())
+    torch.manual_seed(3)
+    target.model.layers[1].mlp = type(target.model.layers[1].mlp)(target.config).eval()
+    found = new_tokens(target, inputs, assistant_model=head, **static())
+    assert found.tolist() == new_tokens(target, inputs).tolist()
+    hook = target.model.layers[0].register_forward_hook(lambda module, args, output: output * 0.5)
+    found = new_tokens(target, inputs, assistant_model=head, **static())
+    assert found.tolist() == new_tokens(target, inputs).tolist()
+    hook.remove()
+    found = new_tokens(target, inputs, assistant_model=head, **static())
+    assert found.tolist() == new_tokens(target, inputs).tolist()
 
 
 @pytest.mark.slow

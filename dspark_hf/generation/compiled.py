@@ -20,7 +20,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.compiler import keep_tensor_guards_unsafe
 from torch.nn.functional import pad
 from transformers import CompileConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import logits_process as stock
@@ -127,7 +126,7 @@ class Shape:
     rows: lines of their tensors.
     view: slots that attention sees.
     choice: how tokens are chosen, see `choice_of`.
-    options: of the compiler, and of every pass of the target.
+    options: of the compiler and of every pass of the target, types, device.
     """
 
     rows: int
@@ -195,6 +194,13 @@ def structure(*models: PreTrainedModel) -> tuple:
         for model in models
         for own in model.modules()
     )
+
+
+def few_guards(entries: Sequence[Any]) -> list[bool]:
+    """Which of a compiler's guards are looked at before every pass: torch's global state, autocast for one, and the
+    tensors that a pass is given. All else that a graph depends on is in its `Shape` and in `structure`."""
+    given = [entry.guard_type == "TENSOR_MATCH" and "." not in entry.name for entry in entries]
+    return [own or entry.guard_type == "GLOBAL_STATE" for own, entry in zip(given, entries, strict=True)]
 
 
 def is_stock(*models: PreTrainedModel) -> bool:
@@ -304,11 +310,12 @@ class CompiledPasses:
         head, self.graphs = drafter.head, graphs_of(drafter.head, target.model)
         self.target, self.slots, target.captured = target, power_of_two(slots), True
         self.graphs.check(structure(head, target.model))
-        key = repr((sorted(options.items()), sorted(target.options.items()), target.implementation))
+        settings = target.implementation, target.dtype, drafter.dtype, target.device
+        key = repr((sorted(options.items()), sorted(target.options.items()), settings))
         if is_stock(head, target.model):
             # Their modules are looked at once a call, by `structure`, and not before every pass, which takes longer
             # than all else that the host does.
-            options = options | {"options": options["options"] | {"guard_filter_fn": keep_tensor_guards_unsafe}}
+            options = options | {"options": options["options"] | {"guard_filter_fn": few_guards}}
         self.options = options
         # Behind a row there are a block, and the slot that nobody sees.
         self.view = self.graphs.view_for(tokens + head.config.block_size + 1)
