@@ -11,11 +11,10 @@ from dataclasses import replace
 import torch
 from dspark_kernels import INVALID
 
-from ..modeling_dspark import DraftBlock, Select
-from ..scheduling.plan import Plan
+from ..modeling_dspark import DraftBlock
 from ..scheduling.scheduler import ConstantSchedule
 from . import round as rounds
-from .cache import on_device
+from .cache import SlotCache, on_device
 from .compatibility import check_prompt
 from .compiled import CompiledPasses
 from .drafting import Drafter
@@ -96,7 +95,8 @@ class Engine:
             max_drafts = list(map(planner.max_drafts_of, rows))
             plan, load, pending = planner.plan(rows, max_drafts, context)
         with clock.part("draft"):
-            block = passes.draft(state, plan, self._select(plan), planner.continue_drafting(plan))
+            select = self.processors.drafting(self._prefixes([rows[r] for r in plan.rows]))
+            block = passes.draft(state, plan, select, planner.continue_drafting(plan))
         with clock.part("schedule"):
             confidence = planner.confidence(block)
             layout = rounds.schedule(planner.scheduler, plan, block, confidence, max_drafts, self.target.device)
@@ -131,7 +131,8 @@ class Engine:
         self.planner.scheduler.add(len(joining))
         if present == 0:
             self.drafter.add(len(joining))
-            self._expect_tokens(joining)
+            view = None if self.compiled is None else self.compiled.view
+            expect_tokens((cache, self.drafter.cache), joining, self.stopping.max_length, self.planner.gamma + 1, view)
             if self.past is not None:
                 self.past.load(joining, cache, self.drafter)
         lengths = [len(row.prompt_columns) + row.lag for row in joining]
@@ -147,15 +148,6 @@ class Engine:
         else:
             self.drafter.append(passed.features, counts)
         return self._settle(CommittedRound(joining, host, passed, logits))
-
-    def _expect_tokens(self, rows: Sequence[Row]) -> None:
-        """Tell the caches how long rows can get: to their limit, and a block beyond it."""
-        limit, block = self.stopping.max_length, self.planner.gamma + 1
-        for cache in (self.state.cache, self.drafter.cache):
-            if self.compiled is not None:
-                cache.expect(self.compiled.view, is_static=True)
-            elif limit is not None:
-                cache.expect(longest_of(rows, limit) + block)
 
     def _settle(self, done: CommittedRound) -> list[Row]:
         """Give the rows what they commit, up to their ends; drop those that ended, which are returned."""
@@ -187,9 +179,7 @@ class Engine:
         """Go on with the given rows only. The last of them take the places of those that ended."""
         if len(staying) == len(self.rows):
             return
-        fixed = {row for row in staying if row < len(staying)}
-        last = iter(row for row in staying if row not in fixed)
-        order = [place if place in fixed else next(last) for place in range(len(staying))]
+        order = compacted(staying)
         self.rows = [self.rows[r] for r in order]
         self.planner.call.set_rows(len(order))
         if not order:
@@ -233,18 +223,9 @@ class Engine:
         _check_tokens(rows, host)
         return host, verdict.next_tokens, logits
 
-    def _select(self, plan: Plan) -> Select:
-        """Chooses the tokens of a draft; see `BlockProcessors.drafting`."""
-        prefixes = self._prefixes([self.rows[r] for r in plan.rows]) if plan.rows else None
-        return self.processors.drafting(prefixes)
-
     def _prefixes(self, rows: Sequence[Row], drafts: torch.Tensor | None = None) -> Prefixes | None:
         """Tokens of rows, with drafts behind; `None` when no processor looks."""
-        if not self.processors.needs_prefix:
-            return None
-        tokens = [on_device(row.sequence, self.target.device) for row in rows]
-        prefixes = Prefixes(tokens, [row.index for row in rows])
-        return prefixes if drafts is None else prefixes.longer(drafts)
+        return prefixes_of(rows, self.target.device, drafts) if self.processors.needs_prefix and rows else None
 
 
 def _check_tokens(rows: Sequence[Row], host: HostRound) -> None:
@@ -260,3 +241,25 @@ def _check_tokens(rows: Sequence[Row], host: HostRound) -> None:
 def longest_of(rows: Iterable[Row], limit: int) -> int:
     """Tokens of the longest of the rows when it reaches the limit."""
     return max(len(row.prompt_columns) + limit - row.length for row in rows)
+
+
+def expect_tokens(
+    caches: Iterable[SlotCache], rows: Sequence[Row], limit: int | None, block: int, view: int | None
+) -> None:
+    """Tell the caches how long rows can get: to their limit, and a block beyond it; or the view of captured passes."""
+    if limit is not None:
+        for cache in caches:
+            cache.expect(longest_of(rows, limit) + block if view is None else view, is_static=view is not None)
+
+
+def prefixes_of(rows: Sequence[Row], device: torch.device, drafts: torch.Tensor | None = None) -> Prefixes:
+    """Tokens of rows, with drafts [R, L] behind."""
+    prefixes = Prefixes([on_device(row.sequence, device) for row in rows], [row.index for row in rows])
+    return prefixes if drafts is None else prefixes.longer(drafts)
+
+
+def compacted(staying: list[int]) -> list[int]:
+    """The places of rows that stay, so that as many as possible keep theirs: the last ones fill the gaps."""
+    fixed = {row for row in staying if row < len(staying)}
+    last = iter(row for row in staying if row not in fixed)
+    return [place if place in fixed else next(last) for place in range(len(staying))]

@@ -22,8 +22,8 @@ from ..scheduling.cost import CostModel
 from ..scheduling.estimates import AcceptanceStats
 from ..scheduling.scheduler import ConstantSchedule, LoadSchedule, SyncedSchedule
 from ..scheduling.settings import Settings
-from .compiled import draft_tiers
 from .drafting import Drafter
+from .graphs import draft_tiers
 from .packing import implementation_of
 from .target import Target
 

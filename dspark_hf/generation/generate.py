@@ -9,10 +9,11 @@ from transformers.utils import logging
 from ..modeling_dspark import DSparkHead
 from ..scheduling.scheduler import LoadSchedule
 from .compatibility import check_inputs, check_positions, check_prompt
-from .compiled import CompiledPasses, compile_options, power_of_two, reason_for_eager
+from .compiled import CompiledPasses, compile_options, reason_for_eager
 from .drafting import Drafter
 from .engine import Engine, longest_of
 from .experience import scheduler_for, store
+from .graphs import power_of_two
 from .lockstep import Lockstep, is_needed
 from .observers import Observer, OutputObserver, StatsObserver, StreamObserver
 from .outputs import Recorder

@@ -1,0 +1,194 @@
+"""Graphs: what of a round is captured, for which shapes, and how long that is kept; see `compiled`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+
+from ..modeling_dspark import DSparkHead, Select
+from . import round as rounds
+from .cache import SMALLEST_CAPACITY
+from .drafting import Drafter, block_masks
+from .processors import BlockProcessors
+from .target import Target
+
+# A graph of a longer view serves, unless attention would look at more than so many times what a call can need.
+MOST_VIEW = 4
+
+
+def draft_tiers(gamma: int) -> list[int]:
+    """Drafts a row that captured rounds verify: none, half a block, a block."""
+    return sorted({0, gamma // 2, gamma})
+
+
+def power_of_two(number: int) -> int:
+    """The smallest that is not below a number."""
+    return 1 << (number - 1).bit_length()
+
+
+# -- What is captured ---------------------------------------------------------------------------------------------
+
+
+def draft_pass(
+    drafter: Drafter, anchors: torch.Tensor, features: torch.Tensor, table: torch.Tensor, select: Select, view: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Tokens [T, gamma] of a whole block, the logits that they were sampled from, and those of confidence.
+
+    Args:
+        anchors: [T]. features: [T, C, m*d], target states that the head has not read, of row r the first counts[r].
+        table: [3, T], tokens in the draft cache, counts, and the first token that the head knows. view: slots.
+    """
+    head, cache, size = drafter.head, drafter.cache, drafter.head.config.block_size
+    start, count, first = table[:, :, None].unbind()
+    end, slots = start + count, torch.arange(view, device=table.device)
+    context = start + slots[: features.shape[1]]
+    block = end + slots[:size]
+    # As in an eager draft, what lies beyond a row's count goes to a slot that nobody sees.
+    places = torch.cat([context.where(context < end, view - 1), block], dim=1)
+    cache.place_at(places, view)
+    hidden = head.backbone(
+        head.embed_block(anchors, drafter.tables),
+        head.project_context(features),
+        torch.cat([context, block], dim=1),
+        block_masks(head, slots, end, slots >= first),
+        cache,
+    )
+    drafted = head.sample_block(hidden, anchors, drafter.tables, head.config.gamma, select)
+    return drafted.tokens, drafted.logits, drafted.confidence_logits
+
+
+def verify_pass(
+    target: Target,
+    cache: Any,
+    anchors: torch.Tensor,
+    drafts: torch.Tensor | None,
+    sampled_from: torch.Tensor | None,
+    table: torch.Tensor,
+    processors: BlockProcessors,
+    width: int,
+    view: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Drafts accepted [T], the next anchors [T], and the states [T, width, m*d] for the head.
+
+    Args:
+        anchors: [T]. drafts: [T, gamma]. sampled_from: [T, gamma, V], `None` when they are the argmax.
+        table: [2, T], tokens in the cache, and drafts to verify. width: tokens a row. view: slots.
+    """
+    tokens = anchors[:, None] if drafts is None else torch.cat([anchors[:, None], drafts[:, : width - 1]], dim=1)
+    placement = cache.place_at(table[0][:, None] + torch.arange(width, device=table.device), view)
+    outputs = target.run(tokens, placement.slots, placement, cache)
+    logits = processors(outputs.logits.float(), None)
+    if drafts is None:
+        accepted, following = torch.zeros_like(table[0]), processors.choose(logits[:, 0])
+    else:
+        verdict = rounds.verdict_of(logits, tokens[:, 1:], sampled_from, table[1])
+        accepted, following = verdict.accepted, verdict.next_tokens
+    return accepted, following, target.features_of(outputs)
+
+
+# -- Graphs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What captured passes are for.
+
+    rows: lines of their tensors.
+    view: slots that attention sees.
+    choice: how tokens are chosen, see `choice_of`.
+    options: of the compiler and of every pass of the target, types, device.
+    """
+
+    rows: int
+    view: int
+    choice: tuple
+    options: str
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The captured passes of a shape. rows: their lines. draft: of a whole block. verify: of so many tokens a row."""
+
+    rows: int
+    draft: Callable
+    verify: dict[int, Callable]
+
+
+class Graphs:
+    """The captured passes of a pair.
+
+    Attributes:
+        made: of every shape. refused: why the pair cannot be captured, `None` if it can.
+    """
+
+    def __init__(self):
+        self.made: dict[Shape, Passes] = {}
+        self.refused: str | None = None
+        self.structure: tuple | None = None
+
+    def check(self, structure: tuple) -> None:
+        """Drop what is known of models that have changed since; see there."""
+        if self.structure != structure:
+            self.made, self.refused = {}, None
+
+    @property
+    def count(self) -> int:
+        return sum(1 + len(passes.verify) for passes in self.made.values())
+
+    def view_for(self, tokens: int) -> int:
+        """Slots for rows of so many tokens: those of graphs that are there, or else a power of two."""
+        own = max(SMALLEST_CAPACITY, power_of_two(tokens))
+        return min((shape.view for shape in self.made if own <= shape.view <= MOST_VIEW * own), default=own)
+
+    def serving(self, rows: int, shape: Shape) -> Passes:
+        """The passes of the fewest lines, of those of `shape` at most, that are enough for so many rows."""
+        enough = (own for own in self.made if rows <= own.rows <= shape.rows and replace(own, rows=shape.rows) == shape)
+        return self.made[min(enough, key=lambda own: own.rows)]
+
+
+def captured(body: Callable, options: dict[str, Any], name: str) -> Callable:
+    """What runs `body` compiled, without a break, for the one shape of its first call.
+
+    The compiler keeps, and counts, what it made by code: every pass has code of its own.
+    """
+    own = FunctionType(body.__code__.replace(co_name=name), body.__globals__)
+    # The compiler takes out of the dictionary what is not for its backend.
+    settings = dict(options["options"])
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=options["backend"], options=settings)
+
+
+def structure(*models: PreTrainedModel) -> tuple:
+    """What graphs of models depend on but their tensors and `Shape`: their modules, and what is hung on them."""
+    return tuple(
+        (id(own), own.training, vars(own).get("forward"), len(own._forward_hooks), len(own._forward_pre_hooks))
+        for model in models
+        for own in model.modules()
+    )
+
+
+def few_guards(entries: Sequence[Any]) -> list[bool]:
+    """Which of a compiler's guards are looked at before every pass: torch's global state, autocast for one, and the
+    tensors that a pass is given. All else that a graph depends on is in its `Shape` and in `structure`."""
+    given = [entry.guard_type == "TENSOR_MATCH" and "." not in entry.name for entry in entries]
+    return [own or entry.guard_type == "GLOBAL_STATE" for own, entry in zip(given, entries, strict=True)]
+
+
+def is_stock(*models: PreTrainedModel) -> bool:
+    """Whether all modules are ones that keep no state of their own: those of adapters and of remote code may."""
+    packages = {type(own).__module__.partition(".")[0] for model in models for own in model.modules()}
+    return packages <= {"torch", "transformers", __package__.partition(".")[0]}
+
+
+_graphs: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, Graphs]] = WeakKeyDictionary()
+
+
+def graphs_of(head: DSparkHead, target: PreTrainedModel) -> Graphs:
+    """The captured passes of a pair, which are kept as long as both models."""
+    by_target = _graphs.setdefault(head, WeakKeyDictionary())
+    if target not in by_target:
+        by_target[target] = Graphs()
+    return by_target[target]
