@@ -262,13 +262,15 @@ def test_fewer_rows_use_smaller_passes_where_there_are_some(pair, monkeypatch):
     assert {(rows, lines) for rows, lines in used if rows == 1} == {(1, 1)}
 
 
-def test_a_caller_s_cache_goes_on(pair):
-    """A cache that a call returned is continued by compiled rounds, and what they return by plain decoding."""
+def test_a_returned_cache_goes_on(pair):
+    """The cache that a call returns is continued by plain decoding; that its slots serve the next call changes none of
+    it."""
     target, head = pair
     inputs = batch(2)
     options = {"assistant_model": head, "return_dict_in_generate": True, "do_sample": False}
     first = target.generate(**inputs, max_new_tokens=10, **options, **static())
     cache = getattr(first, "cache", None) or first.past_key_values
+    target.generate(**batch(2), max_new_tokens=10, **options, **static())
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 10, dtype=torch.long)], dim=1)
     name = "cache" if hasattr(first, "cache") else "past_key_values"
     rest = target.generate(first.sequences, attention_mask=mask, max_new_tokens=10, do_sample=False, **{name: cache})

@@ -124,6 +124,10 @@ class SlotLayer(CacheLayerMixin):
         self.whole = keys, values
         self.keys, self.values = keys[: self.rows], values[: self.rows]
         self.is_initialized = True
+        if self.is_static and keys.is_cuda:
+            # So that CUDA graphs write to them where they are.
+            for x in (self.keys, self.values):
+                torch._dynamo.mark_static_address(x, guard=False)
 
     def _capacity_for(self, view: int) -> int:
         """What is expected, when that is near or said to be fixed: growing later would cost a copy. Else a power of
@@ -207,6 +211,15 @@ class SlotCache(Cache):
         """Make the first `counts[r]` tokens of the last pass part of row r, or of the given ones."""
         for row, count in zip(range(len(self.lengths)) if rows is None else rows, counts, strict=True):
             self.lengths[row] += count
+
+    def clear(self) -> None:
+        """Forget all rows and what their slots hold: what nobody looks at still must not be NaN."""
+        self.lengths = []
+        for layer in self.layers:
+            if layer.is_initialized:
+                for x in layer.whole:
+                    x.zero_()
+        self.show(0)
 
     def add(self, rows: int) -> None:
         """Give so many further rows a slot, without tokens."""

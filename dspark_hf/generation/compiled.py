@@ -160,6 +160,10 @@ class CompiledPasses:
         self.select = self.processors.drafting(None)
         self.shape = Shape(self.slots, self.view, choice_of(processors, do_sample), key)
         self.captured = False
+        self.target_cache, drafter.cache = self.graphs.caches.pop((self.slots, self.view), None) or (
+            target.new_cache(0, self.slots),
+            drafter.cache,
+        )
         # The last draft, of all lines.
         self.block: DraftBlock | None = None
         # A compiler does not follow a cached property that has not been asked before.
@@ -196,6 +200,12 @@ class CompiledPasses:
         found = self._verify(state, passes, width, layout.verify_lens)
         accepted, following, features = (x[:rows] for x in found)
         return TargetPass(None, features, verdict=Verdict(accepted, following)), None
+
+    def close(self, drafter: Drafter) -> None:
+        """Keep the caches for the next call like this one."""
+        for cache in (self.target_cache, drafter.cache):
+            cache.clear()
+        self.graphs.caches[self.slots, self.view] = self.target_cache, drafter.cache
 
     def _capture(self, state: RoundState) -> None:
         """Capture what the call may need, by running it: behind what is committed a pass changes nothing that anybody

@@ -68,7 +68,8 @@ class Engine:
         self.rows: list[Row] = []
         self.queue: deque[Row] = deque()
         no_anchors = torch.zeros(0, dtype=torch.long, device=target.device)
-        self.state = RoundState(no_anchors, target.new_cache(0, slots if compiled is None else compiled.slots), drafter)
+        cache = target.new_cache(0, slots) if compiled is None else compiled.target_cache
+        self.state = RoundState(no_anchors, cache, drafter)
 
     @property
     def busy(self) -> bool:
@@ -81,6 +82,8 @@ class Engine:
     def close(self) -> None:
         """Count as no load any more."""
         self.planner.call.set_rows(0)
+        if self.compiled is not None:
+            self.compiled.close(self.drafter)
 
     def step(self) -> list[Row]:
         """Run a round, or the prefill of rows that join. Returns the rows that have ended."""
@@ -169,7 +172,9 @@ class Engine:
         ended = [(r, row) for r, row in enumerate(self.rows) if row.ended]
         for r, row in ended:
             if self.past is not None:
-                self.past.keep_row(r, row, self.state.cache, self.drafter, copy=bool(staying or self.queue))
+                self.past.keep_row(
+                    r, row, self.state.cache, self.drafter, copy=bool(staying or self.queue or self.compiled)
+                )
         for observer in self.observers:
             observer.on_commit()
         self._keep(staying)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..modeling_dspark import DSparkHead, Select
 from . import round as rounds
-from .cache import SMALLEST_CAPACITY
+from .cache import SMALLEST_CAPACITY, SlotCache
 from .drafting import Drafter, block_masks
 from .processors import BlockProcessors
 from .target import Target
@@ -122,18 +122,20 @@ class Graphs:
     """The captured passes of a pair.
 
     Attributes:
-        made: of every shape. refused: why the pair cannot be captured, `None` if it can.
+        made: of every shape. caches: those of target and head that no call uses, by slots and view: CUDA graphs want
+            them where they were. refused: why the pair cannot be captured, `None` if it can.
     """
 
     def __init__(self):
         self.made: dict[Shape, Passes] = {}
+        self.caches: dict[tuple[int, int], tuple[SlotCache, SlotCache]] = {}
         self.refused: str | None = None
         self.structure: tuple | None = None
 
     def check(self, structure: tuple) -> None:
         """Drop what is known of models that have changed since; see there."""
         if self.structure != structure:
-            self.made, self.refused = {}, None
+            self.made, self.caches, self.refused = {}, {}, None
 
     @property
     def count(self) -> int:
