@@ -239,6 +239,15 @@ def test_a_model_that_breaks_graphs_runs_eagerly(pair, monkeypatch):
     assert len(said) == 1 and "cannot be compiled" in said[0] and not graphs_of(head, target).made
 
 
+def test_a_model_in_another_dtype_is_captured_again(pair):
+    target, head = pair
+    inputs = batch(2)
+    new_tokens(target, inputs, assistant_model=head, **static())
+    target.double(), head.double()
+    found = new_tokens(target, inputs, assistant_model=head, **static())
+    assert found.tolist() == new_tokens(target, inputs).tolist() and graphs_of(head, target).refused is None
+
+
 @pytest.mark.slow
 def test_fewer_rows_use_smaller_passes_where_there_are_some(pair, monkeypatch):
     """Rows that end early leave passes of more lines than they need; a smaller call has made some."""

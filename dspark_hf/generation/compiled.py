@@ -14,6 +14,7 @@ or shorter ones, use what is there.
 import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ..modeling_dspark import ContinueDrafting, DraftBlock, Select
 from ..scheduling.plan import Plan
 from . import round as rounds
 from .acceptance import Verdict
-from .cache import on_device
+from .cache import SMALLEST_CAPACITY, on_device
 from .drafting import Drafter
 from .graphs import (
     Passes,
@@ -96,7 +97,9 @@ def reason_for_eager(
         "weights are offloaded": bool(places & {"cpu", "disk"}) and len(places) > 1,
         f"the head is on {drafter.device}, not {target.device}": drafter.device != target.device,
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    graphs = graphs_of(drafter.head, model)
+    graphs.check(structure(drafter.head, model))
+    return next((reason for reason, holds in reasons.items() if holds), graphs.refused)
 
 
 def choice_of(processors: Sequence[LogitsProcessor], do_sample: bool) -> tuple:
@@ -145,7 +148,6 @@ class CompiledPasses:
     ):
         head, self.graphs = drafter.head, graphs_of(drafter.head, target.model)
         self.target, self.slots, target.captured = target, power_of_two(slots), True
-        self.graphs.check(structure(head, target.model))
         settings = target.implementation, target.dtype, drafter.dtype, target.device
         key = repr((sorted(options.items()), sorted(target.options.items()), settings))
         if is_stock(head, target.model):
@@ -154,16 +156,14 @@ class CompiledPasses:
             options = options | {"options": options["options"] | {"guard_filter_fn": few_guards}}
         self.options = options
         # Behind a row there are a block, and the slot that nobody sees.
-        self.view = self.graphs.view_for(tokens + head.config.block_size + 1)
+        view = max(SMALLEST_CAPACITY, power_of_two(tokens + head.config.block_size + 1))
         self.processors = BlockProcessors(buffered(processors, target.device), do_sample)
         self.processors.temperature = None
         self.select = self.processors.drafting(None)
-        self.shape = Shape(self.slots, self.view, choice_of(processors, do_sample), key)
-        self.captured = False
-        self.target_cache, drafter.cache = self.graphs.caches.pop((self.slots, self.view), None) or (
-            target.new_cache(0, self.slots),
-            drafter.cache,
-        )
+        self.shape = self.graphs.fitting(Shape(self.slots, view, choice_of(processors, do_sample), key))
+        self.view, self.captured = self.shape.view, False
+        fresh = target.new_cache(0, self.slots), drafter.cache
+        self.target_cache, drafter.cache = self.graphs.caches.pop(replace(self.shape, choice=()), fresh)
         # The last draft, of all lines.
         self.block: DraftBlock | None = None
         # A compiler does not follow a cached property that has not been asked before.
@@ -205,7 +205,7 @@ class CompiledPasses:
         """Keep the caches for the next call like this one."""
         for cache in (self.target_cache, drafter.cache):
             cache.clear()
-        self.graphs.caches[self.slots, self.view] = self.target_cache, drafter.cache
+        self.graphs.caches[replace(self.shape, choice=())] = self.target_cache, drafter.cache
 
     def _capture(self, state: RoundState) -> None:
         """Capture what the call may need, by running it: behind what is committed a pass changes nothing that anybody
@@ -220,7 +220,7 @@ class CompiledPasses:
             for width in widths:
                 self._verify(state, passes, width, torch.zeros_like(state.anchors))
         except Exception as error:  # whatever a compiler may raise about somebody's model
-            self.graphs.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            self.graphs.refused = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             logger.warning(
                 f"The rounds of {type(self.target.model).__name__} cannot be compiled and run eagerly "
                 f"({self.graphs.refused}). The text is the same."

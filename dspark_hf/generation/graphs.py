@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..modeling_dspark import DSparkHead, Select
 from . import round as rounds
-from .cache import SMALLEST_CAPACITY, SlotCache
+from .cache import SlotCache
 from .drafting import Drafter, block_masks
 from .processors import BlockProcessors
 from .target import Target
@@ -122,13 +122,13 @@ class Graphs:
     """The captured passes of a pair.
 
     Attributes:
-        made: of every shape. caches: those of target and head that no call uses, by slots and view: CUDA graphs want
-            them where they were. refused: why the pair cannot be captured, `None` if it can.
+        made: of every shape. caches: those of target and head that no call uses, by their shape: CUDA graphs want them
+            where they were. refused: why the pair cannot be captured, `None` if it can.
     """
 
     def __init__(self):
         self.made: dict[Shape, Passes] = {}
-        self.caches: dict[tuple[int, int], tuple[SlotCache, SlotCache]] = {}
+        self.caches: dict[Shape, tuple[SlotCache, SlotCache]] = {}
         self.refused: str | None = None
         self.structure: tuple | None = None
 
@@ -141,10 +141,11 @@ class Graphs:
     def count(self) -> int:
         return sum(1 + len(passes.verify) for passes in self.made.values())
 
-    def view_for(self, tokens: int) -> int:
-        """Slots for rows of so many tokens: those of graphs that are there, or else a power of two."""
-        own = max(SMALLEST_CAPACITY, power_of_two(tokens))
-        return min((shape.view for shape in self.made if own <= shape.view <= MOST_VIEW * own), default=own)
+    def fitting(self, shape: Shape) -> Shape:
+        """The shape, or one with a longer view that is there."""
+        longer = (own for own in self.made if shape.view <= own.view <= MOST_VIEW * shape.view)
+        same = (own for own in longer if replace(own, view=shape.view) == shape)
+        return min(same, key=lambda own: own.view, default=shape)
 
     def serving(self, rows: int, shape: Shape) -> Passes:
         """The passes of the fewest lines, of those of `shape` at most, that are enough for so many rows."""
