@@ -110,8 +110,9 @@ def wait_for(page, selector: str, *words: str) -> str:
 
 
 def figure(page, numbers: str, name: str) -> str:
-    """A number of a row of numbers."""
+    """A number of a row of numbers, once it is there."""
     cell = page.locator(f"{numbers} .figures > div", has=page.locator(f"span:text-is('{name}')"))
+    playwright.expect(cell.locator("b")).not_to_have_text("-")
     return cell.locator("b").inner_text()
 
 
