@@ -443,6 +443,7 @@ def test_a_sweep_compares_load_with_every_fixed_length(tmp_path, monkeypatch):
     "args, message",
     [
         (["bench", "--plot", "x.png"], "--sweep-batch"),
+        (["bench", "--compile", "--sweep-batch", "1"], "--compile adds methods"),
         (["bench", "--methods", "fixed-9"], "fixed-9"),
         (["calibrate", "--model", "m", "--head", "some/hub-id"], "--output"),
         (["calibrate", "--limit", "2", "--max-new-tokens", "4"], "at least 100"),

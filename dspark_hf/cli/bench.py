@@ -80,6 +80,8 @@ def bench(
         if sweep_batch is None:
             raise ValueError(f"--plot {plot} shows a sweep: give --sweep-batch too.")
         check_picture(plot)
+    if compiled and sweep_batch is not None:
+        raise ValueError("--compile adds methods to those of --batch-sizes: a --sweep-batch has its own.")
     names = entries("--methods", methods) + (speed.static_methods() if compiled else [])
     sizes = counts("--batch-sizes", batch_sizes) if sweep_batch is None else counts("--sweep-batch", sweep_batch)
     tables = speed if sweep_batch is None else sweep

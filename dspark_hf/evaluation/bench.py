@@ -235,7 +235,8 @@ def bench(
             f"takes about {least:.0f} s. Give --seconds {2 * least:.0f}, or fewer methods, batch sizes or "
             "--max-new-tokens."
         )
-    room = _room(cells, head, tokenizer, max_new_tokens)
+    compiles = any(method.endswith(STATIC) for cell in cells for method in cell.methods)
+    room = _room(cells, head, tokenizer, max_new_tokens) if compiles else None
 
     def run_one(method: str, inputs) -> Run:
         return _run(method, model, head, inputs, max_new_tokens, clock, room)

@@ -60,7 +60,8 @@ NOT_CAPTURED = {stock.EtaLogitsWarper, stock.TopHLogitsWarper}
 
 def compile_options(config: GenerationConfig, device: torch.device) -> dict[str, Any] | None:
     """What the compiler is called with where a call asks for static caches, under the conditions under which plain
-    `generate` compiles; `None` where it would not. On a CPU a `compile_config` that was passed asks for it."""
+    `generate` compiles; `None` where it would not. On a CPU a `compile_config` that was passed asks for it; of it
+    backend, mode and options count, as every pass is one graph of fixed shapes in any case."""
     given = config.compile_config
     if not getattr(config, "_dspark_static", False) or config.disable_compile:
         return None
@@ -229,7 +230,7 @@ class CompiledPasses:
         self.graphs.made[self.shape], self.captured = passes, True
         logger.info(
             f"Captured {1 + len(widths)} passes of {rows} rows over {self.view} slots in "
-            f"{time.perf_counter() - started:.1f} s."
+            f"{time.perf_counter() - started:.1f} s; the pair has {self.graphs.count}."
         )
 
     def _draft(self, state: RoundState, passes: Passes, commits: bool = True) -> DraftBlock:

@@ -137,13 +137,8 @@ class Drafter:
             placement = self.cache.place(width + size)
             positions = placement.slots
         else:
-            start = on_device(starts, self.device)[:, None]
-            context = start + torch.arange(width, device=self.device)
-            block = end + torch.arange(size, device=self.device)
-            positions = torch.cat([context, block], dim=1)
-            # What lies beyond a row's count must not land where its block goes: it gets a slot that nobody sees.
-            unseen = max(ends) + size
-            places = torch.cat([context.where(context < end, unseen), block], dim=1)
+            start, unseen = on_device(starts, self.device)[:, None], max(ends) + size
+            positions, places = laid_out(start, end, width, size, unseen)
             index = None if rows is None else on_device(rows, self.device)
             placement = self.cache.place_at(places, unseen + 1, rows=index)
         slots = torch.arange(placement.view, device=self.device)
@@ -159,6 +154,16 @@ class Drafter:
         """Tokens in the cache of the given rows, and with so many further ones."""
         starts = self.cache.lengths if rows is None else [self.cache.lengths[row] for row in rows]
         return starts, [start + count for start, count in zip(starts, counts, strict=True)]
+
+
+def laid_out(
+    start: torch.Tensor, end: torch.Tensor, width: int, size: int, unseen: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of `width` context tokens from start [n, 1] on and of a block behind end [n, 1], and their slots, both
+    [n, width + size]: context beyond a row's end must not land where its block goes, but in a slot that nobody sees."""
+    context = start + torch.arange(width, device=start.device)
+    block = end + torch.arange(size, device=start.device)
+    return torch.cat([context, block], dim=1), torch.cat([context.where(context < end, unseen), block], dim=1)
 
 
 def block_masks(

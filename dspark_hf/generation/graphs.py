@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..modeling_dspark import DSparkHead, Select
 from . import round as rounds
 from .cache import SlotCache
-from .drafting import Drafter, block_masks
+from .drafting import Drafter, block_masks, laid_out
 from .processors import BlockProcessors
 from .target import Target
 
@@ -45,15 +45,12 @@ def draft_pass(
     head, cache, size = drafter.head, drafter.cache, drafter.head.config.block_size
     start, count, first = table[:, :, None].unbind()
     end, slots = start + count, torch.arange(view, device=table.device)
-    context = start + slots[: features.shape[1]]
-    block = end + slots[:size]
-    # As in an eager draft, what lies beyond a row's count goes to a slot that nobody sees.
-    places = torch.cat([context.where(context < end, view - 1), block], dim=1)
+    positions, places = laid_out(start, end, features.shape[1], size, view - 1)
     cache.place_at(places, view)
     hidden = head.backbone(
         head.embed_block(anchors, drafter.tables),
         head.project_context(features),
-        torch.cat([context, block], dim=1),
+        positions,
         block_masks(head, slots, end, slots >= first),
         cache,
     )

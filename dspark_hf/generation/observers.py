@@ -21,7 +21,7 @@ class CommittedRound:
     rows: those of the pass, which do not hold their new tokens yet.
     host: what it came to.
     passed: the pass of the target.
-    logits: [R, L+1, V], after processors.
+    logits: [R, L+1, V], after processors; `None` where they stay in a compiled pass.
     load: of the device, as far as known; `None` for a prefill, as are the next two.
     plan: what was to be drafted.
     survival: [R, drafted], which the schedule went by.
@@ -31,7 +31,7 @@ class CommittedRound:
     rows: list[Row]
     host: HostRound
     passed: TargetPass
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     load: Load | None = None
     plan: Plan | None = None
     survival: np.ndarray | None = None
