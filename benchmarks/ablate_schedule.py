@@ -2,8 +2,8 @@
 
     python benchmarks/ablate_schedule.py [--rounds 400] [--json ablation.json]
 
-A simulated machine has step times that no linear model fits exactly, with noise and single slow rounds; a simulated
-head has confidences that say half of what becomes of its drafts. A call is so many rounds of a pair of which nothing is
+A simulated machine has step times that no linear model fits exactly, with noise, single slow rounds and phases in which
+all takes longer, as where others use it too; a simulated head has confidences that say half of what becomes of its drafts. A call is so many rounds of a pair of which nothing is
 known. For every machine, head and number of rows the tokens a second of the schedule are divided by those of the best
 fixed length there, and the table shows the geometric mean of that, and how it changes with each constant at half and at
 twice its value. Simulated, so the numbers are the same on every computer; the same draws are used for all.
@@ -41,17 +41,19 @@ CONSTANTS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Seconds of steps. A pass over n tokens takes its latency, or longer where it has more than `free` of them."""
+    """Seconds of steps. A pass over n tokens takes its latency, longer where it has more than `free` of them, and
+    `wide` longer where a row has more than one."""
 
     name: str
     latency: float
     token: float
     free: int
+    wide: float
     draft: float
     position: float
 
-    def verify(self, tokens: int) -> float:
-        return self.latency + self.token * max(0, tokens - self.free)
+    def verify(self, rows: int, tokens: int) -> float:
+        return self.latency + self.token * max(0, tokens - self.free) + self.wide * (tokens > rows)
 
     def drafting(self, rows: int, positions: int) -> float:
         return self.draft + self.position * positions * (1 + rows / 32) + self.token / 5 * rows
@@ -66,8 +68,14 @@ class Head:
     spread: float
 
 
-# In units of a millisecond.
-MACHINES = Machine("cpu", 8.0, 0.35, 2, 2.0, 0.25), Machine("gpu", 12.0, 0.02, 128, 2.5, 0.3)
+# In milliseconds. The first two are the embedded pair in float32 and bfloat16 on two cores.
+MACHINES = (
+    Machine("cpu", 20.0, 0.4, 2, 6.0, 6.0, 0.7),
+    Machine("cpu", 17.0, 1.5, 1, 0.0, 6.0, 0.8),
+    Machine("gpu", 12.0, 0.02, 128, 0.5, 2.5, 0.3),
+)
+# A round in so many begins another phase, at most so many times slower.
+PHASE, SLOWEST = 80, 1.8
 HEADS = Head("good", 0.85, 0.6), Head("fair", 0.6, 0.8), Head("useless", 0.02, 0.2)
 
 
@@ -78,18 +86,21 @@ class World:
         draw = np.random.default_rng(seed)
         self.machine, self.rows = machine, rows
         odds = math.log(head.acceptance / (1 - head.acceptance))
-        # Texts are easy and hard in turns; the head sees half of that.
+        # Some texts are easy, and each is easy and hard in turns; the head sees half of the latter.
+        odds = odds + head.spread * draw.standard_normal((1, rows, 1))
         hidden = odds + head.spread * draw.standard_normal((rounds, rows, GAMMA))
         seen = odds + head.spread * draw.standard_normal((rounds, rows, GAMMA))
         self.confidence = 1 / (1 + np.exp(-seen))
         accepted = draw.random((rounds, rows, GAMMA)) < 1 / (1 + np.exp(-(hidden + seen) / 2))
         self.accepted = accepted.cumprod(axis=2).sum(axis=2)
         slow = np.where(draw.random((rounds, 2)) < 0.01, 4.0, 1.0)
-        self.noise = np.exp(0.05 * draw.standard_normal((rounds, 2))) * slow
+        begins = np.maximum.accumulate(np.where(draw.random(rounds) < 1 / PHASE, np.arange(rounds), 0))
+        pace = (SLOWEST ** draw.random(rounds))[begins]
+        self.noise = np.exp(0.05 * draw.standard_normal((rounds, 2))) * slow * pace[:, None]
 
     def seconds(self, number: int, drafting: int, positions: int, tokens: int) -> tuple[float, float]:
         draft = self.machine.drafting(drafting, positions) if positions else 0.0
-        return draft * self.noise[number, 0], self.machine.verify(tokens) * self.noise[number, 1]
+        return draft * self.noise[number, 0], self.machine.verify(self.rows, tokens) * self.noise[number, 1]
 
 
 def fixed(world: World, length: int) -> float:

@@ -37,11 +37,10 @@ from .graphs import (
     draft_tiers,
     few_guards,
     graphs_of,
-    is_stock,
     power_of_two,
-    structure,
     verify_pass,
 )
+from .modules import is_stock, structure
 from .processors import OF_LOGITS, BlockProcessors
 from .round import RoundState, VerifyLayout
 from .stopping import Stopping

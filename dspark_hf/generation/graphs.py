@@ -161,26 +161,11 @@ def captured(body: Callable, options: dict[str, Any], name: str) -> Callable:
     return torch.compile(own, fullgraph=True, dynamic=False, backend=options["backend"], options=settings)
 
 
-def structure(*models: PreTrainedModel) -> tuple:
-    """What graphs of models depend on but their tensors and `Shape`: their modules, and what is hung on them."""
-    return tuple(
-        (id(own), own.training, vars(own).get("forward"), len(own._forward_hooks), len(own._forward_pre_hooks))
-        for model in models
-        for own in model.modules()
-    )
-
-
 def few_guards(entries: Sequence[Any]) -> list[bool]:
     """Which of a compiler's guards are looked at before every pass: torch's global state, autocast for one, and the
     tensors that a pass is given. All else that a graph depends on is in its `Shape` and in `structure`."""
     given = [entry.guard_type == "TENSOR_MATCH" and "." not in entry.name for entry in entries]
     return [own or entry.guard_type == "GLOBAL_STATE" for own, entry in zip(given, entries, strict=True)]
-
-
-def is_stock(*models: PreTrainedModel) -> bool:
-    """Whether all modules are ones that keep no state of their own: those of adapters and of remote code may."""
-    packages = {type(own).__module__.partition(".")[0] for model in models for own in model.modules()}
-    return packages <= {"torch", "transformers", __package__.partition(".")[0]}
 
 
 _graphs: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, Graphs]] = WeakKeyDictionary()

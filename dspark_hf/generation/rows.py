@@ -69,6 +69,7 @@ class Streaming:
         self.streamer, self.rows, self.pad = streamer, rows, pad
         self.given = 0
 
+    @torch.inference_mode(False)
     def put(self) -> None:
         """Give what has become complete."""
         longest = max(len(row.committed) for row in self.rows)
