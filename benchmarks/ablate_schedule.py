@@ -1,12 +1,13 @@
 """What each constant of the load schedule is worth: the schedule as it is, on simulated machines and heads.
 
-    python benchmarks/ablate_schedule.py [--rounds 400] [--json ablation.json]
+    python benchmarks/ablate_schedule.py [--rounds 200] [--json ablation.json]
 
 A simulated machine has step times that no linear model fits exactly, with noise, single slow rounds and phases in which
-all takes longer, as where others use it too; a simulated head has confidences that say half of what becomes of its drafts. A call is so many rounds of a pair of which nothing is
-known. For every machine, head and number of rows the tokens a second of the schedule are divided by those of the best
-fixed length there, and the table shows the geometric mean of that, and how it changes with each constant at half and at
-twice its value. Simulated, so the numbers are the same on every computer; the same draws are used for all.
+all takes longer, as where others use it too; a simulated head has confidences that say half of what becomes of its
+drafts. A call is so many rounds of a pair of which nothing is known. For every machine, head and number of rows the
+tokens a second of the schedule are divided by those of the best fixed length there, and the table shows the geometric
+mean of that, and how it changes with each constant at half and at twice its value. Simulated, so the numbers are the
+same on every computer; the same draws are used for all.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dspark_hf.scheduling import cost, estimates, scheduler
+from dspark_hf.scheduling import constants
 from dspark_hf.scheduling.cost import CostModel
 from dspark_hf.scheduling.estimates import AcceptanceStats
 from dspark_hf.scheduling.load import Load
@@ -32,11 +33,7 @@ from dspark_hf.scheduling.settings import Settings
 
 GAMMA, CONTEXT, SEEDS = 7, 200, 3
 ROWS = 1, 8, 32
-CONSTANTS = {
-    scheduler: ("MOST_PROBE_INTERVAL", "SWITCH", "PLAN_LASTS", "PLAN_LASTS_AT_MOST", "TRY_EVERY", "UNSURE"),
-    cost: ("HALF_LIFE", "NOISE", "MOST_SURPRISED", "PACE_SHARE", "EVERY_ROUND", "THEN_ONE_IN"),
-    estimates: ("PRIOR", "POOL_HALF_LIFE", "ROW_DECAY", "PRIOR_ACCEPTANCE", "SAMPLE"),
-}
+CONSTANTS = [name for name in vars(constants) if name.isupper()]
 
 
 @dataclass(frozen=True)
@@ -124,9 +121,6 @@ def scheduled(world: World, device: str) -> float:
         verified = np.zeros(rows, dtype=int)
         if drafting:
             confidence = world.confidence[number][drafting]
-            goes_on = own.early_exit(plan)
-            if goes_on is not None:
-                drafted = next((k for k in range(plan.most) if not goes_on(confidence[0, k]) and k), plan.most)
             confidence = confidence[:, :drafted]
             survival = own.estimates.survival(confidence, drafting)
             if plan.packed:
@@ -140,8 +134,7 @@ def scheduled(world: World, device: str) -> float:
         accepted = np.minimum(world.accepted[number], verified)
         width = rows + int(verified.sum()) if plan.packed else rows * (1 + int(verified.max()))
         seconds = world.seconds(number, len(drafting), drafted if drafting else 0, width)
-        asks = plan.early_exit is not None
-        step = Step(len(drafting), drafted if drafting else 0, 0, rows, width, plan.packed, CONTEXT, asks)
+        step = Step(len(drafting), drafted if drafting else 0, 0, rows, width, plan.packed, CONTEXT)
         own.observe(step, Load(rows, 0), *(own_seconds / 1000 for own_seconds in seconds))
         tokens, spent = tokens + rows + int(accepted.sum()), spent + sum(seconds)
     return tokens / spent
@@ -165,16 +158,16 @@ def main(args: argparse.Namespace) -> None:
     found = worlds(args.rounds)
     base = shares(found)
     results = [{"constant": "as it is", "value": None, "mean": float(np.exp(np.log(base).mean())), "least": base.min()}]
-    cases = [(module, name, factor) for module, names in CONSTANTS.items() for name in names for factor in (0.5, 2.0)]
-    for module, name, factor in track(cases, "simulating", console=Console(stderr=True)):
-        before = getattr(module, name)
+    cases = itertools.product(CONSTANTS, (0.5, 2.0))
+    for name, factor in track(list(cases), "simulating", console=Console(stderr=True)):
+        before = getattr(constants, name)
         # Half of a factor on something, or of a rate of forgetting, is its root.
-        value = before**factor if name in ("SWITCH", "ROW_DECAY", "PRIOR_ACCEPTANCE") else type(before)(before * factor)
-        setattr(module, name, max(value, 1) if isinstance(before, int) else value)
+        value = before**factor if name in ("ROW_DECAY", "PRIOR_ACCEPTANCE") else type(before)(before * factor)
+        setattr(constants, name, max(value, 1) if isinstance(before, int) else value)
         try:
             changed = shares(found)
         finally:
-            setattr(module, name, before)
+            setattr(constants, name, before)
         mean = float(np.exp(np.log(changed / base).mean()))
         results.append({"constant": name, "value": value, "mean": mean, "least": (changed / base).min()})
     table = Table(
@@ -192,6 +185,6 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--json", type=Path)
     main(parser.parse_args())

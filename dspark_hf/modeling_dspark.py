@@ -17,8 +17,6 @@ from .tables import LMHead, Logits, Tables, is_plain, raw_rows, same, target_log
 
 # Draft tokens [R] from logits [R, V], and what they were sampled from ([R, V], `None` when they are the argmax).
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
-# Whether to draft another position, given its confidence logits [R] (`None` without a confidence head).
-ContinueDrafting = Callable[[torch.Tensor | None], bool]
 # A mask for all layers, or one a layer type.
 Masks = torch.Tensor | dict[str, torch.Tensor]
 
@@ -264,11 +262,11 @@ class DSparkHead(PreTrainedModel):
         embedded = self.markov_head.embed(previous) if self.config.confidence_head_with_markov else None
         return self.confidence_head(hidden, embedded)
 
-    def calibrated(self, confidence_logits: torch.Tensor, position: int | None = None) -> torch.Tensor:
-        """Confidence from its logits, with the temperatures and shifts of the config if it has them (sequential
-        temperature scaling): [..., G] of the first G positions, or [...] of one position."""
+    def calibrated(self, confidence_logits: torch.Tensor) -> torch.Tensor:
+        """Confidence [..., G] from the logits of the first G positions, with the temperatures and shifts of the config
+        if it has them (sequential temperature scaling)."""
         logits = confidence_logits.float()
-        positions = slice(logits.shape[-1]) if position is None else position
+        positions = slice(logits.shape[-1])
         temperatures, shifts = self._calibration(logits.device)
         if temperatures is not None:
             logits = logits / temperatures[positions]
@@ -281,7 +279,11 @@ class DSparkHead(PreTrainedModel):
         values = self.config.confidence_temperatures, self.config.confidence_shifts
         key = (*(None if own is None else tuple(own) for own in values), device)
         if self._calibrated_by[0] != key:
-            made = [None if own is None else torch.tensor(own, dtype=torch.float32, device=device) for own in values]
+            # Also where a round is in inference mode: they are kept.
+            with torch.inference_mode(False):
+                made = [
+                    None if own is None else torch.tensor(own, dtype=torch.float32, device=device) for own in values
+                ]
             self._calibrated_by = key, made
         return self._calibrated_by[1]
 
@@ -292,33 +294,21 @@ class DSparkHead(PreTrainedModel):
         tables: Tables,
         length: int,
         select: Select,
-        continue_drafting: ContinueDrafting | None = None,
-        most: int | None = None,
     ) -> DraftBlock:
         """The sequential stage: p_k = softmax(U_k + B_k), left to right.
 
         Args:
             hidden: [R, B, d]. anchors: [R]. length: positions to draft, at most `config.gamma`.
             select: called once a position, in order, see `BlockProcessors.drafting`.
-            continue_drafting: asked before every position, of which the first is drafted anyhow; none behind a no is.
-                `length` is what is expected then, and `most` the limit: base logits are computed for the expected
-                positions at once (the LM head is read once for all of them), for the others only when it gets there.
         """
-        most = length if continue_drafting is None else most
         anchors = self._known(anchors, tables)
         passed, hidden = hidden[:, : -self.config.gamma], hidden[:, -self.config.gamma :]
         base_logits = self.base_logits(hidden[:, :length], tables)
-        if continue_drafting is None and self._fuses(select, base_logits, tables):
+        if self._fuses(select, base_logits, tables):
             return self._sample_fused(passed, hidden[:, :length], base_logits, anchors, select)
         previous, state, tokens, sampled_from = anchors, None, [], []
-        for k in range(most):
+        for k in range(length):
             embedded = None if self.markov_head is None else self.markov_head.embed(previous)
-            if continue_drafting is not None:
-                judged = self.confidence_head and self.confidence_head(hidden[:, k], embedded)
-                if not continue_drafting(judged) and k:
-                    break
-            if k == length:
-                base_logits = torch.cat([base_logits, self.base_logits(hidden[:, length:most], tables)], dim=1)
             logits = base_logits[:, k]
             if self.markov_head is not None:
                 state = self._initial_state(passed, embedded) if k == 0 else state

@@ -263,14 +263,16 @@ class FixedCosts:
     def verify(self, rows, context, packed=False):
         return rows**0.5 * (1 + self.slopes[0] * np.arange(self.block_size + 1)) * (1.02 if packed else 1)
 
-    def draft(self, rows, context, pending=0, asks=False):
+    def draft(self, rows, context, pending=0):
         return rows**0.5 * (0.2 + self.slopes[1] * np.arange(self.block_size)) + self.reading * bool(pending)
 
     def unsure(self, rows, context):
         return np.zeros(self.block_size + 1)
 
-    def wants(self, round):
-        return False
+    def learn_verify(self, *args):
+        pass
+
+    learn_draft = learn_verify
 
 
 @pytest.fixture

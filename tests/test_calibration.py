@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dspark_hf.scheduling.calibration import auc, brier_score, calibration_error, fit, survival_at
+from dspark_hf.evaluation.calibration import auc, brier_score, calibration_error, fit, survival_at
 
 CHANCE = np.random.default_rng(0)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dspark_hf.generation import experience
 from dspark_hf.generation.target import Target
-from dspark_hf.scheduling.cost import EVERY_ROUND, THEN_ONE_IN, CostModel
+from dspark_hf.scheduling.cost import CostModel
 
 BLOCK = 4
 
@@ -123,11 +123,13 @@ def test_no_step_costs_less_for_more(rounds):
     assert (np.diff(costs.draft(3, 50)) >= 0).all() and (costs.draft(3, 50, pending=100) >= costs.draft(3, 50)).all()
 
 
-def test_every_round_is_learnt_from_at_first():
-    costs = CostModel(BLOCK, 0.3, "cpu")
-    assert all(map(costs.wants, range(20)))
-    costs.seen = EVERY_ROUND
-    assert sum(map(costs.wants, range(10 * THEN_ONE_IN))) == 10
+def test_another_process_goes_on_at_the_pace_of_its_first_round():
+    known, costs = CostModel(BLOCK, 0.3, "cpu"), CostModel(BLOCK, 0.3, "cpu")
+    learn(known, 100)
+    costs.take_over(known.as_json())
+    assert np.array_equal(costs.verify(2, 50), known.verify(2, 50))
+    costs.learn_verify(2, 6, 50, False, device(2, 6, 50, step=0.03))
+    assert off(costs, 2, step=0.03).max() < 0.08
 
 
 # -- From process to process -----------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def test_generation_learns_and_stores(folder, monkeypatch):
     target.model.register_forward_pre_hook(lambda *_: passes.append(1))
     output = generate(target, head)
     costs = experience.costs_of(head, target)
-    assert costs.seen > 0 and 0 < costs.verify(2, 10)[0] < 1
+    assert 0 < costs.pace < 1 and 0 < costs.verify(2, 10)[0] < 1
     # No pass is made for the sake of measuring.
     assert len(passes) == 1 + output.dspark.rounds
     assert file_in(folder) == experience.path_of(experience.identity_of(target.model, head, target.device))
@@ -195,7 +197,7 @@ def test_it_is_written_now_and_then(folder, monkeypatch):
     assert file_in(folder).read_text() == first
     monkeypatch.setattr(experience, "SECONDS_BETWEEN_WRITES", 0)
     generate(target, head)
-    assert json.loads(file_in(folder).read_text())["seen"] == experience.costs_of(head, target).seen
+    assert json.loads(file_in(folder).read_text())["pace"] == experience.costs_of(head, target).pace
 
 
 def test_learning_leaves_the_seed_alone(folder):

@@ -91,12 +91,12 @@ def test_what_waits_is_taken_in_before_it_becomes_much(pair, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_stopping_early_saves_the_positions_behind(pair, stop, monkeypatch):
-    """LM head, sequential head and choice run for drafted positions only; logits of confidence arrive in order."""
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_short_draft_saves_the_positions_behind(pair, length, monkeypatch):
+    """LM head, sequential head and choice run for drafted positions only."""
     target, head = pair
     drafter, whole = Drafter(head, target, ROWS), Drafter(head, target, ROWS)
-    (features, counts), seen, projected, steps = committed(1)[0], [], [], []
+    (features, counts), projected, steps = committed(1)[0], [], []
     drafter.append(features, counts)
     whole.append(features, counts)
     expected = block(whole)
@@ -105,18 +105,12 @@ def test_stopping_early_saves_the_positions_behind(pair, stop, monkeypatch):
         head, "base_logits", lambda hidden, tables: projected.append(hidden.shape[1]) or base(hidden, tables)
     )
     monkeypatch.setattr(head.markov_head, "step", lambda *args: steps.append(1) or step(*args))
-
-    def continue_drafting(logits):
-        seen.append(logits)
-        return len(seen) <= stop
-
     select = BlockProcessors(LogitsProcessorList(), True).drafting(None)
     torch.manual_seed(1)
-    found = drafter.draft(torch.tensor((3, 5, 7, 9)), 1, select, None, continue_drafting, 3)
-    assert found.tokens.tolist() == expected.tokens[:, :stop].tolist()
-    close(torch.stack(seen[:stop], dim=1), expected.confidence_logits[:, :stop])
-    assert len(steps) == stop
-    assert projected == ([1] if stop == 1 else [1, 2]), "the expected length first, the rest when it is reached"
+    found = drafter.draft(torch.tensor((3, 5, 7, 9)), length, select)
+    assert found.tokens.tolist() == expected.tokens[:, :length].tolist()
+    close(found.confidence_logits, expected.confidence_logits[:, :length])
+    assert len(steps) == length and projected == [length]
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ class MockDrafter:
     def flush(self):
         pass
 
-    def draft(self, anchors, length, select, rows, continue_drafting, most):
+    def draft(self, anchors, length, select, rows):
         tokens = [after(anchors if rows is None else anchors[rows])]
         for _ in range(length - 1):
             tokens.append(after(tokens[-1]))

@@ -108,7 +108,7 @@ def test_the_load_schedule(pair, ahead, monkeypatch):
     monkeypatch.setattr(experience, "runs_ahead", lambda device: ahead)
     # Two drafts of three are rejected here: they pay only where they cost next to nothing.
     costs = FixedCosts(4, verify=0.01)
-    costs.draft = lambda rows, context, pending=0, asks=False: 0.05 * FixedCosts.draft(costs, rows, context)
+    costs.draft = lambda rows, context, pending=0: 0.05 * FixedCosts.draft(costs, rows, context)
     monkeypatch.setattr(experience, "costs_of", lambda head, target, sampled: costs)
     monkeypatch.setattr(experience, "_acceptance", WeakKeyDictionary())
     target, head = pair

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..generation.stats import DSparkStats
 from ..scheduling.algorithm import survival
-from ..scheduling.calibration import auc, brier_score, calibration_error
+from .calibration import auc, brier_score, calibration_error
 
 # Confidence is kept to so many digits.
 DIGITS = 6

@@ -10,8 +10,8 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_dspark import DSparkHead
-from ..scheduling.calibration import auc, brier_score, calibration_error, fit, survival_at
 from .bench import schedule_of
+from .calibration import auc, brier_score, calibration_error, fit, survival_at
 from .plots import draw_reliability, import_pyplot, save
 from .prompts import encode, sampling
 

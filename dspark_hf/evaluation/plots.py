@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..scheduling.calibration import bins
+from .calibration import bins
 
 
 def import_pyplot():

@@ -23,7 +23,7 @@ from transformers import CompileConfig, GenerationConfig, LogitsProcessor, Logit
 from transformers.generation import logits_process as stock
 from transformers.utils import logging
 
-from ..modeling_dspark import ContinueDrafting, DraftBlock, Select
+from ..modeling_dspark import DraftBlock, Select
 from ..scheduling.plan import Plan
 from . import round as rounds
 from .acceptance import Verdict
@@ -169,15 +169,13 @@ class CompiledPasses:
         # A compiler does not follow a cached property that has not been asked before.
         head.mask_rules  # noqa: B018
 
-    def draft(
-        self, state: RoundState, plan: Plan, select: Select, continue_drafting: ContinueDrafting | None = None
-    ) -> DraftBlock | None:
+    def draft(self, state: RoundState, plan: Plan, select: Select) -> DraftBlock | None:
         """As `round.draft`; the block has drafts for every row."""
         self.captured, self.block = False, None
         if self.shape not in self.graphs.made and self.graphs.refused is None:
             self._capture(state)
         if not plan.rows or self.graphs.refused is not None:
-            return rounds.draft(state, plan, select, continue_drafting)
+            return rounds.draft(state, plan, select)
         rows = len(state.anchors)
         self.block = self._draft(state, self.graphs.serving(rows, self.shape))
         parts = (self.block.tokens, self.block.logits, self.block.confidence_logits)

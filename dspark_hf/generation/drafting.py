@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling_dspark import ContinueDrafting, DraftBlock, DSparkHead, Select
+from ..modeling_dspark import DraftBlock, DSparkHead, Select
 from .cache import SlotCache, compact, on_device
 
 # Tokens of a row, those of the last prompt or draft aside, whose target states may wait for a draft; more are taken
@@ -64,21 +64,19 @@ class Drafter:
         length: int,
         select: Select,
         rows: list[int] | None = None,
-        continue_drafting: ContinueDrafting | None = None,
-        most: int | None = None,
     ) -> DraftBlock:
         """Draft the tokens after the anchors, once the context has caught up with what was committed.
 
         Args:
             anchors: [R], last committed token of every row. length: draft tokens wanted, at most `config.gamma`.
             rows: those that draft, increasing; all when `None`. The block has a line for each of them.
-            select, continue_drafting, most: see `DSparkHead.sample_block`.
+            select: see `DSparkHead.sample_block`.
         """
         anchors = anchors.to(self.device)
         if rows is not None:
             anchors = anchors[on_device(rows, self.device)]
         hidden = self._hidden(anchors, rows, *self.take(rows))
-        return self.head.sample_block(hidden, anchors, self.tables, length, select, continue_drafting, most)
+        return self.head.sample_block(hidden, anchors, self.tables, length, select)
 
     def flush(self) -> None:
         """Take what waits into the cache without drafting, when it has become much."""

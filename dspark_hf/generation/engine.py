@@ -106,7 +106,7 @@ class Engine:
             plan, load, pending = planner.plan(rows, max_drafts, context)
         with clock.part("draft"):
             select = self.processors.drafting(self._prefixes([rows[r] for r in plan.rows]))
-            block = passes.draft(state, plan, select, planner.continue_drafting(plan))
+            block = passes.draft(state, plan, select)
         with clock.part("schedule"):
             confidence = planner.confidence(block)
             layout = rounds.schedule(planner.scheduler, plan, block, confidence, max_drafts, self.target.device)

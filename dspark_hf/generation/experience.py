@@ -29,7 +29,7 @@ from .target import Target
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 SECONDS_BETWEEN_WRITES = 60
 
 

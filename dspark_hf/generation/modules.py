@@ -18,7 +18,11 @@ def structure(*models: PreTrainedModel) -> tuple:
 def is_stock(*models: PreTrainedModel) -> bool:
     """Whether all modules are ones that keep no state of their own: those of adapters and of remote code may."""
     types = {type(own) for model in models for own in model.modules()}
-    return {own.__module__.partition(".")[0] for own in types} <= {"torch", "transformers", __package__.partition(".")[0]}
+    return {own.__module__.partition(".")[0] for own in types} <= {
+        "torch",
+        "transformers",
+        __package__.partition(".")[0],
+    }
 
 
 def is_watched(*models: PreTrainedModel) -> bool:

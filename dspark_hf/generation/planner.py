@@ -1,12 +1,11 @@
 """Between the rows of an engine and its scheduler: what a round is planned with, and what is learnt from it."""
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from ..modeling_dspark import ContinueDrafting, DraftBlock
+from ..modeling_dspark import DraftBlock
 from ..scheduling.load import Call, Load
 from ..scheduling.plan import Plan, Step
 from ..scheduling.scheduler import ConstantSchedule
@@ -65,8 +64,7 @@ class Planner:
         by."""
         drafting, estimates = plan.index(rows), self.scheduler.estimates
         tokens = layout.tokens if layout.packed else rows * (1 + layout.most)
-        asks = plan.early_exit is not None
-        self.last = Step(len(plan.rows), layout.drafted, pending, rows, tokens, layout.packed, context, asks)
+        self.last = Step(len(plan.rows), layout.drafted, pending, rows, tokens, layout.packed, context)
         if not plan.rows:
             return host.confidence
         survival = layout.survival
@@ -100,20 +98,6 @@ class Planner:
             running = self.scheduler.estimates.shared.confidence[: block.tokens.shape[1]]
             return torch.from_numpy(running).expand(len(block.tokens), -1)
         return self.drafter.head.calibrated(block.confidence_logits)
-
-    def continue_drafting(self, plan: Plan) -> ContinueDrafting | None:
-        """What decides, position by position, whether a single row drafts on; `None` where it is decided before."""
-        early_exit = self.scheduler.early_exit(plan)
-        if early_exit is None:
-            return None
-        head, running = self.drafter.head, self.scheduler.estimates.shared.confidence
-        positions = itertools.count()
-
-        def continue_drafting(logits: torch.Tensor | None) -> bool:
-            k = next(positions)
-            return early_exit(running[k] if logits is None else head.calibrated(logits, k).item())
-
-        return continue_drafting
 
     def _pending(self, rows: Sequence[int]) -> int:
         """Tokens of a row, at most, that the head has yet to read; 0 for what a round or two leave."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..modeling_dspark import ContinueDrafting, DraftBlock, Select
+from ..modeling_dspark import DraftBlock, Select
 from ..scheduling.plan import Plan
 from ..scheduling.scheduler import ConstantSchedule
 from .acceptance import Verdict, accept_greedy, accept_sampled
@@ -111,20 +111,18 @@ def prefill(
     return passed
 
 
-def draft(
-    state: RoundState, plan: Plan, select: Select, continue_drafting: ContinueDrafting | None = None
-) -> DraftBlock | None:
+def draft(state: RoundState, plan: Plan, select: Select) -> DraftBlock | None:
     """A block with a line for every row, zeros for those that do not draft; `None` when none does.
 
     Args:
-        select, continue_drafting: see `DSparkHead.sample_block`.
+        select: see `DSparkHead.sample_block`.
     """
     if not plan.rows:
         state.drafter.flush()
         return None
     rows = len(state.anchors)
     some = None if len(plan.rows) == rows else plan.rows
-    block = state.drafter.draft(state.anchors, plan.length, select, some, continue_drafting, plan.most)
+    block = state.drafter.draft(state.anchors, plan.length, select, some)
     return block if some is None else block.spread(on_device(some, block.tokens.device), rows)
 
 

@@ -1,1 +1,1 @@
-"""How many drafts to verify: survival, Algorithm 1 of the paper, step costs, load and calibration."""
+"""How many drafts to verify: survival, Algorithm 1 of the paper, step costs and load."""

@@ -38,25 +38,21 @@ def admit(survival: np.ndarray, base_tokens: float, seconds: np.ndarray, look_pa
     return np.bincount(order[:count] // positions, minlength=rows)
 
 
-def best_length(
-    survival: np.ndarray, base_tokens: float, draft: np.ndarray, sizes: np.ndarray, share: float
-) -> tuple[float, int, float]:
+def best_length(survival: np.ndarray, draft: np.ndarray, sizes: np.ndarray) -> tuple[float, int, int]:
     """How many positions to draft, before the draft: the highest Theta, its length, and how many drafts to verify then.
 
     Args:
-        survival: [H, U, G], what H earlier rounds were like: of each length the best drafts are taken, as `admit`
-            would. base_tokens: expected tokens without drafts. draft: [G], seconds to draft 1, 2, .. positions.
-        sizes: [G + 1], seconds to verify 1, 2, .. tokens a row; each admitted draft adds `share` of such a token.
+        survival: [R, G], as far as it is known before; of each length the best drafts are taken, as `admit` would.
+        draft: [G], seconds to draft 1, 2, .. positions. sizes: [G + 1], seconds to verify 1, 2, .. tokens a row.
     """
-    history, _, positions = survival.shape
+    rows, positions = survival.shape
     flat = survival.ravel()
     order = np.argsort(-flat, kind="stable")
     within = (order % positions) <= np.arange(positions)[:, None]
-    tokens = base_tokens + (within * flat[order]).cumsum(axis=1) / history
-    counts = within.cumsum(axis=1) / history
-    theta = tokens / (draft[:, None] + at_size(sizes, 1 + share * counts))
+    tokens, counts = rows + (within * flat[order]).cumsum(axis=1), within.cumsum(axis=1)
+    theta = tokens / (draft[:, None] + at_size(sizes, 1 + counts / rows))
     best = theta.argmax()
-    return theta.flat[best], best // theta.shape[1] + 1, counts.flat[best]
+    return theta.flat[best], int(best // theta.shape[1]) + 1, int(counts.flat[best])
 
 
 def at_size(sizes: np.ndarray, size: np.ndarray) -> np.ndarray:

@@ -11,18 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from . import constants
+
 # Tokens of context that are a unit of one.
 CONTEXT = 256
-# Rounds after which half of what they said about a direction is forgotten, once newer ones say something about it.
-HALF_LIFE = 100
-# How far the seconds of one round are from what rounds like it take, as a share of them.
-NOISE = 0.05
-# A surprise counts up to so many standard deviations: a round that something interrupted says nothing about the next.
-MOST_SURPRISED = 3.0
-# A device that slows down is slower everywhere: what share of a surprise is taken for that.
-PACE_SHARE = 0.1
-# Every round is learnt from until so many were seen, then one in so many, which costs less and says as much.
-EVERY_ROUND, THEN_ONE_IN = 100, 8
 
 
 @dataclass
@@ -51,11 +43,11 @@ class Line:
         """Take in one step: recursive least squares that forgets only in the direction of the features [k], so that
         what is known of other steps stays known (Cao and Schwartz 2000)."""
         expected = features @ self.mean
-        noise = (NOISE * expected) ** 2
-        most = MOST_SURPRISED * math.sqrt(noise + self.variance(features))
+        noise = (constants.NOISE * expected) ** 2
+        most = constants.MOST_SURPRISED * math.sqrt(noise + self.variance(features))
         surprise = min(max(seconds - expected, -most), most)
         known = self.information @ features
-        faded = 1 - 0.5 ** (1 / HALF_LIFE)
+        faded = 1 - 0.5 ** (1 / constants.HALF_LIFE)
         self.information -= faded * np.outer(known, known) / (features @ known)
         self.information += np.outer(features, features) / noise
         self.mean = self.mean + np.linalg.solve(self.information, features) * (surprise / noise)
@@ -81,16 +73,17 @@ class CostModel:
             compute many tokens in about the time of one.
 
     Attributes:
-        pace: seconds of a plain step; `None` before the first round. seen: rounds learnt from.
+        pace: seconds of a plain step; `None` before the first round.
     """
 
     def __init__(self, gamma: int, share: float, device: str):
         self.gamma = gamma
         self.pace: float | None = None
-        self.seen = 0
+        # Whether the pace is that of this process.
+        self.is_begun = False
         token, context = (0.03, 0.03) if device == "cpu" else (0.004, 0.003)
         verify = [1 - 2 * token, token, token, context, 0.05, 0.05]
-        draft = [share, share * token, 0.03, share * token, share * context, 0.3 * share * CONTEXT * token, 0.03]
+        draft = [share, share * token, 0.03, share * token, share * context, 0.3 * share * CONTEXT * token]
         self.lines = {
             "verify": Line.guess(verify, [0.3, token, token, context, 0.1, 0.1]),
             "draft": Line.guess(draft, [0.5 * share + 0.1, *draft[1:]]),
@@ -102,18 +95,17 @@ class CostModel:
         """[gamma + 1] seconds of a pass over 1, 2, .. tokens of every row, or of as many that are packed unevenly."""
         return self._seconds("verify", self._verifies(rows, context, packed))
 
-    def draft(self, rows: float, context: float, pending: float = 0, asks: bool = False) -> np.ndarray:
+    def draft(self, rows: float, context: float, pending: float = 0) -> np.ndarray:
         """[gamma] seconds of a draft of 1, 2, .. positions in every row.
 
         Args:
-            context: tokens of the longest row. pending: of those the head has yet to read. asks: whether it is decided
-                position by position.
+            context: tokens of the longest row. pending: of those the head has yet to read.
         """
-        return self._seconds("draft", self._drafts(rows, context, pending, asks))
+        return self._seconds("draft", self._drafts(rows, context, pending))
 
     def unsure(self, rows: float, context: float) -> np.ndarray:
         """[gamma + 1] standard deviation of a round of 0, 1, .. drafts a row, as a share of its seconds."""
-        verify, draft = self._verifies(rows, context, False), self._drafts(rows, context, 0, False)
+        verify, draft = self._verifies(rows, context, False), self._drafts(rows, context, 0)
         variance, seconds = (self.lines["verify"].variance(verify), self.lines["verify"].seconds(verify))
         variance[1:] += self.lines["draft"].variance(draft)
         seconds[1:] += self.lines["draft"].seconds(draft)
@@ -125,34 +117,27 @@ class CostModel:
     def _verifies(self, rows: float, context: float, packed: bool) -> np.ndarray:
         return np.array([_verify(rows, n * rows, context, packed) for n in range(1, self.gamma + 2)])
 
-    def _drafts(self, rows: float, context: float, pending: float, asks: bool) -> np.ndarray:
-        return np.array([_draft(rows, n, context, pending, asks) for n in range(1, self.gamma + 1)])
+    def _drafts(self, rows: float, context: float, pending: float) -> np.ndarray:
+        return np.array([_draft(rows, n, context, pending) for n in range(1, self.gamma + 1)])
 
     # -- Learning -----------------------------------------------------------------------------------------------
 
-    def wants(self, round: int) -> bool:
-        """Whether to learn from the round of that number of a call."""
-        return self.seen < EVERY_ROUND or round % THEN_ONE_IN == 0
-
     def learn_verify(self, rows: int, tokens: int, context: int, packed: bool, seconds: float) -> None:
         """Take in a pass over `tokens` tokens of `rows` rows."""
-        self.seen += 1
         self._learn("verify", np.array(_verify(rows, tokens, context, packed)), seconds)
 
-    def learn_draft(
-        self, rows: int, positions: int, context: int, pending: int, seconds: float, asks: bool = False
-    ) -> None:
+    def learn_draft(self, rows: int, positions: int, context: int, pending: int, seconds: float) -> None:
         """Take in a draft of so many positions in `rows` rows."""
-        self._learn("draft", np.array(_draft(rows, positions, context, pending, asks)), seconds)
+        self._learn("draft", np.array(_draft(rows, positions, context, pending)), seconds)
 
     def _learn(self, kind: str, features: np.ndarray, seconds: float) -> None:
         line = self.lines[kind]
         expected = max(features @ line.mean, LEAST)
-        if self.pace is None:
-            self.pace = seconds / expected
-        most = math.log1p(MOST_SURPRISED * NOISE)
+        if self.pace is None or not self.is_begun:
+            self.pace, self.is_begun = seconds / expected, True
+        most = math.log1p(constants.MOST_SURPRISED * constants.NOISE)
         surprise = min(max(math.log(seconds / (self.pace * expected)), -most), most)
-        self.pace *= math.exp(PACE_SHARE * surprise)
+        self.pace *= math.exp(constants.PACE_SHARE * surprise)
         line.learn(features, seconds / self.pace)
 
     # -- Files --------------------------------------------------------------------------------------------------
@@ -162,15 +147,15 @@ class CostModel:
             kind: {"mean": line.mean.tolist(), "information": line.information.tolist()}
             for kind, line in self.lines.items()
         }
-        return {"pace": self.pace, "seen": self.seen, "lines": lines}
+        return {"pace": self.pace, "lines": lines}
 
     def take_over(self, content: dict[str, Any]) -> None:
-        """Begin with what another process has learnt.
+        """Begin with what another process has learnt: the first round says how much faster or slower all is now.
 
         Raises:
             KeyError, TypeError, ValueError: when that means nothing.
         """
-        pace, seen, lines = float(content["pace"]), int(content["seen"]), {}
+        pace, lines = float(content["pace"]), {}
         for kind, own in self.lines.items():
             line = Line(*(np.array(content["lines"][kind][part], dtype=float) for part in ("mean", "information")))
             if line.mean.shape != own.mean.shape or line.information.shape != own.information.shape:
@@ -180,7 +165,7 @@ class CostModel:
             lines[kind] = line
         if not 0 < pace < math.inf:
             raise ValueError(f"a plain step takes {pace} seconds")
-        self.pace, self.seen, self.lines = pace, seen, lines
+        self.pace, self.lines, self.is_begun = pace, lines, False
 
 
 # No step is cheaper, in plain steps.
@@ -196,8 +181,8 @@ def _verify(rows: float, tokens: float, context: float, packed: bool) -> list[fl
     return [1.0, rows, tokens, rows * context / CONTEXT, float(tokens > rows), float(packed)]
 
 
-def _draft(rows: float, positions: float, context: float, pending: float, asks: bool) -> list[float]:
+def _draft(rows: float, positions: float, context: float, pending: float) -> list[float]:
     """Features of a draft: itself, a row, a position, a position of a row, context of the rows, context still to be
-    read, a position that is decided on its own."""
+    read."""
     contexts = [rows * context / CONTEXT, rows * pending / CONTEXT]
-    return [1.0, rows, positions, rows * positions, *contexts, positions * asks]
+    return [1.0, rows, positions, rows * positions, *contexts]

@@ -7,17 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import constants
 from .algorithm import survival as survival_of
-
-# Tokens of evidence that the confidence is right as it is, before verification is believed over it.
-PRIOR = 4.0
-# Evidence fades: half of it is forgotten after this many tested drafts of all rows; in eight rounds of a row.
-POOL_HALF_LIFE, ROW_DECAY = 512.0, 0.5 ** (1 / 8)
-# A head without a confidence head, before anything is known of it.
-PRIOR_ACCEPTANCE = 0.7
-LEAST_CERTAIN, MOST_CERTAIN = 0.001, 0.99
-# Drafts, of so many rows and rounds together, that stand for what the next round may bring.
-SAMPLE = 16
 
 
 @dataclass
@@ -46,7 +37,7 @@ class AcceptanceStats:
     @property
     def confidence(self) -> np.ndarray:
         """[G] running acceptance by position, the estimate of a head without a confidence head."""
-        return (self.accepted + PRIOR * PRIOR_ACCEPTANCE) / (self.tested + PRIOR)
+        return (self.accepted + constants.PRIOR * constants.PRIOR_ACCEPTANCE) / (self.tested + constants.PRIOR)
 
     @property
     def curve(self) -> np.ndarray:
@@ -56,7 +47,7 @@ class AcceptanceStats:
     @property
     def correction(self) -> float:
         """Accepted drafts over those that the confidence promised."""
-        return (self.accepted.sum() + PRIOR) / (self.expected.sum() + PRIOR)
+        return (self.accepted.sum() + constants.PRIOR) / (self.expected.sum() + constants.PRIOR)
 
     def learn(self, tested: np.ndarray, accepted: np.ndarray, expected: np.ndarray) -> None:
         """Add a round: counts of the drafted positions, and sums of their tested confidences.
@@ -66,7 +57,7 @@ class AcceptanceStats:
         """
         drafted, count = len(tested), int(tested.sum())
         self.last_rate = accepted.sum() / max(1, count)
-        fade = 0.5 ** (count / POOL_HALF_LIFE)
+        fade = 0.5 ** (count / constants.POOL_HALF_LIFE)
         for known, new in ((self.tested, tested), (self.accepted, accepted), (self.expected, expected)):
             known[:drafted] = fade * known[:drafted] + new
 
@@ -74,14 +65,12 @@ class AcceptanceStats:
 class RowEstimates:
     """What is known of the rows of a call; see [`AcceptanceStats`] for what they share.
 
-    recent: [H, R, G], survival of the drafts of the last rounds that drafted, so many that they are a sample of what a
-    round may bring. mean: [R, G], the same averaged over the last rounds of a row. expected, accepted: [R], as in
+    mean: [R, G], survival of the drafts of each row, averaged over its last rounds. expected, accepted: [R], as in
     `AcceptanceStats`, of each row. corrections: [R], factors on the confidence of its drafts.
     """
 
     def __init__(self, shared: AcceptanceStats, rows: int):
         self.shared = shared
-        self.recent = np.tile(shared.curve, (max(1, SAMPLE // rows), rows, 1))
         self.mean = np.tile(shared.curve, (rows, 1))
         self.expected, self.accepted = np.zeros(rows), np.zeros(rows)
         self.corrections = np.full(rows, shared.correction)
@@ -107,37 +96,33 @@ class RowEstimates:
         """
         tested = np.arange(confidence.shape[1]) < np.minimum(accepted + 1, lengths)[:, None]
         promised = confidence * tested
-        self.expected[rows] = ROW_DECAY * self.expected[rows] + promised.sum(axis=1)
-        self.accepted[rows] = ROW_DECAY * self.accepted[rows] + accepted
+        self.expected[rows] = constants.ROW_DECAY * self.expected[rows] + promised.sum(axis=1)
+        self.accepted[rows] = constants.ROW_DECAY * self.accepted[rows] + accepted
         curves = self._whole(survival)
-        if len(self.recent) > 1:
-            self.recent[:-1, rows] = self.recent[1:, rows]
-        self.recent[-1, rows] = curves
-        self.mean[rows] += (1 - ROW_DECAY) * (curves - self.mean[rows])
+        self.mean[rows] += constants.LAST_ROUND * (curves - self.mean[rows])
         counts = tested.sum(axis=0)
         passed = (accepted[:, None] > np.arange(confidence.shape[1])).sum(axis=0)
         self.shared.learn(counts, passed, promised.sum(axis=0))
         pool = self.shared.correction
-        self.corrections = pool * (self.accepted + PRIOR) / (pool * self.expected + PRIOR)
+        self.corrections = pool * (self.accepted + constants.PRIOR) / (pool * self.expected + constants.PRIOR)
 
     def add(self, rows: int) -> None:
         """Take in so many rows behind the others."""
         curves = np.tile(self.shared.curve, (rows, 1))
         self.mean = np.concatenate([self.mean, curves])
-        self.recent = np.concatenate([self.recent, np.tile(curves, (len(self.recent), 1, 1))], axis=1)
         self.expected, self.accepted = (np.append(x, np.zeros(rows)) for x in (self.expected, self.accepted))
         self.corrections = np.append(self.corrections, np.full(rows, self.shared.correction))
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows."""
-        self.recent, self.mean = self.recent[:, rows], self.mean[rows]
+        self.mean = self.mean[rows]
         self.expected, self.accepted = self.expected[rows], self.accepted[rows]
         self.corrections = self.corrections[rows]
 
     def _whole(self, curves: np.ndarray) -> np.ndarray:
         """Curves [n, G] of the drafted positions, continued to the whole block by running acceptance."""
         drafted = curves.shape[1]
-        if drafted == self.recent.shape[2]:
+        if drafted == self.mean.shape[1]:
             return curves
         rest = survival_of(self.shared.confidence[drafted:])
         return np.concatenate([curves, curves[:, -1:] * rest], axis=1)
@@ -145,4 +130,4 @@ class RowEstimates:
 
 def corrected(confidence: np.ndarray, corrections: np.ndarray) -> np.ndarray:
     """Survival [R, G] from confidence [R, G] and factors [R] on it."""
-    return survival_of(np.minimum(np.maximum(confidence * corrections[:, None], LEAST_CERTAIN), MOST_CERTAIN))
+    return survival_of(np.minimum(confidence * corrections[:, None], 1.0))

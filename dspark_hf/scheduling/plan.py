@@ -22,30 +22,29 @@ class Costs:
 class Plan:
     """What to draft, decided before the draft.
 
-    rows: those that draft. length: positions to draft; where drafting may stop at any of them, how many are expected.
-    most: the limit then, else the same. packed: whether rows may verify different lengths. budget: drafts of all rows
-    that are worth verifying, by what earlier rounds were like; theta: tokens a second then. probe: whether
-    this is only to see how drafts fare. costs: what the plan was made with.
-    early_exit: [gamma + 1] seconds of a round that drafts and verifies 0, 1, .. positions, their lower hull, where it
-    may stop early.
+    rows: those that draft.
+    length: positions to draft.
+    packed: whether rows may verify different lengths.
+    budget: drafts of all rows that are worth verifying, by what earlier rounds were like.
+    theta: tokens a second then.
+    probe: whether this is only to see how drafts fare.
+    costs: what the plan was made with.
     """
 
     rows: list[int]
     length: int
-    most: int
     packed: bool = False
     budget: int = 0
     theta: float = 0.0
     probe: bool = False
     costs: Costs | None = None
-    early_exit: list[float] | None = None
 
     def index(self, rows: int) -> list[int] | slice:
         """The rows that draft, of so many, as an index; that of everybody copies nothing."""
         return slice(None) if len(self.rows) == rows else self.rows
 
 
-NO_DRAFT = Plan([], 0, 0)
+NO_DRAFT = Plan([], 0)
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,6 @@ class Step:
     tokens: those of the pass.
     packed: as in [`Plan`].
     context: tokens of the longest row.
-    asks: whether it was decided position by position whether to draft on.
     """
 
     drafting: int
@@ -69,4 +67,3 @@ class Step:
     tokens: int
     packed: bool
     context: int
-    asks: bool = False

@@ -5,7 +5,7 @@ N drafted blocks of G positions; survived[n, k] says whether the first k + 1 dra
 
 import numpy as np
 
-from .algorithm import survival
+from ..scheduling.algorithm import survival
 
 BINS = 10
 # Steps of Newton's method; it converges in a handful.
