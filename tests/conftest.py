@@ -237,7 +237,7 @@ class ShuffledSchedule(ConstantSchedule):
         length = min(int(self.random.integers(0, self.settings.most + 1)), max(max_drafts))
         if not rows or length < 1:
             return NO_DRAFT
-        return Plan(rows, length, length, packed=self.packs and self.random.random() < 0.7)
+        return Plan(rows, length, packed=self.packs and self.random.random() < 0.7)
 
     def choose(self, plan, survival, max_drafts):
         drafted = survival.any(axis=1) * survival.shape[1]
