@@ -12,6 +12,7 @@ from .generation.hook import install
 from .generation.stats import DSparkGenerateOutput, DSparkStats
 from .heads import add_methods
 from .modeling_dspark import DraftBlock, DSparkHead
+from .serving.hook import install as install_batching
 from .version import __version__ as __version__
 
 __all__ = [
@@ -26,3 +27,4 @@ __all__ = [
 
 add_methods()
 install()
+install_batching()

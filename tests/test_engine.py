@@ -81,16 +81,16 @@ def criteria(limit):
     return StoppingCriteriaList([MaxLengthCriteria(limit), EosTokenCriteria(END)])
 
 
-def mock_engine(slots, limit=14, observers=()):
+def mock_engine(slots, observers=()):
     schedule = ConstantSchedule(Settings(GAMMA, "constant", None), AcceptanceStats.initial(GAMMA), slots)
-    processors, stopping = BlockProcessors(LogitsProcessorList(), False), Stopping(criteria(limit))
-    return Engine(MockTarget(), MockDrafter(slots), schedule, processors, stopping, slots, observers=observers)
+    return Engine(MockTarget(), MockDrafter(slots), schedule, slots, observers=observers)
 
 
-def rows_of(*prompts):
-    rows = [read_rows(torch.tensor([prompt]), None, 0, len(prompt))[0] for prompt in prompts]
-    for index, row in enumerate(rows):
-        row.index = index
+def rows_of(*prompts, limits=None, limit=14):
+    greedy, rows = BlockProcessors(LogitsProcessorList(), False), []
+    for index, (prompt, own) in enumerate(zip(prompts, limits or [limit] * len(prompts), strict=True)):
+        rows += read_rows(torch.tensor([prompt]), None, 0, len(prompt), greedy, Stopping(criteria(own)))
+        rows[-1].index = index
     return rows
 
 
@@ -142,8 +142,8 @@ def test_drafts_save_rounds():
             self.rounds += done.plan is not None
 
     counting = Counting()
-    engine = mock_engine(1, 20, [counting])
-    engine.add(rows_of([11]))
+    engine = mock_engine(1, [counting])
+    engine.add(rows_of([11], limit=20))
     run(engine)
     # Two drafts are right and one is wrong: three tokens a round.
     assert counting.rounds == -(-(len(text_of([11], 20)) - 1) // GAMMA)
@@ -181,20 +181,14 @@ def test_rows_that_come_and_go_write_what_they_write_alone(slots, every):
     head, prompts = tiny_head(target), [torch.randint(1, 40, (n,)).tolist() for n in (9, 3, 30, 5, 14, 2, 7)]
     limits = [40, 12, 45, 33, 20, 38, 16]
     expected = [
-        target.generate(torch.tensor([p]), max_length=n, do_sample=False)[0, len(p) :].tolist()
+        target.generate(torch.tensor([p]), max_length=n, do_sample=False, eos_token_id=END)[0, len(p) :].tolist()
         for p, n in zip(prompts, limits, strict=True)
     ]
 
-    class Limits(Stopping):
-        def kept(self, row, committed, device):
-            left = limits[row.index] - row.length
-            return committed[:left], len(committed) >= left
-
     runner = Target(target, head.config.target_layer_ids)
     schedule = ConstantSchedule(Settings(GAMMA, "constant", None), AcceptanceStats.initial(head.config.gamma), slots)
-    processors, stopping = BlockProcessors(LogitsProcessorList(), False), Limits(StoppingCriteriaList())
-    engine = Engine(runner, Drafter(head, target, slots, slots), schedule, processors, stopping, slots)
-    rows = rows_of(*prompts)
+    engine = Engine(runner, Drafter(head, target, slots, slots), schedule, slots)
+    rows = rows_of(*prompts, limits=limits)
     pending, turns = list(rows), 0
     while pending or engine.busy:
         if pending and turns % every == 0:
@@ -233,12 +227,11 @@ def test_memory_does_not_grow_over_rounds():
     target = tiny_target(max_position_embeddings=4096)
     head, slots = tiny_head(target), 4
     schedule = ConstantSchedule(Settings(GAMMA, "constant", None), AcceptanceStats.initial(head.config.gamma), slots)
-    processors, stopping = BlockProcessors(LogitsProcessorList(), False), Stopping(criteria(60))
     runner = Target(target, head.config.target_layer_ids)
-    engine = Engine(runner, Drafter(head, target, slots, slots), schedule, processors, stopping, slots)
+    engine = Engine(runner, Drafter(head, target, slots, slots), schedule, slots)
     for turn in range(10_000):
         while len(engine.queue) < slots:
-            engine.add(rows_of(torch.randint(1, 16, (1 + turn % 7,)).tolist()))
+            engine.add(rows_of(torch.randint(1, 16, (1 + turn % 7,)).tolist(), limit=60))
         engine.step()
         if turn == 1000:
             before = resident()

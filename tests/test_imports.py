@@ -13,7 +13,7 @@ LAYERS = (
     ("cli",),
     ("demo",),
     ("dspark_hf",),
-    ("embedded", "heads", "training"),
+    ("embedded", "heads", "serving", "training"),
     ("hub",),
     ("evaluation",),
     ("checkpoints", "generation"),

@@ -30,13 +30,18 @@ def accept_greedy(target_logits: torch.Tensor, draft_tokens: torch.Tensor, lengt
 
 
 def accept_sampled(
-    target_logits: torch.Tensor, draft_tokens: torch.Tensor, draft_logits: torch.Tensor, lengths: torch.Tensor
+    target_logits: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    draft_logits: torch.Tensor,
+    lengths: torch.Tensor,
+    seeds: torch.Tensor | None = None,
 ) -> Verdict:
     """Accept draft x with probability min(1, p(x)/q(x)); after a rejection sample from norm(max(p - q, 0)), after
     full acceptance from p. The committed tokens are distributed exactly as sampling from the target.
 
     Args:
         target_logits: [R, L+1, V], after processors. draft_logits: [R, L, V], what the drafts were sampled from.
+        seeds: [R], of the random numbers of each row; from torch's generator by default.
     """
-    seeds = dspark_kernels.random_seeds(len(lengths), lengths.device)
+    seeds = dspark_kernels.random_seeds(len(lengths), lengths.device) if seeds is None else seeds
     return Verdict(*dspark_kernels.verify_sampled(target_logits, draft_logits, draft_tokens, lengths, seeds))

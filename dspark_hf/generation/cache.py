@@ -212,6 +212,13 @@ class SlotCache(Cache):
         for row, count in zip(range(len(self.lengths)) if rows is None else rows, counts, strict=True):
             self.lengths[row] += count
 
+    def erase(self, row: int) -> None:
+        """Make zeros of what a row's slot holds: what nobody looks at still must not be NaN."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                for x in layer.whole:
+                    x[row] = 0
+
     def clear(self) -> None:
         """Forget all rows and what their slots hold: what nobody looks at still must not be NaN."""
         self.lengths = []

@@ -19,6 +19,7 @@ from .compatibility import check_prompt
 from .compiled import CompiledPasses
 from .drafting import Drafter
 from .lockstep import Lockstep
+from .mixed import processors_of
 from .observers import CommittedRound, Observer
 from .past import Continuation
 from .planner import Planner
@@ -27,7 +28,6 @@ from .rereading import read_lengths, reread
 from .round import HostRound, RoundState, VerifyLayout
 from .rows import Row
 from .stats import Stopwatch
-from .stopping import Stopping
 from .target import Target, TargetPass
 
 
@@ -37,7 +37,6 @@ class Engine:
     Args:
         target, drafter: the two models; the drafter with no rows yet.
         scheduler: says what a round drafts and verifies.
-        processors, stopping: how tokens are chosen, and where rows end.
         slots: rows that decode at once; others wait for a place.
         lockstep: where processors or criteria must be called as plain decoding calls them.
         past: the cache that a batch goes on from.
@@ -45,6 +44,7 @@ class Engine:
         observers: see [`Observer`].
         private: whether nobody else sees a tensor of its rounds. Those are torch's inference tensors then, which cost
             the host an eighth less, but cannot be changed in place or trained on.
+        isolates: whether a row whose logits are no distribution ends alone, with an `error`, instead of raising.
     """
 
     def __init__(
@@ -52,22 +52,21 @@ class Engine:
         target: Target,
         drafter: Drafter,
         scheduler: ConstantSchedule,
-        processors: BlockProcessors,
-        stopping: Stopping,
         slots: int,
         lockstep: Lockstep | None = None,
         past: Continuation | None = None,
         compiled: CompiledPasses | None = None,
         observers: Sequence[Observer] = (),
         private: bool = False,
+        isolates: bool = False,
     ):
-        self.target, self.drafter, self.private = target, drafter, private
-        self.processors, self.stopping, self.lockstep = processors, stopping, lockstep
+        self.target, self.drafter, self.private, self.isolates = target, drafter, private, isolates
+        self.lockstep = lockstep
         self.past, self.observers, self.slots, self.compiled = past, observers, slots, compiled
         self.clock = Stopwatch(target.device)
         # In lockstep every row of a batch would have to accept for one to go on.
         drafts = lockstep is None or len(lockstep.input_ids) == 1
-        self.planner = Planner(target, drafter, scheduler, self.clock, stopping.max_length, drafts)
+        self.planner = Planner(target, drafter, scheduler, self.clock, drafts)
         self.rows: list[Row] = []
         self.queue: deque[Row] = deque()
         no_anchors = torch.zeros(0, dtype=torch.long, device=target.device)
@@ -105,7 +104,9 @@ class Engine:
             max_drafts = list(map(planner.max_drafts_of, rows))
             plan, load, pending = planner.plan(rows, max_drafts, context)
         with clock.part("draft"):
-            select = self.processors.drafting(self._prefixes([rows[r] for r in plan.rows]))
+            drafting = [rows[r] for r in plan.rows]
+            processors = processors_of(drafting or rows)
+            select = processors.drafting(self._prefixes(processors, drafting))
             block = passes.draft(state, plan, select)
         with clock.part("schedule"):
             confidence = planner.confidence(block)
@@ -142,7 +143,7 @@ class Engine:
         if present == 0:
             self.drafter.add(len(joining))
             view = None if self.compiled is None else self.compiled.view
-            expect_tokens((cache, self.drafter.cache), joining, self.stopping.max_length, self.planner.gamma + 1, view)
+            expect_tokens((cache, self.drafter.cache), joining, self.planner.gamma + 1, view)
             if self.past is not None:
                 self.past.load(joining, cache, self.drafter)
         lengths = [len(row.prompt_columns) + row.lag for row in joining]
@@ -161,14 +162,12 @@ class Engine:
 
     def _settle(self, done: CommittedRound) -> list[Row]:
         """Give the rows what they commit, up to their ends; drop those that ended, which are returned."""
-        host, device = done.host, self.state.anchors.device
-        if host.stops is not None:
-            stops = list(zip(host.tokens, host.stops, strict=True))
-        else:
-            pairs = zip(done.rows, host.tokens, strict=True)
-            stops = [self.stopping.kept(row, tokens, device) for row, tokens in pairs]
+        host = done.host
+        decided = host.stops or [None] * len(done.rows)
+        stops = [self._kept(*of_row) for of_row in zip(done.rows, host.tokens, decided, strict=True)]
+        if host.stops is None and any(row.stopping.others for row in done.rows):
             # Criteria may look at a clock.
-            stops = self.planner.ranks.agreed(lambda: stops) if self.stopping.others else stops
+            stops = self.planner.ranks.agreed(lambda: stops)
         done.kept = [kept for kept, _ in stops]
         for observer in self.observers:
             observer.on_round(done)
@@ -178,6 +177,9 @@ class Engine:
         staying = [r for r, row in enumerate(self.rows) if not row.ended]
         ended = [(r, row) for r, row in enumerate(self.rows) if row.ended]
         for r, row in ended:
+            if row.error is not None:
+                self.state.cache.erase(r)
+                self.drafter.cache.erase(r)
             if self.past is not None:
                 self.past.keep_row(
                     r, row, self.state.cache, self.drafter, copy=bool(staying or self.queue or self.compiled)
@@ -186,6 +188,29 @@ class Engine:
             observer.on_commit()
         self._keep(staying)
         return [row for _, row in ended]
+
+    def _kept(self, row: Row, tokens: list[int], stops: bool | None) -> tuple[list[int], bool]:
+        """Of the tokens that a row commits those up to its end, and whether that is among them, which may be decided
+        already."""
+        if tokens[-1] != INVALID:
+            return row.kept(tokens, self.state.anchors.device) if stops is None else (tokens, stops)
+        # No token that follows means anything.
+        message = (
+            f"The target's logits for row {row.index} of the batch hold NaN, or nothing but -inf. Check the model's "
+            "weights and dtype (float16 overflows in many models; use bfloat16), and the logits processors."
+        )
+        if not self.isolates:
+            raise ValueError(message)
+        row.error = message
+        return [], True
+
+    def drop(self, row: Row) -> None:
+        """End a row now, wherever it is."""
+        row.ended = True
+        if row in self.queue:
+            self.queue.remove(row)
+        with torch.inference_mode() if self.private else torch.no_grad():
+            self._keep([r for r, own in enumerate(self.rows) if own is not row])
 
     def _keep(self, staying: list[int]) -> None:
         """Go on with the given rows only. The last of them take the places of those that ended."""
@@ -224,44 +249,37 @@ class Engine:
             verdict, logits = passed.verdict, None
             host = rounds.to_host(block, layout, verdict, confidence)
         elif self.lockstep is None:
-            prefixes = self._prefixes(rows, drafts)
-            verdict, logits = rounds.accept(passed.logits, drafts, block, layout, self.processors, prefixes)
+            processors = processors_of(rows)
+            prefixes = self._prefixes(processors, rows, drafts)
+            verdict, logits = rounds.accept(passed.logits, drafts, block, layout, processors, prefixes)
             host = rounds.to_host(block, layout, verdict, confidence)
         else:
             index = on_device([row.index for row in rows], passed.logits.device)
-            choose = self.processors.choose
+            choose = rows[0].processors.choose
             verdict, logits, ended = self.lockstep.accept(passed.logits, drafts, block, layout, index, choose)
             host = replace(rounds.to_host(block, layout, verdict, confidence, logits.shape[1]), stops=ended)
-        _check_tokens(rows, host)
         return host, verdict.next_tokens, logits
 
-    def _prefixes(self, rows: Sequence[Row], drafts: torch.Tensor | None = None) -> Prefixes | None:
+    def _prefixes(
+        self, processors: BlockProcessors, rows: Sequence[Row], drafts: torch.Tensor | None = None
+    ) -> Prefixes | None:
         """Tokens of rows, with drafts behind; `None` when no processor looks."""
-        return prefixes_of(rows, self.target.device, drafts) if self.processors.needs_prefix and rows else None
+        return prefixes_of(rows, self.target.device, drafts) if processors.needs_prefix else None
 
 
-def _check_tokens(rows: Sequence[Row], host: HostRound) -> None:
-    """Raise where logits were no distribution, as no token that follows means anything."""
-    for row, tokens in zip(rows, host.tokens, strict=True):
-        if tokens[-1] == INVALID:
-            raise ValueError(
-                f"The target's logits for row {row.index} of the batch hold NaN, or nothing but -inf. Check the "
-                "model's weights and dtype (float16 overflows in many models; use bfloat16), and the logits processors."
-            )
+def longest_of(rows: Iterable[Row]) -> int | None:
+    """Tokens of the longest of the rows when it reaches its limit; `None` where there is none."""
+    if any(row.stopping.max_length is None for row in rows):
+        return None
+    return max(len(row.prompt_columns) + row.stopping.max_length - row.length for row in rows)
 
 
-def longest_of(rows: Iterable[Row], limit: int) -> int:
-    """Tokens of the longest of the rows when it reaches the limit."""
-    return max(len(row.prompt_columns) + limit - row.length for row in rows)
-
-
-def expect_tokens(
-    caches: Iterable[SlotCache], rows: Sequence[Row], limit: int | None, block: int, view: int | None
-) -> None:
+def expect_tokens(caches: Iterable[SlotCache], rows: Sequence[Row], block: int, view: int | None) -> None:
     """Tell the caches how long rows can get: to their limit, and a block beyond it; or the view of captured passes."""
-    if limit is not None:
+    longest = longest_of(rows)
+    if longest is not None:
         for cache in caches:
-            cache.expect(longest_of(rows, limit) + block if view is None else view, is_static=view is not None)
+            cache.expect(longest + block if view is None else view, is_static=view is not None)
 
 
 def prefixes_of(rows: Sequence[Row], device: torch.device, drafts: torch.Tensor | None = None) -> Prefixes:

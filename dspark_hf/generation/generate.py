@@ -62,10 +62,11 @@ def generate(
     past = Continuation(model_kwargs.get(CACHE), config, input_ids, attention_mask, target.rereads_at)
     if not past.cached:
         check_positions(model_kwargs.get("position_ids"), attention_mask)
-    rows = read_rows(input_ids, attention_mask, past.cached, past.width)
+    processors, stopping = BlockProcessors(logits_processor, config.do_sample), Stopping(stopping_criteria)
+    rows = read_rows(input_ids, attention_mask, past.cached, past.width, processors, stopping)
     check_prompt(model, target.positions, max(len(row.prompt_columns) for row in rows))
     pad = config._pad_token_tensor.item() if config._pad_token_tensor is not None else 0
-    stopping, stats = Stopping(stopping_criteria), DSparkStats.empty(size, head.config.gamma)
+    stats = DSparkStats.empty(size, head.config.gamma)
     lockstep = None
     if is_needed(size, logits_processor, stopping):
         ends, ranks = bool(stopping.eos_ids), Ranks(model)
@@ -76,12 +77,11 @@ def generate(
     if options is not None:
         reason = reason_for_eager(target, drafter, logits_processor, lockstep is not None, recorder.active, stopping)
         if reason is None:
-            longest = max(longest_of(rows, stopping.max_length), getattr(config, "max_cache_len", None) or 0)
+            longest = max(longest_of(rows), getattr(config, "max_cache_len", None) or 0)
             compiled = CompiledPasses(options, target, drafter, logits_processor, config.do_sample, size, longest)
         else:
             logger.warning_once(f"The rounds run eagerly, as without `cache_implementation`: {reason}.")
     scheduler = scheduler_for(target, drafter, size, config, synced_gpus)
-    processors = BlockProcessors(logits_processor, config.do_sample)
     observers: list[Observer] = []
     if config.return_dict_in_generate:
         observers.append(StatsObserver(stats))
@@ -90,9 +90,7 @@ def generate(
     if streamer is not None:
         observers.append(StreamObserver(Streaming(streamer, rows, pad)))
     private = compiled is None and lockstep is None and not recorder.active and _is_private(target, drafter)
-    engine = Engine(
-        target, drafter, scheduler, processors, stopping, size, lockstep, past, compiled, observers, private
-    )
+    engine = Engine(target, drafter, scheduler, size, lockstep, past, compiled, observers, private)
     engine.add(rows)
     _run(engine, synced_gpus)
     if streamer is not None:

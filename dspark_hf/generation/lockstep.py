@@ -22,7 +22,7 @@ def is_needed(rows: int, processors: LogitsProcessorList, stopping: Stopping) ->
     """Whether a call of so many rows must decode in lockstep. Beside foreign processors and criteria that is so where
     plain decoding goes on with rows that have ended until all have: without any end-of-sequence token."""
     together = rows > 1 and bool(stopping.others) and not stopping.eos_ids
-    return together or stopping.has_foreign or not all(map(is_pure, processors))
+    return together or bool(stopping.foreign) or not all(map(is_pure, processors))
 
 
 class Lockstep:

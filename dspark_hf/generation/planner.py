@@ -22,7 +22,6 @@ class Planner:
     """Plans the rounds of an engine, and feeds their times and outcomes back.
 
     Args:
-        max_length: tokens that a row can have, prompt included; `None` for no limit.
         drafts: whether rows may draft at all.
     """
 
@@ -32,11 +31,10 @@ class Planner:
         drafter: Drafter,
         scheduler: ConstantSchedule,
         clock: Stopwatch,
-        max_length: int | None,
         drafts: bool,
     ):
         self.target, self.drafter, self.scheduler, self.clock = target, drafter, scheduler, clock
-        self.max_length, self.drafts = max_length, drafts
+        self.drafts = drafts
         self.gamma = drafter.head.config.gamma
         self.ranks, self.call = Ranks(target.model), Call(target.device, 0)
         # The shape of the last round, whose times are known when the next is planned.
@@ -80,8 +78,8 @@ class Planner:
         if not self.drafts:
             return 0
         most, position = self.gamma, len(row.columns) - 1
-        if self.max_length is not None:
-            most = self.max_length - row.length - 1
+        if row.stopping.max_length is not None:
+            most = row.stopping.max_length - row.length - 1
         if self.target.positions is not None:
             check_prompt(self.target.model, self.target.positions, position + 1)
             most = min(most, self.target.positions - 1 - position)

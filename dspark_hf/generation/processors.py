@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from dspark_kernels import INVALID
+from dspark_kernels import INVALID, random_seeds
 from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as stock
@@ -66,6 +66,10 @@ class Prefixes:
         fewer."""
         return [[own[: len(own) - positions + 1 + j] for j in range(positions)] for own in self.tokens]
 
+    def of(self, places: list[int]) -> "Prefixes":
+        """Those of some rows."""
+        return Prefixes([self.tokens[i] for i in places], [self.rows[i] for i in places])
+
     def longer(self, tokens: torch.Tensor) -> "Prefixes":
         """With tokens [R] or [R, n] behind."""
         columns = (tokens if tokens.dim() == 2 else tokens[:, None]).to(self.tokens[0])
@@ -109,14 +113,11 @@ class BlockProcessors:
         """Tokens [R] from processed logits [R, V]."""
         if not self.do_sample:
             return logits.argmax(dim=-1)
-        # The token in whose share of the whole a random number falls. torch.multinomial draws a number for every token
-        # of the vocabulary, which on a CPU takes longer than all else here, and makes the host wait for its checks.
-        shares = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-        whole = shares[:, -1:]
-        point = torch.rand_like(whole) * whole
-        tokens = torch.searchsorted(shares, torch.minimum(point, whole.nextafter(torch.zeros_like(whole))), right=True)
-        # Logits that are no distribution have no whole.
-        return tokens.where(whole > 0, INVALID).squeeze(-1)
+        return drawn(logits, torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device))
+
+    def seeds(self, rows: int, device: torch.device) -> torch.Tensor | None:
+        """Of the verification of so many rows, [R]."""
+        return random_seeds(rows, device) if self.do_sample else None
 
     def drafting(self, prefixes: Prefixes | None) -> "Selection":
         """Chooses the tokens of one draft. The head's logits go through the same processors as the target's: what
@@ -126,6 +127,19 @@ class BlockProcessors:
             prefixes: of every row its tokens, anchor included; only needed when `needs_prefix`.
         """
         return Selection(self, prefixes)
+
+
+def drawn(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """The tokens [R] of processed logits [R, V] in whose share of the whole a random number [R, 1] of 0 to 1 falls.
+
+    torch.multinomial draws a number for every token of the vocabulary, which on a CPU takes longer than all else in the
+    choice, and makes the host wait for its checks.
+    """
+    shares = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    whole = shares[:, -1:]
+    point = torch.minimum(chance * whole, whole.nextafter(torch.zeros_like(whole)))
+    # Logits that are no distribution have no whole.
+    return torch.searchsorted(shares, point, right=True).where(whole > 0, INVALID).squeeze(-1)
 
 
 @dataclass(frozen=True)

@@ -196,16 +196,22 @@ def accept(
     if layout.most == 0:
         nothing = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         return Verdict(nothing, processors.choose(logits[:, 0])), logits
-    return verdict_of(logits, drafts, block.logits, layout.verify_lens), logits
+    seeds = processors.seeds(len(logits), logits.device)
+    return verdict_of(logits, drafts, block.logits, layout.verify_lens, seeds), logits
 
 
 def verdict_of(
-    target_logits: torch.Tensor, drafts: torch.Tensor, sampled_from: torch.Tensor | None, lengths: torch.Tensor
+    target_logits: torch.Tensor,
+    drafts: torch.Tensor,
+    sampled_from: torch.Tensor | None,
+    lengths: torch.Tensor,
+    seeds: torch.Tensor | None = None,
 ) -> Verdict:
     """Of drafts [R, L] that were the argmax of the head's logits, or were sampled from [R, >= L, V]."""
     if sampled_from is None:
         return accept_greedy(target_logits, drafts, lengths)
-    return accept_sampled(target_logits, drafts, sampled_from[:, : drafts.shape[1]].to(target_logits.device), lengths)
+    sampled_from = sampled_from[:, : drafts.shape[1]].to(target_logits.device)
+    return accept_sampled(target_logits, drafts, sampled_from, lengths, seeds)
 
 
 def to_host(

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from .processors import BlockProcessors
 from .releases import CACHE
+from .stopping import Stopping
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One sequence.
 
@@ -20,9 +22,12 @@ class Row:
     prompt_columns: columns of cached and prompt tokens in plain's layout (one column a token, padding included).
     cached: how many of them are cached.
     width: columns of cache and prompt together.
+    processors, stopping: how its tokens are chosen, and where it ends.
+    seed: what its random numbers come from; torch's own generator when `None`.
     lag: how far its positions are behind those of the batch's longest row, column by column.
     committed: new tokens so far.
     ended: whether there will be no more.
+    error: what went wrong with it.
     """
 
     index: int
@@ -31,9 +36,13 @@ class Row:
     prompt_columns: list[int]
     cached: int
     width: int
+    processors: BlockProcessors
+    stopping: Stopping
+    seed: int | None = None
     lag: int = 0
     committed: list[int] = field(default_factory=list)
     ended: bool = False
+    error: str | None = None
 
     @property
     def sequence(self) -> list[int]:
@@ -44,6 +53,10 @@ class Row:
     def length(self) -> int:
         """How many these are."""
         return len(self.given) + len(self.committed)
+
+    def kept(self, committed: list[int], device: torch.device) -> tuple[list[int], bool]:
+        """Of tokens behind its own those up to its end, and whether that is among them."""
+        return self.stopping.kept(committed, self.length, lambda: self.sequence, device)
 
     @property
     def anchor_column(self) -> int:
@@ -86,7 +99,14 @@ class Streaming:
         self.streamer.end()
 
 
-def read_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cached: int, width: int) -> list[Row]:
+def read_rows(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cached: int,
+    width: int,
+    processors: BlockProcessors,
+    stopping: Stopping,
+) -> list[Row]:
     """Rows of a `generate` call.
 
     Args:
@@ -107,7 +127,8 @@ def read_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cach
                 f"Prompt {index} of the batch has no tokens to go on from: its attention mask lets through "
                 f"{len(columns)}, of which {known} are in `{CACHE}` already."
             )
-        rows.append(Row(index, given, [given[c - offset] for c in columns[known:]], columns, known, width))
+        prompt = [given[c - offset] for c in columns[known:]]
+        rows.append(Row(index, given, prompt, columns, known, width, processors, stopping))
     longest = max(len(row.prompt_columns) for row in rows)
     for row in rows:
         row.lag = longest - len(row.prompt_columns)

@@ -1,5 +1,7 @@
 """Where a row ends: stopping criteria applied token by token inside a committed block."""
 
+from collections.abc import Callable
+
 import torch
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import (
@@ -9,8 +11,6 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from .rows import Row
-
 
 class Stopping:
     """Applies a `StoppingCriteriaList` to the tokens that a round commits to one row.
@@ -19,7 +19,7 @@ class Stopping:
     with the sequence that they would have seen in plain decoding.
 
     Attributes:
-        has_foreign: whether there are criteria of which nothing is known; those need `lockstep`.
+        foreign: criteria of which nothing is known; those need `lockstep`.
     """
 
     def __init__(self, criteria: StoppingCriteriaList):
@@ -31,15 +31,21 @@ class Stopping:
                 self.eos_ids |= set(criterion.eos_token_id.flatten().tolist())
             elif type(criterion) is not MaxLengthCriteria:
                 self.others.append(criterion)
-        self.has_foreign = any(type(other) not in (MaxTimeCriteria, StopStringCriteria) for other in self.others)
+        self.foreign = [other for other in self.others if type(other) not in (MaxTimeCriteria, StopStringCriteria)]
 
-    def kept(self, row: Row, committed: list[int], device: torch.device) -> tuple[list[int], bool]:
-        """The committed tokens of a row up to and including the one that ends it, and whether one does."""
+    def kept(
+        self, committed: list[int], length: int, sequence: Callable[[], list[int]], device: torch.device
+    ) -> tuple[list[int], bool]:
+        """The committed tokens of a row up to and including the one that ends it, and whether one does.
+
+        Args:
+            length: tokens that the row had before. sequence: gives those.
+        """
         for count, token in enumerate(committed, start=1):
             ended = token in self.eos_ids
-            ended |= self.max_length is not None and row.length + count >= self.max_length
+            ended |= self.max_length is not None and length + count >= self.max_length
             if self.others:
-                ids = torch.tensor([row.sequence + committed[:count]], device=device)
+                ids = torch.tensor([sequence() + committed[:count]], device=device)
                 ended |= bool(self.others(ids, None).any())
             if ended:
                 return committed[:count], True

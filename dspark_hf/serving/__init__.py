@@ -1,0 +1,1 @@
+"""Many requests on one engine: rows that come and go, for `generate_batch` and for servers."""

@@ -1,0 +1,118 @@
+"""The hook into continuous batching: `generate_batch`, `init_continuous_batching` and
+`continuous_batching_context_manager` take a head as `assistant_model`. Without one they are transformers' own."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin, PreTrainedModel
+
+from ..modeling_dspark import DSparkHead
+
+if TYPE_CHECKING:
+    from transformers.generation.continuous_batching.requests import GenerationOutput
+
+    from .manager import DSparkBatchingManager
+
+# Arguments that size or capture something beforehand, which nothing here needs: the engine's slots grow with the rows.
+BEFOREHAND = ("warmup", "workload_hints", "persistent_manager")
+
+
+def install() -> None:
+    """Wrap the three methods once; repeated calls change nothing."""
+    if hasattr(GenerationMixin, "_dspark_batching"):
+        return
+    GenerationMixin._dspark_batching = True
+    for own in (init_continuous_batching, continuous_batching_context_manager, generate_batch):
+        stock = getattr(GenerationMixin, own.__name__, None)
+        if stock is not None:
+            setattr(GenerationMixin, own.__name__, _wrap(stock, own))
+
+
+def _wrap(stock: Callable, own: Callable) -> Callable:
+    @functools.wraps(stock)
+    def method(self, *args, assistant_model=None, **kwargs):
+        if assistant_model is None:
+            return stock(self, *args, **kwargs)
+        if not isinstance(assistant_model, DSparkHead):
+            raise ValueError(
+                "Continuous batching takes a DSpark head as `assistant_model`, got a "
+                f"{type(assistant_model).__name__}. Leave it out, or use `generate`."
+            )
+        kwargs = {name: value for name, value in kwargs.items() if name not in BEFOREHAND}
+        return own(self, *args, assistant_model=assistant_model, **kwargs)
+
+    return method
+
+
+def init_continuous_batching(
+    self: PreTrainedModel,
+    generation_config: GenerationConfig | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    *,
+    assistant_model: DSparkHead,
+) -> "DSparkBatchingManager":
+    """The manager, which is yet to be started."""
+    from .manager import DSparkBatchingManager
+
+    return DSparkBatchingManager(self, assistant_model, generation_config, continuous_batching_config)
+
+
+@contextmanager
+def continuous_batching_context_manager(
+    self: PreTrainedModel,
+    generation_config: GenerationConfig | None = None,
+    block: bool = True,
+    timeout: float | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    *,
+    assistant_model: DSparkHead,
+) -> Iterator["DSparkBatchingManager"]:
+    """A manager that runs within the context.
+
+    Args:
+        block: wait at the end for requests that have not ended, at most `timeout` seconds.
+    """
+    manager = init_continuous_batching(
+        self, generation_config, continuous_batching_config, assistant_model=assistant_model
+    )
+    manager.start()
+    try:
+        yield manager
+    finally:
+        manager.stop(block=block, timeout=timeout)
+
+
+def generate_batch(
+    self: PreTrainedModel,
+    inputs: Sequence[Sequence[int]],
+    generation_config: GenerationConfig | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    record_timestamps: bool = False,
+    progress_bar: bool = False,
+    *,
+    assistant_model: DSparkHead,
+    **settings: Any,
+) -> "dict[str, GenerationOutput]":
+    """The outputs of all prompts by the id of their request, in the order of the prompts.
+
+    Args:
+        settings: of all requests, as `generate` takes them.
+    """
+    from tqdm import tqdm
+
+    results: dict[str, GenerationOutput] = {}
+    context: AbstractContextManager[DSparkBatchingManager] = continuous_batching_context_manager(
+        self, generation_config, continuous_batching_config=continuous_batching_config, assistant_model=assistant_model
+    )
+    with context as manager, tqdm(total=len(inputs), disable=not progress_bar, unit="request") as bar:
+        ids = manager.add_requests(inputs, record_timestamps=record_timestamps, **settings)
+        while len(results) < len(ids):
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                results[result.request_id] = result
+                bar.update()
+            elif result is None and not manager.is_running():
+                break
+    return {request_id: results[request_id] for request_id in ids if request_id in results}

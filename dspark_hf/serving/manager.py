@@ -1,0 +1,324 @@
+"""Continuous batching with a draft head: what transformers' `ContinuousBatchingManager` is without one.
+
+Requests join the engine between rounds, first come first served, as long as there are slots and memory for them; one
+thread runs the rounds.
+"""
+
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
+from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.utils import logging
+
+from ..generation.compatibility import check_pair, check_prompt
+from ..generation.drafting import Drafter
+from ..generation.engine import Engine
+from ..generation.experience import scheduler_for, store
+from ..generation.observers import CommittedRound, Observer
+from ..generation.target import Target
+from ..modeling_dspark import DSparkHead
+from ..scheduling.scheduler import LoadSchedule
+from .memory import tokens_that_fit
+from .request import Kinds, Request, prepare, row_of
+
+logger = logging.get_logger(__name__)
+
+# Requests that decode at once, where `max_requests_per_batch` does not say.
+SLOTS = 16
+# Seconds between looks at the queue when nothing is to be done.
+IDLE = 0.1
+
+
+class DSparkBatchingManager:
+    """Decodes requests that come and go, with a head; made by `model.init_continuous_batching(assistant_model=head)`.
+
+    Args:
+        generation_config: what requests do not say themselves; the model's own by default.
+        config: of these `max_requests_per_batch`, `max_queue_size`, `return_logprobs` and `seed` count, and
+            `num_blocks` pages, or `max_memory_percent` of the memory that is free, for the tokens of all requests.
+
+    Raises:
+        ValueError: for a head that cannot draft for the model, and settings that mean nothing here.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: DSparkHead,
+        generation_config: GenerationConfig | None = None,
+        config: ContinuousBatchingConfig | None = None,
+    ):
+        check_pair(model, head)
+        self.model, self.head, self.generation_config = model.eval(), head, generation_config
+        self.config = config or ContinuousBatchingConfig()
+        if self.config.scheduler_type != "fifo" or self.config.cpu_offload_space:
+            raise ValueError(
+                "With a DSpark head requests are served first come first served, and nothing is offloaded: leave out "
+                f"`scheduler_type` (got {self.config.scheduler_type!r}) and `cpu_offload_space`."
+            )
+        self.defaults = prepare(model, head, [0], generation_config).config
+        self.slots = self.config.max_requests_per_batch or SLOTS
+        self.budget = tokens_that_fit(model, head, self.config)
+        self.kinds, self.counter = Kinds(), itertools.count()
+        self.incoming: queue.Queue[Request] = queue.Queue(self.config.max_queue_size)
+        self.canceled: queue.Queue[str] = queue.Queue()
+        self.waiting: deque[Request] = deque()
+        self.active: list[Request] = []
+        self.router = OutputRouter()
+        # Held by whoever uses the model, the rounds or a caller that has paused them.
+        self.model_lock, self.wake_up = threading.Lock(), threading.Event()
+        self.engine = self._new_engine()
+        self.thread: threading.Thread | None = None
+        self.is_stopping = self.is_aborting = False
+
+    # -- The thread -----------------------------------------------------------------------------------------------
+
+    def is_running(self) -> bool:
+        """Whether the thread that decodes is."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def start(self) -> None:
+        """Begin to decode."""
+        if self.is_running():
+            logger.warning("The manager is running already.")
+            return
+        self.is_stopping = self.is_aborting = False
+        self.thread = threading.Thread(target=self._run, name="dspark-batching", daemon=True)
+        self.thread.start()
+
+    def stop(self, block: bool = True, timeout: float | None = None, hard_stop: bool = False) -> None:
+        """End when all requests have.
+
+        Args:
+            block: wait for that, at most `timeout` seconds. hard_stop: end now; requests that have not ended fail.
+        """
+        self.is_aborting |= hard_stop
+        self.is_stopping = True
+        self.wake_up.set()
+        if block and self.thread is not None:
+            self.thread.join(timeout)
+            if self.thread.is_alive():
+                logger.warning(f"Requests were still being decoded after {timeout} seconds.")
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within this context no round runs, so that the model can be used or changed."""
+        with self.model_lock:
+            yield
+
+    # -- Requests ---------------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        input_ids: Sequence[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> str:
+        """Queue a prompt. Returns the id of the request.
+
+        Args:
+            seed: makes what is sampled reproducible, whatever else is decoded beside it, where head and schedule
+                (`num_assistant_tokens_schedule="constant"`) are the same.
+            settings: of the request alone, as `generate` takes them: `do_sample`, `temperature`, `stop_strings` (with
+                `tokenizer`) and so on.
+
+        Raises:
+            ValueError: for a prompt that is empty or too long, and for settings that mean nothing.
+            queue.Full: when `max_queue_size` requests wait.
+        """
+        given = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
+        settings |= {name: value for name, value in given.items() if value is not None}
+        if not len(input_ids):
+            raise ValueError("A request needs a prompt of one token or more, got none.")
+        prepared = prepare(self.model, self.head, input_ids, self.generation_config, **settings)
+        seed = self.config.seed if seed is None else seed
+        request_id = f"req_{next(self.counter)}" if request_id is None else request_id
+        request = Request(request_id, row_of(input_ids, prepared, self.kinds, seed), streaming)
+        request.timestamps = [] if record_timestamps else None
+        check_prompt(self.model, self.engine.target.positions, len(input_ids))
+        if request.tokens > self.budget:
+            raise ValueError(
+                f"A request of {len(input_ids)} tokens with up to {request.tokens - len(input_ids)} new ones does not "
+                f"fit: there is memory for {self.budget}. Lower `max_new_tokens`, or raise `max_memory_percent`."
+            )
+        self.incoming.put_nowait(request)
+        self.wake_up.set()
+        return request_id
+
+    def add_requests(self, inputs: Sequence[Sequence[int]], **kwargs: Any) -> list[str]:
+        """Queue prompts with the same settings, see `add_request`. Returns the ids of the requests."""
+        return [self.add_request(input_ids, **kwargs) for input_ids in inputs]
+
+    def cancel_request(self, request_id: str) -> None:
+        """End a request; its caller is told what it came to. One that has ended, or is not known, is left alone."""
+        self.canceled.put(request_id)
+        self.wake_up.set()
+
+    def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
+        """The next result, of that request if one is named; `None` where none came within `timeout` seconds, or none
+        will."""
+        results = self.router.output_queue
+        if results.empty() and not self.is_running():
+            return None
+        try:
+            result = results.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if request_id is not None and result.request_id != request_id:
+            results.put(result)
+            return None
+        return result
+
+    def __iter__(self) -> Iterator[GenerationOutput]:
+        """Results as they come, as long as the manager runs."""
+        while self.is_running() or not self.router.output_queue.empty():
+            result = self.get_result(timeout=IDLE)
+            if result is not None:
+                yield result
+
+    def request_id_iter(self, request_id: str) -> Iterator[GenerationOutput]:
+        """Results of one request, up to its end."""
+        while self.is_running() or not self.router.output_queue.empty():
+            result = self.get_result(request_id, timeout=IDLE)
+            if result is not None:
+                yield result
+                if result.is_finished():
+                    return
+
+    def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]) -> None:
+        """Call `callback` with every result of a request, in the event loop that is running here."""
+        import asyncio
+
+        handlers, lock = self.router.result_handlers, self.router._lock
+
+        def deliver(result: GenerationOutput) -> None:
+            callback(result)
+            if result.is_finished():
+                with lock:
+                    handlers.pop(request_id, None)
+
+        with lock:
+            handlers[request_id] = deliver, asyncio.get_running_loop()
+
+    # -- Rounds -----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self.is_aborting and self._turn():
+                pass
+        finally:
+            self.is_stopping = True
+            self._fail([*self.active, *self.waiting, *_drained(self.incoming)], "The manager was stopped.")
+            self.active, self.waiting = [], deque()
+            self.engine.close()
+            if isinstance(self.engine.planner.scheduler, LoadSchedule):
+                store(self.head, self.engine.target, self.defaults.do_sample)
+
+    def _turn(self) -> bool:
+        """A round, or a wait for requests. Returns whether to go on."""
+        self.waiting.extend(_drained(self.incoming))
+        for request_id in _drained(self.canceled):
+            self._cancel(request_id)
+        self._admit()
+        if not self.active:
+            if self.is_stopping and not self.waiting and self.incoming.empty():
+                return False
+            self.wake_up.wait(IDLE)
+            self.wake_up.clear()
+            return True
+        try:
+            with self.model_lock:
+                self.engine.step()
+        except Exception as error:
+            # What a round leaves behind is not known; the requests that wait go on with a new engine.
+            logger.error(f"A round failed, and the requests in it with it: {error}", exc_info=True)
+            self._fail(self.active, f"{type(error).__name__}: {error}")
+            self.active = []
+            self.engine.close()
+            self.engine = self._new_engine()
+            return True
+        self._tell()
+        return True
+
+    def _admit(self) -> None:
+        """Let requests in that wait, in their order, as long as there is room."""
+        while self.waiting and len(self.active) < self.slots:
+            longest = max(request.tokens for request in [*self.active, self.waiting[0]])
+            # A slot is as long as the longest of them.
+            if (len(self.active) + 1) * longest > self.budget:
+                return
+            request = self.waiting.popleft()
+            request.started = time.perf_counter()
+            self.active.append(request)
+            self.engine.add([request.row])
+
+    def _tell(self) -> None:
+        """Tell callers what the round brought."""
+        now, outputs = time.perf_counter(), []
+        for request in self.active:
+            row = request.row
+            if request.timestamps is not None:
+                request.timestamps += [now] * (len(row.committed) - request.told)
+            if row.ended:
+                request.ended = now
+            if row.ended or (request.streaming and len(row.committed) > request.told):
+                outputs.append(request.output())
+            request.told = len(row.committed)
+        self.active = [request for request in self.active if not request.row.ended]
+        self.router.deliver_batch(outputs)
+
+    def _cancel(self, request_id: str) -> None:
+        for place in (self.waiting, self.active):
+            for request in [own for own in place if own.id == request_id]:
+                place.remove(request)
+                self.engine.drop(request.row)
+                request.ended = time.perf_counter()
+                self.router.deliver(request.output())
+
+    def _fail(self, requests: Sequence[Request], error: str) -> None:
+        for request in requests:
+            request.row.error, request.row.ended, request.ended = error, True, time.perf_counter()
+            self.router.deliver(request.output())
+
+    def _new_engine(self) -> Engine:
+        target = Target(self.model, self.head.config.target_layer_ids)
+        drafter = Drafter(self.head, self.model, self.slots, self.slots)
+        scheduler = scheduler_for(target, drafter, self.slots, self.defaults)
+        observers = [LogprobObserver(self)] if self.config.return_logprobs else []
+        return Engine(target, drafter, scheduler, self.slots, observers=observers, isolates=True)
+
+
+class LogprobObserver(Observer):
+    """Notes how likely the tokens of requests were, after processors."""
+
+    def __init__(self, manager: DSparkBatchingManager):
+        self.manager = manager
+
+    def on_round(self, done: CommittedRound) -> None:
+        requests = {id(request.row): request for request in self.manager.active}
+        for r, (row, kept) in enumerate(zip(done.rows, done.kept, strict=True)):
+            if kept and id(row) in requests:
+                logprobs = done.logits[r, : len(kept)].log_softmax(dim=-1)
+                tokens = torch.tensor(kept, device=logprobs.device)
+                requests[id(row)].logprobs += logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+
+
+def _drained(items: queue.Queue) -> list:
+    found = []
+    while not items.empty():
+        found.append(items.get_nowait())
+    return found

@@ -1,0 +1,35 @@
+"""How many tokens of requests there is memory for."""
+
+import os
+
+import torch
+from transformers import ContinuousBatchingConfig, PreTrainedConfig, PreTrainedModel
+
+from ..modeling_dspark import DSparkHead
+
+# Share of the free memory that caches may take, where `max_memory_percent` does not say; the rest is for passes.
+SHARE = 0.8
+
+
+def tokens_that_fit(model: PreTrainedModel, head: DSparkHead, config: ContinuousBatchingConfig) -> int:
+    """Tokens of all requests together that the caches of target and head may hold."""
+    if config.num_blocks is not None:
+        return config.num_blocks * config.page_size
+    share = SHARE if config.max_memory_percent is None else config.max_memory_percent
+    target = model.config.get_text_config(decoder=True)
+    size = bytes_of_token(target, model.dtype) + bytes_of_token(head.config, head.dtype)
+    return int(share * free_bytes(model.device) / size)
+
+
+def bytes_of_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Keys and values of a token in all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

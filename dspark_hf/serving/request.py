@@ -1,0 +1,125 @@
+"""A request: a row of the engine, and what its caller is told of it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+
+from ..generation.compatibility import check_mode
+from ..generation.processors import OF_LOGITS, BlockProcessors, is_pure
+from ..generation.rows import Row, read_rows
+from ..generation.stopping import Stopping
+from ..modeling_dspark import DSparkHead
+
+
+@dataclass(eq=False)
+class Request:
+    """What `add_request` was asked for.
+
+    streaming: whether its caller is told of every round, and not only of its end.
+    created, started, ended: by `time.perf_counter`, the latter two -1 before.
+    timestamps: of its tokens, `None` where they are not wanted. logprobs: of its tokens, where they are wanted.
+    told: tokens that its caller knows of.
+    """
+
+    id: str
+    row: Row
+    streaming: bool = False
+    created: float = field(default_factory=time.perf_counter)
+    started: float = -1
+    ended: float = -1
+    timestamps: list[float] | None = None
+    logprobs: list[float] = field(default_factory=list)
+    told: int = 0
+
+    @property
+    def status(self) -> RequestStatus:
+        if self.row.error is not None:
+            return RequestStatus.FAILED
+        if self.row.ended:
+            return RequestStatus.FINISHED
+        return RequestStatus.DECODING if self.started >= 0 else RequestStatus.PENDING
+
+    @property
+    def tokens(self) -> int:
+        """Those that it can come to, prompt included."""
+        return self.row.stopping.max_length
+
+    def output(self) -> GenerationOutput:
+        """What transformers says of a request."""
+        return GenerationOutput(
+            request_id=self.id,
+            prompt_ids=self.row.given,
+            generated_tokens=list(self.row.committed),
+            logprobs=list(self.logprobs),
+            error=self.row.error,
+            status=self.status,
+            created_time=self.created,
+            lifespan=(self.started, self.ended),
+            timestamps=None if self.timestamps is None else list(self.timestamps),
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `generate` makes of the settings of a call before it decodes."""
+
+    config: GenerationConfig
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+
+
+def prepare(
+    model: PreTrainedModel,
+    head: DSparkHead,
+    input_ids: Sequence[int],
+    config: GenerationConfig | None = None,
+    **settings: Any,
+) -> Prepared:
+    """What `model.generate(input_ids, config, **settings)` would decode with: the same defaults, and the same errors
+    for settings that there are not.
+
+    Raises:
+        ValueError: also for settings that cannot be kept for each request of a batch alone.
+    """
+    ids = torch.tensor([list(input_ids)], dtype=torch.long, device=model.device)
+    prepared: Prepared = model.generate(ids, generation_config=config, custom_generate=_decoding, **settings)
+    check_mode(prepared.config.get_generation_mode(head), prepared.config)
+    foreign = [type(own).__name__ for own in prepared.processors if not is_pure(own)]
+    foreign += [type(own).__name__ for own in Stopping(prepared.criteria).foreign]
+    if foreign:
+        raise ValueError(
+            f"{', '.join(foreign)} cannot be used in a batch whose requests come and go, as plain decoding calls such "
+            "processors and criteria with all rows at once. Use `generate` for this prompt, or leave them out."
+        )
+    return prepared
+
+
+def _decoding(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs) -> Prepared:
+    return Prepared(generation_config, logits_processor, stopping_criteria)
+
+
+class Kinds:
+    """How requests choose their tokens; requests that do so alike share it, so that a round treats them as one."""
+
+    def __init__(self):
+        self.known: dict[tuple, BlockProcessors] = {}
+
+    def of(self, prepared: Prepared) -> BlockProcessors:
+        own = prepared.processors, prepared.config.do_sample
+        if any(type(processor) not in OF_LOGITS for processor in prepared.processors):
+            return BlockProcessors(*own)
+        settings = [(type(p), *((k, repr(v)) for k, v in sorted(vars(p).items()))) for p in prepared.processors]
+        return self.known.setdefault((prepared.config.do_sample, *settings), BlockProcessors(*own))
+
+
+def row_of(input_ids: Sequence[int], prepared: Prepared, kinds: Kinds, seed: int | None) -> Row:
+    """The row of a request."""
+    ids = torch.tensor([list(input_ids)])
+    (row,) = read_rows(ids, None, 0, ids.shape[1], kinds.of(prepared), Stopping(prepared.criteria))
+    row.seed = seed
+    return row
