@@ -107,6 +107,16 @@ class SlotLayer(CacheLayerMixin):
         room, free = self._capacity_for(max(keys.shape[2], 1)) - keys.shape[2], self.slots - len(keys)
         self._hold(*(torch.nn.functional.pad(x, (0, 0, 0, room, 0, 0, 0, free)) for x in (keys, values)))
 
+    def put(self, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take over [heads, n, head_dim] as the first n tokens of a row."""
+        count = keys.shape[1]
+        if not self.is_initialized:
+            capacity = self._capacity_for(count)
+            self._hold(*(x.new_zeros(self.slots, len(x), capacity, x.shape[2]) for x in (keys, values)))
+        self._reserve(count)
+        for stored, new in zip(self.whole, (keys, values), strict=True):
+            stored[row, :, :count] = new
+
     def keep(self, rows: list[int]) -> None:
         if self.is_initialized:
             for x in self.whole:
@@ -211,6 +221,12 @@ class SlotCache(Cache):
         """Make the first `counts[r]` tokens of the last pass part of row r, or of the given ones."""
         for row, count in zip(range(len(self.lengths)) if rows is None else rows, counts, strict=True):
             self.lengths[row] += count
+
+    def put(self, row: int, states: list[tuple[torch.Tensor, torch.Tensor]], count: int) -> None:
+        """Take over keys and values [heads, n, head_dim] of every layer as the first `count` tokens of a row."""
+        for layer, own in zip(self.layers, states, strict=False):
+            layer.put(row, *own)
+        self.lengths[row] = count
 
     def erase(self, row: int) -> None:
         """Make zeros of what a row's slot holds: what nobody looks at still must not be NaN."""

@@ -85,7 +85,8 @@ class Drafter:
 
     def unseen(self, row: int, count: int) -> torch.Tensor:
         """[count, m*d], the first target states of a row that wait."""
-        return torch.cat([features[row, : counts[row]] for features, counts in self.pending])[:count].clone()
+        pieces = [features[row, : counts[row]] for features, counts in self.pending]
+        return torch.cat(pieces or [self.nothing(1)[0][0]])[:count].clone()
 
     def start_at(self, lengths: list[int]) -> None:
         """Begin behind the first `lengths[r]` tokens of every row, without knowing them."""

@@ -6,6 +6,7 @@ rows all join at the start. Everything here is on the host; the steps of a round
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -39,7 +40,7 @@ class Engine:
         scheduler: says what a round drafts and verifies.
         slots: rows that decode at once; others wait for a place.
         lockstep: where processors or criteria must be called as plain decoding calls them.
-        past: the cache that a batch goes on from.
+        past: what is known of rows that join, and what becomes of those that end.
         compiled: passes that are captured.
         observers: see [`Observer`].
         private: whether nobody else sees a tensor of its rounds. Those are torch's inference tensors then, which cost
@@ -77,6 +78,10 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.rows or self.queue)
 
+    def mode(self) -> AbstractContextManager:
+        """Without gradients, and where nobody else sees them without what tensors keep for gradients."""
+        return torch.inference_mode() if self.private else torch.no_grad()
+
     def add(self, rows: Iterable[Row]) -> None:
         """Queue rows; they join when there are slots for them."""
         self.queue.extend(rows)
@@ -89,7 +94,7 @@ class Engine:
 
     def step(self) -> list[Row]:
         """Run a round, or the prefill of rows that join. Returns the rows that have ended."""
-        with torch.inference_mode() if self.private else torch.no_grad():
+        with self.mode():
             return self._step()
 
     def _step(self) -> list[Row]:
@@ -140,12 +145,12 @@ class Engine:
         state, cache = self.state, self.state.cache
         cache.add(len(joining))
         self.planner.scheduler.add(len(joining))
+        self.drafter.add(len(joining))
         if present == 0:
-            self.drafter.add(len(joining))
             view = None if self.compiled is None else self.compiled.view
             expect_tokens((cache, self.drafter.cache), joining, self.planner.gamma + 1, view)
-            if self.past is not None:
-                self.past.load(joining, cache, self.drafter)
+        if self.past is not None:
+            self.past.load(joining, places, cache, self.drafter)
         lengths = [len(row.prompt_columns) + row.lag for row in joining]
         prompts = [row.prompt for row in joining]
         passed = rounds.prefill(state, self.target, prompts, lengths, places if present else None)
@@ -154,7 +159,6 @@ class Engine:
         state.anchors = torch.cat([state.anchors, next_tokens])
         counts = list(map(len, prompts))
         if present:
-            self.drafter.add(len(joining))
             self.drafter.read(places, passed.features, counts)
         else:
             self.drafter.append(passed.features, counts)
@@ -209,7 +213,7 @@ class Engine:
         row.ended = True
         if row in self.queue:
             self.queue.remove(row)
-        with torch.inference_mode() if self.private else torch.no_grad():
+        with self.mode():
             self._keep([r for r, own in enumerate(self.rows) if own is not row])
 
     def _keep(self, staying: list[int]) -> None:

@@ -15,7 +15,7 @@ from .engine import Engine, longest_of
 from .experience import scheduler_for, store
 from .graphs import power_of_two
 from .lockstep import Lockstep, is_needed
-from .modules import is_stock, is_watched
+from .modules import is_private
 from .observers import Observer, OutputObserver, StatsObserver, StreamObserver
 from .outputs import Recorder
 from .past import Continuation
@@ -89,7 +89,7 @@ def generate(
         observers.append(OutputObserver(recorder, past.cached))
     if streamer is not None:
         observers.append(StreamObserver(Streaming(streamer, rows, pad)))
-    private = compiled is None and lockstep is None and not recorder.active and _is_private(target, drafter)
+    private = compiled is None and lockstep is None and not recorder.active and is_private(target.model, drafter.head)
     engine = Engine(target, drafter, scheduler, size, lockstep, past, compiled, observers, private)
     engine.add(rows)
     _run(engine, synced_gpus)
@@ -104,14 +104,6 @@ def generate(
     for name, seconds in engine.clock.totals().items():
         setattr(stats, f"{name}_seconds", seconds)
     return DSparkGenerateOutput(sequences=sequences, dspark=stats, **recorder.collect(), **{CACHE: cache})
-
-
-def _is_private(target: Target, drafter: Drafter) -> bool:
-    """Whether the models neither show what they compute to others nor keep it."""
-    model, models = target.model, (target.model, drafter.head)
-    is_whole = (model.tp_size or 1) == 1 and model._compiled_call_impl is None
-    keeps_state = bool(target.growing) or getattr(model, "hf_quantizer", None) is not None
-    return is_whole and not keeps_state and is_stock(*models) and not is_watched(*models)
 
 
 def _run(engine: Engine, synced: bool) -> None:

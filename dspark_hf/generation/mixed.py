@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .acceptance import accept_sampled
 from .cache import on_device
-from .processors import BlockProcessors, Prefixes, Selection, drawn
+from .processors import BlockProcessors, Prefixes, Selection, drawn, likeliest
 from .rows import Row
 
 # Streams of a row's random numbers: what chooses tokens, and what verifies them.
@@ -52,6 +53,16 @@ class MixedProcessors:
         for r, random in self.choosing.items():
             chances[r] = random.random()
         return drawn(logits, on_device(chances, logits.device))
+
+    def next_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        """Tokens [R] of the target from its processed logits [R, V], where nothing was drafted: the same as where that
+        was done for the sake of others and none of it is verified."""
+        if not self.do_sample:
+            return likeliest(logits)
+        nothing = torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device)
+        seeds = self.seeds(len(logits), logits.device)
+        lengths = nothing.sum(dim=1)
+        return accept_sampled(logits[:, None], nothing, logits[:, None][:, :0], lengths, seeds).next_tokens
 
     def seeds(self, rows: int, device: torch.device) -> torch.Tensor | None:
         """See `BlockProcessors`."""

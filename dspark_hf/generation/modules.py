@@ -5,6 +5,8 @@ from collections.abc import Callable
 from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
 
+from .rope import growing_modules
+
 
 def structure(*models: PreTrainedModel) -> tuple:
     """What graphs of models depend on but their tensors and `Shape`: their modules, and what is hung on them."""
@@ -33,6 +35,13 @@ def is_watched(*models: PreTrainedModel) -> bool:
     modules = [own for model in models for own in model.modules()]
     hooks = [hook for own in modules for hook in (*own._forward_hooks.values(), *own._forward_pre_hooks.values())]
     return any("forward" in vars(own) for own in modules) or not all(map(_is_of_transformers, hooks))
+
+
+def is_private(target: PreTrainedModel, head: PreTrainedModel) -> bool:
+    """Whether the models neither show what they compute to others nor keep it."""
+    is_whole = (target.tp_size or 1) == 1 and target._compiled_call_impl is None
+    keeps_state = bool(growing_modules(target)) or getattr(target, "hf_quantizer", None) is not None
+    return is_whole and not keeps_state and is_stock(target, head) and not is_watched(target, head)
 
 
 def _is_of_transformers(hook: Callable) -> bool:

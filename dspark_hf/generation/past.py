@@ -155,8 +155,9 @@ class Continuation:
         self.is_kept = config.use_cache and (config.return_dict_in_generate or self.given is not None)
         self.ended: dict[int, RowPast] = {}
 
-    def load(self, rows: Sequence[Row], slots: SlotCache, drafter: Drafter) -> None:
-        """Fill the target's slots, and the head's with what it remembers if the cache is one that we returned."""
+    def load(self, rows: Sequence[Row], places: Sequence[int], slots: SlotCache, drafter: Drafter) -> None:
+        """Fill the target's slots, and the head's with what it remembers if the cache is one that we returned. All rows
+        of a call join at once."""
         if self.cached == 0:
             return
         load(self.given, [row.prompt_columns[: row.cached] for row in rows], slots)

@@ -115,6 +115,10 @@ class BlockProcessors:
             return logits.argmax(dim=-1)
         return drawn(logits, torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device))
 
+    def next_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        """Tokens [R] of the target from its processed logits [R, V], where nothing was drafted."""
+        return self.choose(logits) if self.do_sample else likeliest(logits)
+
     def seeds(self, rows: int, device: torch.device) -> torch.Tensor | None:
         """Of the verification of so many rows, [R]."""
         return random_seeds(rows, device) if self.do_sample else None
@@ -127,6 +131,12 @@ class BlockProcessors:
             prefixes: of every row its tokens, anchor included; only needed when `needs_prefix`.
         """
         return Selection(self, prefixes)
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The argmax [R] of processed logits [R, V], `INVALID` where they are NaN or nothing but -inf."""
+    best, tokens = logits.max(dim=-1)
+    return tokens.where(best > -torch.inf, INVALID)
 
 
 def drawn(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:

@@ -195,7 +195,7 @@ def accept(
     logits = processors(logits, prefixes)
     if layout.most == 0:
         nothing = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        return Verdict(nothing, processors.choose(logits[:, 0])), logits
+        return Verdict(nothing, processors.next_tokens(logits[:, 0])), logits
     seeds = processors.seeds(len(logits), logits.device)
     return verdict_of(logits, drafts, block.logits, layout.verify_lens, seeds), logits
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ..modeling_dspark import DSparkHead
+from ..scheduling.settings import DRAFT_SETTINGS
 
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -52,11 +53,12 @@ def init_continuous_batching(
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     *,
     assistant_model: DSparkHead,
+    **drafting: Any,
 ) -> "DSparkBatchingManager":
-    """The manager, which is yet to be started."""
+    """The manager, which is yet to be started; for `drafting` see there."""
     from .manager import DSparkBatchingManager
 
-    return DSparkBatchingManager(self, assistant_model, generation_config, continuous_batching_config)
+    return DSparkBatchingManager(self, assistant_model, generation_config, continuous_batching_config, **drafting)
 
 
 @contextmanager
@@ -68,15 +70,15 @@ def continuous_batching_context_manager(
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     *,
     assistant_model: DSparkHead,
+    **drafting: Any,
 ) -> Iterator["DSparkBatchingManager"]:
     """A manager that runs within the context.
 
     Args:
         block: wait at the end for requests that have not ended, at most `timeout` seconds.
     """
-    manager = init_continuous_batching(
-        self, generation_config, continuous_batching_config, assistant_model=assistant_model
-    )
+    given = generation_config, continuous_batching_config
+    manager = init_continuous_batching(self, *given, assistant_model=assistant_model, **drafting)
     manager.start()
     try:
         yield manager
@@ -103,8 +105,13 @@ def generate_batch(
     from tqdm import tqdm
 
     results: dict[str, GenerationOutput] = {}
+    drafting = {name: settings.pop(name) for name in DRAFT_SETTINGS if name in settings}
     context: AbstractContextManager[DSparkBatchingManager] = continuous_batching_context_manager(
-        self, generation_config, continuous_batching_config=continuous_batching_config, assistant_model=assistant_model
+        self,
+        generation_config,
+        continuous_batching_config=continuous_batching_config,
+        assistant_model=assistant_model,
+        **drafting,
     )
     with context as manager, tqdm(total=len(inputs), disable=not progress_bar, unit="request") as bar:
         ids = manager.add_requests(inputs, record_timestamps=record_timestamps, **settings)

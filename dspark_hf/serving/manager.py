@@ -23,17 +23,25 @@ from ..generation.compatibility import check_pair, check_prompt
 from ..generation.drafting import Drafter
 from ..generation.engine import Engine
 from ..generation.experience import scheduler_for, store
+from ..generation.modules import is_private
 from ..generation.observers import CommittedRound, Observer
+from ..generation.rope import growing_modules
 from ..generation.target import Target
 from ..modeling_dspark import DSparkHead
 from ..scheduling.scheduler import LoadSchedule
+from ..scheduling.settings import DRAFT_SETTINGS
 from .memory import tokens_that_fit
+from .prefixes import KeptTexts, Reader
 from .request import Kinds, Request, prepare, row_of
 
 logger = logging.get_logger(__name__)
 
 # Requests that decode at once, where `max_requests_per_batch` does not say.
 SLOTS = 16
+# Tokens of a prompt that are read at once, where `max_batch_tokens` does not say: what others wait for between rounds.
+PIECE = 512
+# Share of the memory for tokens that texts of ended requests may take.
+KEPT = 0.25
 # Seconds between looks at the queue when nothing is to be done.
 IDLE = 0.1
 
@@ -43,8 +51,11 @@ class DSparkBatchingManager:
 
     Args:
         generation_config: what requests do not say themselves; the model's own by default.
-        config: of these `max_requests_per_batch`, `max_queue_size`, `return_logprobs` and `seed` count, and
-            `num_blocks` pages, or `max_memory_percent` of the memory that is free, for the tokens of all requests.
+        config: of these count `max_requests_per_batch`, `max_queue_size`, `return_logprobs`, `seed` and
+            `allow_block_sharing` (prompts that begin with an earlier text are read from there on); `max_batch_tokens`
+            of a prompt are read between two rounds; and `num_blocks` pages, or `max_memory_percent` of the memory that
+            is free, are for the tokens of all requests.
+        drafting: `num_assistant_tokens`, `num_assistant_tokens_schedule` or `assistant_confidence_threshold`, for all.
 
     Raises:
         ValueError: for a head that cannot draft for the model, and settings that mean nothing here.
@@ -56,7 +67,11 @@ class DSparkBatchingManager:
         head: DSparkHead,
         generation_config: GenerationConfig | None = None,
         config: ContinuousBatchingConfig | None = None,
+        **drafting: Any,
     ):
+        unknown = set(drafting) - set(DRAFT_SETTINGS)
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))}: settings of requests are for `add_request`.")
         check_pair(model, head)
         self.model, self.head, self.generation_config = model.eval(), head, generation_config
         self.config = config or ContinuousBatchingConfig()
@@ -65,9 +80,14 @@ class DSparkBatchingManager:
                 "With a DSpark head requests are served first come first served, and nothing is offloaded: leave out "
                 f"`scheduler_type` (got {self.config.scheduler_type!r}) and `cpu_offload_space`."
             )
-        self.defaults = prepare(model, head, [0], generation_config).config
+        self.defaults = prepare(model, head, [0], generation_config, max_new_tokens=1, **drafting).config
         self.slots = self.config.max_requests_per_batch or SLOTS
         self.budget = tokens_that_fit(model, head, self.config)
+        whole = bool(growing_modules(model))
+        # Where keys depend on the length of the whole text, another text's are of no use, nor are those of a part.
+        self.texts = KeptTexts(0 if whole or not self.config.allow_block_sharing else int(KEPT * self.budget))
+        self.piece = None if whole else self.config.max_batch_tokens or PIECE
+        self.reading: deque[Reader] = deque()
         self.kinds, self.counter = Kinds(), itertools.count()
         self.incoming: queue.Queue[Request] = queue.Queue(self.config.max_queue_size)
         self.canceled: queue.Queue[str] = queue.Queue()
@@ -140,6 +160,9 @@ class DSparkBatchingManager:
             ValueError: for a prompt that is empty or too long, and for settings that mean nothing.
             queue.Full: when `max_queue_size` requests wait.
         """
+        wrong = set(settings) & set(DRAFT_SETTINGS)
+        if wrong:
+            raise ValueError(f"{', '.join(sorted(wrong))}: said for all requests at once, where the manager is made.")
         given = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
         settings |= {name: value for name, value in given.items() if value is not None}
         if not len(input_ids):
@@ -242,12 +265,14 @@ class DSparkBatchingManager:
             return True
         try:
             with self.model_lock:
-                self.engine.step()
+                self._read()
+                if self.engine.busy:
+                    self.engine.step()
         except Exception as error:
             # What a round leaves behind is not known; the requests that wait go on with a new engine.
             logger.error(f"A round failed, and the requests in it with it: {error}", exc_info=True)
             self._fail(self.active, f"{type(error).__name__}: {error}")
-            self.active = []
+            self.active, self.reading = [], deque()
             self.engine.close()
             self.engine = self._new_engine()
             return True
@@ -264,7 +289,21 @@ class DSparkBatchingManager:
             request = self.waiting.popleft()
             request.started = time.perf_counter()
             self.active.append(request)
-            self.engine.add([request.row])
+            self.texts.begin(request.row)
+            if self.piece is not None and len(request.row.prompt) > self.piece:
+                self.reading.append(Reader(self.engine.target, request.row, self.texts))
+            else:
+                self.engine.add([request.row])
+
+    def _read(self) -> None:
+        """A piece of the prompt that has been read longest; what is left of it is read as it joins."""
+        if not self.reading:
+            return
+        reader = self.reading[0]
+        with self.engine.mode():
+            reader.read(self.piece)
+        if len(reader.row.prompt) <= self.piece:
+            self.engine.add([self.reading.popleft().row])
 
     def _tell(self) -> None:
         """Tell callers what the round brought."""
@@ -285,6 +324,7 @@ class DSparkBatchingManager:
         for place in (self.waiting, self.active):
             for request in [own for own in place if own.id == request_id]:
                 place.remove(request)
+                self.reading = deque(reader for reader in self.reading if reader.row is not request.row)
                 self.engine.drop(request.row)
                 request.ended = time.perf_counter()
                 self.router.deliver(request.output())
@@ -299,7 +339,8 @@ class DSparkBatchingManager:
         drafter = Drafter(self.head, self.model, self.slots, self.slots)
         scheduler = scheduler_for(target, drafter, self.slots, self.defaults)
         observers = [LogprobObserver(self)] if self.config.return_logprobs else []
-        return Engine(target, drafter, scheduler, self.slots, observers=observers, isolates=True)
+        private = is_private(self.model, self.head)
+        return Engine(target, drafter, scheduler, self.slots, None, self.texts, None, observers, private, isolates=True)
 
 
 class LogprobObserver(Observer):

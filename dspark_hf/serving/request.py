@@ -1,12 +1,19 @@
 """A request: a row of the engine, and what its caller is told of it."""
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from ..generation.compatibility import check_mode
@@ -86,6 +93,13 @@ def prepare(
     Raises:
         ValueError: also for settings that cannot be kept for each request of a batch alone.
     """
+    # `generate` takes either a config or settings of one.
+    config, tokenizer = copy.deepcopy(config or model.generation_config), settings.pop("tokenizer", None)
+    settings = config.update(**settings)
+    if config.stop_strings is not None and tokenizer is not None:
+        # Which `generate` does itself, but for a decoding method that is passed.
+        own = StopStringCriteria(tokenizer=tokenizer, stop_strings=config.stop_strings)
+        config.stop_strings, settings["stopping_criteria"] = None, [*settings.get("stopping_criteria", []), own]
     ids = torch.tensor([list(input_ids)], dtype=torch.long, device=model.device)
     prepared: Prepared = model.generate(ids, generation_config=config, custom_generate=_decoding, **settings)
     check_mode(prepared.config.get_generation_mode(head), prepared.config)
