@@ -13,6 +13,7 @@ from . import (  # noqa: F401
     inspect,
     profile,
     publish,
+    serve,
     train,
     verify,
 )

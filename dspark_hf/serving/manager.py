@@ -81,6 +81,8 @@ class DSparkBatchingManager:
                 f"`scheduler_type` (got {self.config.scheduler_type!r}) and `cpu_offload_space`."
             )
         self.defaults = prepare(model, head, [0], generation_config, max_new_tokens=1, **drafting).config
+        ends = self.defaults.eos_token_id
+        self.ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
         self.slots = self.config.max_requests_per_batch or SLOTS
         self.budget = tokens_that_fit(model, head, self.config)
         whole = bool(growing_modules(model))
@@ -89,7 +91,7 @@ class DSparkBatchingManager:
         self.piece = None if whole else self.config.max_batch_tokens or PIECE
         self.reading: deque[Reader] = deque()
         self.kinds, self.counter = Kinds(), itertools.count()
-        self.incoming: queue.Queue[Request] = queue.Queue(self.config.max_queue_size)
+        self.incoming: queue.Queue[Request] = queue.Queue()
         self.canceled: queue.Queue[str] = queue.Queue()
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []
@@ -99,6 +101,11 @@ class DSparkBatchingManager:
         self.engine = self._new_engine()
         self.thread: threading.Thread | None = None
         self.is_stopping = self.is_aborting = False
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return self.incoming.qsize() + len(self.waiting)
 
     # -- The thread -----------------------------------------------------------------------------------------------
 
@@ -146,6 +153,7 @@ class DSparkBatchingManager:
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
         seed: int | None = None,
+        logprobs: bool | None = None,
         **settings: Any,
     ) -> str:
         """Queue a prompt. Returns the id of the request.
@@ -153,6 +161,7 @@ class DSparkBatchingManager:
         Args:
             seed: makes what is sampled reproducible, whatever else is decoded beside it, where head and schedule
                 (`num_assistant_tokens_schedule="constant"`) are the same.
+            logprobs: whether to say how likely the tokens were; by default as the config's `return_logprobs`.
             settings: of the request alone, as `generate` takes them: `do_sample`, `temperature`, `stop_strings` (with
                 `tokenizer`) and so on.
 
@@ -172,12 +181,15 @@ class DSparkBatchingManager:
         request_id = f"req_{next(self.counter)}" if request_id is None else request_id
         request = Request(request_id, row_of(input_ids, prepared, self.kinds, seed), streaming)
         request.timestamps = [] if record_timestamps else None
+        request.logprobs = [] if (self.config.return_logprobs if logprobs is None else logprobs) else None
         check_prompt(self.model, self.engine.target.positions, len(input_ids))
         if request.tokens > self.budget:
             raise ValueError(
                 f"A request of {len(input_ids)} tokens with up to {request.tokens - len(input_ids)} new ones does not "
                 f"fit: there is memory for {self.budget}. Lower `max_new_tokens`, or raise `max_memory_percent`."
             )
+        if 0 < self.config.max_queue_size <= self.num_waiting:
+            raise queue.Full(f"{self.num_waiting} requests wait already.")
         self.incoming.put_nowait(request)
         self.wake_up.set()
         return request_id
@@ -236,6 +248,11 @@ class DSparkBatchingManager:
 
         with lock:
             handlers[request_id] = deliver, asyncio.get_running_loop()
+
+    def forget(self, request_id: str) -> None:
+        """Drop the handler of a request that was not queued."""
+        with self.router._lock:
+            self.router.result_handlers.pop(request_id, None)
 
     # -- Rounds -----------------------------------------------------------------------------------------------------
 
@@ -338,24 +355,32 @@ class DSparkBatchingManager:
         target = Target(self.model, self.head.config.target_layer_ids)
         drafter = Drafter(self.head, self.model, self.slots, self.slots)
         scheduler = scheduler_for(target, drafter, self.slots, self.defaults)
-        observers = [LogprobObserver(self)] if self.config.return_logprobs else []
+        observers = [RequestObserver(self)]
         private = is_private(self.model, self.head)
         return Engine(target, drafter, scheduler, self.slots, None, self.texts, None, observers, private, isolates=True)
 
 
-class LogprobObserver(Observer):
-    """Notes how likely the tokens of requests were, after processors."""
+class RequestObserver(Observer):
+    """Notes of requests what becomes of their drafts, and where it is wanted how likely their tokens were, after
+    processors."""
 
     def __init__(self, manager: DSparkBatchingManager):
         self.manager = manager
 
     def on_round(self, done: CommittedRound) -> None:
         requests = {id(request.row): request for request in self.manager.active}
-        for r, (row, kept) in enumerate(zip(done.rows, done.kept, strict=True)):
-            if kept and id(row) in requests:
+        drafting = set() if done.plan is None else set(done.plan.rows)
+        for r, row in enumerate(done.rows):
+            request, kept = requests[id(row)], done.kept[r]
+            if done.plan is not None:
+                request.rounds += 1
+                request.drafted += len(done.host.drafts[r]) if r in drafting else 0
+                request.verified += int(done.host.verified[r])
+                request.accepted += min(int(done.host.accepted[r]), len(kept))
+            if kept and request.logprobs is not None:
                 logprobs = done.logits[r, : len(kept)].log_softmax(dim=-1)
                 tokens = torch.tensor(kept, device=logprobs.device)
-                requests[id(row)].logprobs += logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+                request.logprobs += logprobs.gather(1, tokens[:, None])[:, 0].tolist()
 
 
 def _drained(items: queue.Queue) -> list:

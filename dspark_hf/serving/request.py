@@ -23,14 +23,27 @@ from ..generation.stopping import Stopping
 from ..modeling_dspark import DSparkHead
 
 
+@dataclass
+class RequestOutput(GenerationOutput):
+    """What transformers says of a request, and what became of its drafts.
+
+    rounds: passes of the target after its prompt. drafted, verified, accepted: drafts.
+    """
+
+    rounds: int = 0
+    drafted: int = 0
+    verified: int = 0
+    accepted: int = 0
+
+
 @dataclass(eq=False)
 class Request:
     """What `add_request` was asked for.
 
     streaming: whether its caller is told of every round, and not only of its end.
     created, started, ended: by `time.perf_counter`, the latter two -1 before.
-    timestamps: of its tokens, `None` where they are not wanted. logprobs: of its tokens, where they are wanted.
-    told: tokens that its caller knows of.
+    timestamps, logprobs: of its tokens, `None` where they are not wanted.
+    told: tokens that its caller knows of. rounds, drafted, verified, accepted: see [`RequestOutput`].
     """
 
     id: str
@@ -40,8 +53,12 @@ class Request:
     started: float = -1
     ended: float = -1
     timestamps: list[float] | None = None
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[float] | None = None
     told: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    verified: int = 0
+    accepted: int = 0
 
     @property
     def status(self) -> RequestStatus:
@@ -56,18 +73,22 @@ class Request:
         """Those that it can come to, prompt included."""
         return self.row.stopping.max_length
 
-    def output(self) -> GenerationOutput:
-        """What transformers says of a request."""
-        return GenerationOutput(
+    def output(self) -> RequestOutput:
+        """What its caller is told."""
+        return RequestOutput(
             request_id=self.id,
             prompt_ids=self.row.given,
             generated_tokens=list(self.row.committed),
-            logprobs=list(self.logprobs),
+            logprobs=list(self.logprobs or []),
             error=self.row.error,
             status=self.status,
             created_time=self.created,
             lifespan=(self.started, self.ended),
             timestamps=None if self.timestamps is None else list(self.timestamps),
+            rounds=self.rounds,
+            drafted=self.drafted,
+            verified=self.verified,
+            accepted=self.accepted,
         )
 
 
