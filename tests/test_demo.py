@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, TextStreamer
 
 import dspark_hf
 from dspark_hf.evaluation.verify import BROKEN, IDENTICAL
+from dspark_hf.generation.engine import Engine as Rounds
 
 gr = pytest.importorskip("gradio", reason="the demo needs the extra `demo`")
 
@@ -353,11 +354,17 @@ def test_a_slice_of_concurrent_requests(engine, draft):
     assert measured.speed > 0 and (measured.verified > 0) == draft
 
 
-def test_concurrent_requests_are_load_for_each_other(engine, monkeypatch):
-    stats = []
-    monkeypatch.setattr(load, "_verified", lambda given: stats.extend(given) or 0.0)
+def test_concurrent_requests_share_an_engine(engine, monkeypatch):
+    rows, step = [], Rounds.step
+    monkeypatch.setattr(Rounds, "step", lambda self: rows.append(len(self.rows)) or step(self))
     list(engine.stream(load.Slice(3, True, (engine.encode(PROMPT),), seconds=0.3), Stop()))
-    assert max(max(one.load) for one in stats) == 3
+    assert max(rows) == 3
+
+
+def test_failures_of_requests_that_share_an_engine_are_not_lost(engine, monkeypatch):
+    monkeypatch.setattr(Rounds, "step", lambda self: 1 / 0)
+    with pytest.raises(gr.Error, match="ZeroDivisionError"):
+        list(engine.stream(load.Slice(2, True, (engine.encode(PROMPT),), seconds=0.1), Stop()))
 
 
 def test_load_takes_turns_and_stops(engine, monkeypatch):

@@ -1,20 +1,21 @@
-"""Load: concurrent requests with the head and without it, in turn, and what each way writes a second."""
+"""Load: concurrent requests, on one engine with the head and beside each other without it, in turn."""
 
 import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 import pandas as pd
+from transformers import ContinuousBatchingConfig
 
 from ..evaluation.prompts import DEFAULT_PROMPTS
-from ..generation.stats import DSparkStats
+from ..serving.request import RequestOutput
 from . import parts
-from .engine import Ended, Engine, Stop, Streamer
+from .engine import TICK, Ended, Engine, Stop, Streamer
 
 MOST_REQUESTS = 32
 SLICE_SECONDS, LONGEST_SECONDS = 1.5, 60.0
@@ -34,50 +35,132 @@ class Slice:
     seconds: float
 
     def __call__(self, engine: Engine, emit: Callable[[Any], None], stop: threading.Event) -> None:
-        over = threading.Event()
-        clients = [Client(self, i, lambda: over.is_set() or stop.is_set()) for i in range(self.requests)]
-        with ThreadPoolExecutor(self.requests) as pool:
-            running = [pool.submit(client.run, engine) for client in clients]
-            try:
-                # The clock starts when everybody has got the first token.
-                while not all(c.counts or r.done() for c, r in zip(clients, running, strict=True)):
-                    if stop.wait(0.01):
-                        return
-                begun = time.perf_counter()
-                stop.wait(self.seconds)
-                seconds = time.perf_counter() - begun
-            finally:
-                over.set()
-        for future in running:
+        clients = Together(self, engine) if self.draft else Beside(self, engine)
+        with clients:
+            # The clock starts when everybody has got the first token.
+            while not clients.all_begun():
+                if stop.wait(0.01):
+                    return
+            begun = time.perf_counter()
+            stop.wait(self.seconds)
+            seconds = time.perf_counter() - begun
+        count = sum(count for moment, count in clients.counts if 0 < moment - begun <= seconds)
+        emit(Measured(self, count / seconds, clients.verified))
+
+    def prompt(self, number: int) -> list[int]:
+        """Of the request of that number."""
+        return self.prompts[number % len(self.prompts)]
+
+    def settings(self, engine: Engine) -> dict[str, Any]:
+        """Of every request."""
+        return {"max_new_tokens": min(REQUEST_TOKENS, engine.most_new_tokens), "do_sample": False}
+
+
+class Together:
+    """Clients whose requests share one engine, where they join and leave between rounds.
+
+    Attributes:
+        counts: when tokens were committed, and how many.
+    """
+
+    def __init__(self, of: Slice, engine: Engine):
+        self.of, self.settings = of, of.settings(engine)
+        config = ContinuousBatchingConfig(max_requests_per_batch=MOST_REQUESTS)
+        self.manager = engine.model.init_continuous_batching(
+            continuous_batching_config=config, assistant_model=engine.head
+        )
+        self.counts: list[tuple[float, int]] = []
+        # Of every request its last news, and how many of its tokens were counted.
+        self.news: dict[str, RequestOutput] = {}
+        self.told: dict[str, int] = {}
+        self.over, self.reader = threading.Event(), ThreadPoolExecutor(1)
+        self.reading: Future | None = None
+
+    def __enter__(self) -> "Together":
+        self.manager.start()
+        self.reading = self.reader.submit(self._read)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.over.set()
+        self.reader.shutdown()
+        self.manager.stop(hard_stop=True)
+        self.reading.result()
+
+    def all_begun(self) -> bool:
+        """Whether everybody has got the first token."""
+        return len(self.news) >= self.of.requests or self.reading.done()
+
+    @property
+    def verified(self) -> float:
+        """Mean drafts verified in a round of a request."""
+        news = list(self.news.values())
+        return sum(one.verified for one in news) / max(1, sum(one.rounds for one in news))
+
+    def _read(self) -> None:
+        numbers = itertools.count()
+        for _ in range(self.of.requests):
+            self._ask(next(numbers))
+        while not self.over.is_set():
+            result = self.manager.get_result(timeout=TICK)
+            if result is None:
+                continue
+            if result.error is not None:
+                raise RuntimeError(result.error)
+            request, count = result.request_id, len(result.generated_tokens)
+            self.counts.append((time.perf_counter(), count - self.told[request]))
+            self.told[request], self.news[request] = count, result
+            if result.is_finished():
+                self._ask(next(numbers))
+
+    def _ask(self, number: int) -> None:
+        request = self.manager.add_request(self.of.prompt(number), streaming=True, **self.settings)
+        self.told[request] = 0
+
+
+class Beside:
+    """Clients whose requests are calls of plain `generate`, which decode beside each other.
+
+    Attributes:
+        counts: when tokens were committed, and how many. verified: nothing is.
+    """
+
+    verified = 0.0
+
+    def __init__(self, of: Slice, engine: Engine):
+        self.of, self.engine, self.settings = of, engine, of.settings(engine)
+        self.counts: list[tuple[float, int]] = []
+        self.begun: set[int] = set()
+        self.over = threading.Event()
+        self.pool = ThreadPoolExecutor(of.requests)
+        self.running: list[Future] = []
+
+    def __enter__(self) -> "Beside":
+        self.running = [self.pool.submit(self._run, index) for index in range(self.of.requests)]
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.over.set()
+        self.pool.shutdown()
+        for future in self.running:
             future.result()
-        counts = [count for client in clients for moment, count in client.counts if 0 < moment - begun <= seconds]
-        emit(Measured(self, sum(counts) / seconds, _verified([s for client in clients for s in client.stats])))
 
+    def all_begun(self) -> bool:
+        """Whether everybody has got the first token."""
+        return len(self.begun) >= self.of.requests or any(future.done() for future in self.running)
 
-@dataclass
-class Client:
-    """A client of a slice. counts: when tokens were committed, and how many. stats: of its requests, with the head."""
+    def _run(self, index: int) -> None:
+        def told(tokens: list[int]) -> None:
+            self.counts.append((time.perf_counter(), len(tokens)))
+            self.begun.add(index)
 
-    of: Slice
-    index: int
-    over: Callable[[], bool]
-    counts: list[tuple[float, int]] = field(default_factory=list)
-    stats: list[DSparkStats] = field(default_factory=list)
-
-    def run(self, engine: Engine) -> None:
-        for number in itertools.count(self.index):
-            if self.over():
+        for number in itertools.count(index):
+            if self.over.is_set():
                 return
-            output = engine.generate(
-                self.of.prompts[number % len(self.of.prompts)],
-                engine.head if self.of.draft else None,
-                streamer=Streamer(lambda tokens: self.counts.append((time.perf_counter(), len(tokens)))),
-                stopping_criteria=[Ended(self.over)],
-                max_new_tokens=min(REQUEST_TOKENS, engine.most_new_tokens),
-                do_sample=False,
+            criteria, streamer = [Ended(self.over.is_set)], Streamer(told)
+            self.engine.generate(
+                self.of.prompt(number), None, streamer=streamer, stopping_criteria=criteria, **self.settings
             )
-            if self.of.draft:
-                self.stats.append(output.dspark)
 
 
 @dataclass(frozen=True)
@@ -96,11 +179,6 @@ class Level:
     requests: int = 4
 
     __hash__ = object.__hash__
-
-
-def _verified(stats: list[DSparkStats]) -> float:
-    lengths = [length for one in stats for length in one.verified_lengths[0]]
-    return sum(lengths) / len(lengths) if lengths else 0.0
 
 
 def run(engine: Engine, level: Level, stop: Stop) -> Iterator[tuple[float, Measured] | None]:
@@ -144,8 +222,10 @@ def figures(last: dict[bool, Measured], requests: int) -> dict[str, str]:
 def tab(engine: Engine) -> None:
     """The tab's components and what they do."""
     gr.Markdown(
-        "Requests of many users at once: the busier the machine, the more a draft costs that is thrown away, so the "
-        "schedule verifies fewer of them. Move the slider while it runs; both ways take turns at the same load."
+        "Requests of many users at once. With the head they share one engine, where they join and leave between "
+        "rounds; without it they are calls of plain `generate` beside each other. The busier the machine, the more a "
+        "draft costs that is thrown away, so the schedule verifies fewer of them. Move the slider while it runs; both "
+        "ways take turns at the same load."
     )
     requests = parts.slider(1, MOST_REQUESTS, Level.requests, step=1, label="Requests at once", elem_id="load-level")
     with gr.Row():
