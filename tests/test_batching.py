@@ -399,6 +399,15 @@ def test_settings_that_mean_nothing_are_refused_before_anything_runs(pair, setti
         manager.add_request([])
 
 
+@pytest.mark.parametrize("kwargs", [{"scheduler_type": "prefill_first"}, {"cpu_offload_space": 1.0}])
+def test_settings_of_a_manager_that_it_cannot_keep(pair, kwargs):
+    target, head = pair
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        target.init_continuous_batching(continuous_batching_config=config(**kwargs), assistant_model=head)
+    with pytest.raises(ValueError, match="temperature"):
+        target.init_continuous_batching(assistant_model=head, temperature=0.5)
+
+
 def test_a_full_queue_says_so(pair):
     target, head = pair
     manager = target.init_continuous_batching(continuous_batching_config=config(max_queue_size=2), assistant_model=head)

@@ -1,16 +1,21 @@
 """Every Python snippet of the README runs, in order, with Hub ids resolved to local folders."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
+from test_serve import serving
 
 import dspark_hf
 from dspark_hf.embedded import FOLDER
 from dspark_hf.hub import registry
 from dspark_hf.hub.registry import PublishedHead
+from dspark_hf.serving.app import Service
 
 README = Path(__file__).parents[1] / "README.md"
+SERVER = "http://127.0.0.1:8000"
 LOCAL = {
     "Qwen/Qwen3-4B": str(FOLDER / "target"),
     "deepseek-ai/dspark_qwen3_4b_block7": str(FOLDER / "head"),
@@ -31,7 +36,17 @@ def test_snippet(code, capsys, monkeypatch):
     monkeypatch.setattr(registry, "published_heads", lambda: (entry,))
     for hub_id, folder in LOCAL.items():
         code = code.replace(hub_id, folder)
-    exec(compile(code, str(README), "exec"), {"__name__": "__main__"})
+    with served() if "OpenAI(" in code else nullcontext(SERVER) as address:
+        exec(compile(code.replace(SERVER, address), str(README), "exec"), {"__name__": "__main__"})
+
+
+@contextmanager
+def served() -> Iterator[str]:
+    """What `dspark-hf serve --api-key secret` serves, at a free port."""
+    target, head, tokenizer = dspark_hf.embedded_pair()
+    manager = target.init_continuous_batching(assistant_model=head)
+    with serving(Service(manager, tokenizer, "dspark-pair", "secret")) as (address, _):
+        yield address
 
 
 def codes() -> list[str]:
