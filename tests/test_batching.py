@@ -143,6 +143,15 @@ def test_a_seed_reproduces_a_sample_whoever_is_beside(pair):
     assert written[0] == written[1] == written[2] and written[0][0] != written[0][1]
 
 
+def test_several_texts_of_a_prompt(pair):
+    target, head = pair
+    settings = {"do_sample": True, "temperature": 1.5, "num_return_sequences": 3, "max_new_tokens": 12}
+    outputs = target.generate_batch(texts(2), assistant_model=head, seed=4, **settings)
+    names = [f"req_{i}{child}" for i in range(2) for child in ("__child#0", "__child#1", "")]
+    assert list(outputs) == names and all(len(output.generated_tokens) == 12 for output in outputs.values())
+    assert len({tuple(output.generated_tokens) for output in outputs.values()}) == 6
+
+
 def test_stop_strings_end_a_request():
     target, head, tokenizer = dspark_hf.embedded_pair(torch.float32)
     prompt = encoded("Tom has 3 apples and buys 5 more. How many apples does he have?", tokenizer)

@@ -104,6 +104,8 @@ def generate_batch(
     """
     from tqdm import tqdm
 
+    from .manager import ids_of
+
     results: dict[str, GenerationOutput] = {}
     drafting = {name: settings.pop(name) for name in DRAFT_SETTINGS if name in settings}
     context: AbstractContextManager[DSparkBatchingManager] = continuous_batching_context_manager(
@@ -114,7 +116,10 @@ def generate_batch(
         **drafting,
     )
     with context as manager, tqdm(total=len(inputs), disable=not progress_bar, unit="request") as bar:
-        ids = manager.add_requests(inputs, record_timestamps=record_timestamps, **settings)
+        asked = manager.add_requests(inputs, record_timestamps=record_timestamps, **settings)
+        sequences = settings.get("num_return_sequences", manager.defaults.num_return_sequences)
+        ids = [own for request_id in asked for own in ids_of(request_id, sequences)]
+        bar.total = len(ids)
         while len(results) < len(ids):
             result = manager.get_result(timeout=1)
             if result is not None and result.is_finished():

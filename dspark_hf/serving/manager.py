@@ -156,7 +156,8 @@ class DSparkBatchingManager:
         logprobs: bool | None = None,
         **settings: Any,
     ) -> str:
-        """Queue a prompt. Returns the id of the request.
+        """Queue a prompt. Returns the id of the request; with `num_return_sequences` others have ids of their own, see
+        [`ids_of`].
 
         Args:
             seed: makes what is sampled reproducible, whatever else is decoded beside it, where head and schedule
@@ -179,18 +180,22 @@ class DSparkBatchingManager:
         prepared = prepare(self.model, self.head, input_ids, self.generation_config, **settings)
         seed = self.config.seed if seed is None else seed
         request_id = f"req_{next(self.counter)}" if request_id is None else request_id
-        request = Request(request_id, row_of(input_ids, prepared, self.kinds, seed), streaming)
-        request.timestamps = [] if record_timestamps else None
-        request.logprobs = [] if (self.config.return_logprobs if logprobs is None else logprobs) else None
+        requests = []
+        for number, name in enumerate(ids_of(request_id, prepared.config.num_return_sequences)):
+            row = row_of(input_ids, prepared, self.kinds, None if seed is None else seed + number)
+            requests.append(Request(name, row, streaming, timestamps=[] if record_timestamps else None))
+            requests[-1].logprobs = [] if (self.config.return_logprobs if logprobs is None else logprobs) else None
         check_prompt(self.model, self.engine.target.positions, len(input_ids))
-        if request.tokens > self.budget:
+        if row.stopping.max_length > self.budget:
             raise ValueError(
-                f"A request of {len(input_ids)} tokens with up to {request.tokens - len(input_ids)} new ones does not "
-                f"fit: there is memory for {self.budget}. Lower `max_new_tokens`, or raise `max_memory_percent`."
+                f"A request of {len(input_ids)} tokens with up to {row.stopping.max_length - len(input_ids)} new ones "
+                f"does not fit: there is memory for {self.budget}. Lower `max_new_tokens`, or raise "
+                "`max_memory_percent`."
             )
         if 0 < self.config.max_queue_size <= self.num_waiting:
             raise queue.Full(f"{self.num_waiting} requests wait already.")
-        self.incoming.put_nowait(request)
+        for request in requests:
+            self.incoming.put_nowait(request)
         self.wake_up.set()
         return request_id
 
@@ -381,6 +386,11 @@ class RequestObserver(Observer):
                 logprobs = done.logits[r, : len(kept)].log_softmax(dim=-1)
                 tokens = torch.tensor(kept, device=logprobs.device)
                 request.logprobs += logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+
+
+def ids_of(request_id: str, sequences: int | None) -> list[str]:
+    """The ids of all texts that are asked for with a request, as transformers names them; its own is the last."""
+    return [f"{request_id}__child#{number}" for number in range((sequences or 1) - 1)] + [request_id]
 
 
 def _drained(items: queue.Queue) -> list:
