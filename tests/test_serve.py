@@ -3,6 +3,10 @@
 import asyncio
 import contextlib
 import json
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -296,3 +300,21 @@ def test_a_server_that_is_stopped_ends_what_it_writes(parts):
         pieces += [chunk.choices[0].delta.content or "" for chunk in stream]
     assert "".join(pieces) == expected(parts, chat_ids(tokenizer), 24)
     assert not own.manager.is_running()
+
+
+def test_the_command_serves_until_it_is_told_to_end():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dspark_hf.cli", "serve", "--port", str(port), "--batch", "2"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert f"http://127.0.0.1:{port}/v1 serves dspark-pair" in server.stdout.readline()
+
+    def healthy():
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{port}/health", timeout=120).json() == {"status": "ok"}
+        assert server.poll() is None
+
+    wait_for(healthy)
+    server.terminate()
+    assert server.wait() in (0, -signal.SIGTERM)
