@@ -211,6 +211,19 @@ def test_load_draws_points(visit):
     page.click("#load-stop")
 
 
+def test_requests_join_and_leave(visit):
+    """Ten of them, while it runs; the chart goes on with what they write."""
+    page = visit("Load")
+    page.click("#load-start")
+    page.wait_for_selector("#load-plot .mark-line path")
+    page.fill("#load-level input[type=number]", "10")
+    page.press("#load-level input[type=number]", "Enter")
+    wait_for(page, "#load-numbers", "10\nrequests")
+    assert float(figure(page, "#load-numbers", "tau")) > 1
+    assert float(figure(page, "#load-numbers", "DSpark tokens/s")) > 0
+    page.click("#load-stop")
+
+
 def test_two_visitors_get_their_own_texts(visit, answers):
     pages = {prompt: visit("Chat") for prompt in (SHORT, LONG)}
     for prompt, page in pages.items():

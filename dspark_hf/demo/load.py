@@ -45,7 +45,7 @@ class Slice:
             stop.wait(self.seconds)
             seconds = time.perf_counter() - begun
         count = sum(count for moment, count in clients.counts if 0 < moment - begun <= seconds)
-        emit(Measured(self, count / seconds, clients.verified))
+        emit(Measured(self, count / seconds, clients.verified, clients.tau, clients.ended))
 
     def prompt(self, number: int) -> list[int]:
         """Of the request of that number."""
@@ -97,6 +97,17 @@ class Together:
         news = list(self.news.values())
         return sum(one.verified for one in news) / max(1, sum(one.rounds for one in news))
 
+    @property
+    def tau(self) -> float:
+        """Mean tokens of a round of a request."""
+        news = list(self.news.values())
+        return 1 + sum(one.accepted for one in news) / max(1, sum(one.rounds for one in news))
+
+    @property
+    def ended(self) -> int:
+        """Requests that have left the batch."""
+        return sum(one.is_finished() for one in list(self.news.values()))
+
     def _read(self) -> None:
         numbers = itertools.count()
         for _ in range(self.of.requests):
@@ -122,15 +133,16 @@ class Beside:
     """Clients whose requests are calls of plain `generate`, which decode beside each other.
 
     Attributes:
-        counts: when tokens were committed, and how many. verified: nothing is.
+        counts: when tokens were committed, and how many. verified, tau: of rounds without drafts. ended: requests.
     """
 
-    verified = 0.0
+    verified, tau = 0.0, 1.0
 
     def __init__(self, of: Slice, engine: Engine):
         self.of, self.engine, self.settings = of, engine, of.settings(engine)
         self.counts: list[tuple[float, int]] = []
         self.begun: set[int] = set()
+        self.ended = 0
         self.over = threading.Event()
         self.pool = ThreadPoolExecutor(of.requests)
         self.running: list[Future] = []
@@ -161,15 +173,22 @@ class Beside:
             self.engine.generate(
                 self.of.prompt(number), None, streamer=streamer, stopping_criteria=criteria, **self.settings
             )
+            self.ended += 1
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a slice gave: tokens a second of all requests together, and mean drafts verified in a round."""
+    """What a slice gave.
+
+    speed: tokens a second of all requests together. verified, tau: mean drafts verified, and tokens, in a round of a
+    request. ended: requests that came to their end, each of which another followed.
+    """
 
     slice: Slice
     speed: float
     verified: float
+    tau: float
+    ended: int
 
 
 @dataclass
@@ -212,7 +231,9 @@ def figures(last: dict[bool, Measured], requests: int) -> dict[str, str]:
         "DSpark tokens/s": f"{ours.speed:.0f}" if ours else "-",
         "plain tokens/s": f"{plain.speed:.0f}" if plain else "-",
         "speed-up": parts.times(ours.speed / plain.speed if same and plain.speed else None),
+        "tau": f"{ours.tau:.2f}" if ours else "-",
         "drafts verified": f"{ours.verified:.1f}" if ours else "-",
+        "ended": str(ours.ended) if ours else "-",
     }
 
 
