@@ -18,7 +18,7 @@ LONG = {"max_position_embeddings": 1024}
 
 
 def config(slots=4, **kwargs):
-    return ContinuousBatchingConfig(max_requests_per_batch=slots, num_blocks=16, **kwargs)
+    return ContinuousBatchingConfig(max_requests_per_batch=slots, num_blocks=64, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_old_texts_make_room(pair):
     target, head = pair
     manager = target.init_continuous_batching(
         GenerationConfig(do_sample=False, max_new_tokens=5),
-        ContinuousBatchingConfig(num_blocks=1, page_size=512),
+        ContinuousBatchingConfig(max_requests_per_batch=1, num_blocks=1, page_size=512),
         assistant_model=head,
     )
     manager.start()

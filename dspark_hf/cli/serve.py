@@ -39,7 +39,7 @@ def serve(
     manager = target.init_continuous_batching(continuous_batching_config=config, assistant_model=head)
     name = name or model or "dspark-pair"
     service = Service(manager, tokenizer, name, api_key, Limits(1024 * max_body, max_prompt, max_tokens))
-    say(f"http://{host}:{port}/v1 serves {name}: up to {batch} requests at once, {manager.budget} tokens of them")
+    say(f"http://{host}:{port}/v1 serves {name}: up to {batch} requests at once")
     if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
         note("Whoever reaches this address may use it: there is no --api-key.")
     uvicorn.run(build(service), host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)

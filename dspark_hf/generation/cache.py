@@ -24,6 +24,11 @@ def on_device(values: list | torch.Tensor, device: torch.device) -> torch.Tensor
     return tensor.to(device, non_blocking=True)
 
 
+def capacity_for(tokens: int) -> int:
+    """Tokens that a slot has room for, of which so many are needed: a power of two, see `SlotLayer`."""
+    return max(SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length())
+
+
 def compact(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """x [R, ...] with only the given rows, in place: row `rows[i]` becomes row i.
 
@@ -142,7 +147,7 @@ class SlotLayer(CacheLayerMixin):
     def _capacity_for(self, view: int) -> int:
         """What is expected, when that is near or said to be fixed: growing later would cost a copy. Else a power of
         two, so that shapes stay the same for many rounds and growing costs little overall."""
-        capacity = max(SMALLEST_CAPACITY, 1 << (view - 1).bit_length())
+        capacity = capacity_for(view)
         near = self.expected is not None and view <= self.expected and (self.is_static or self.expected <= 2 * capacity)
         return self.expected if near else capacity
 

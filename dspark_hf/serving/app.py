@@ -191,7 +191,11 @@ def build(service: Service) -> FastAPI:
     @app.get("/health")
     async def health() -> Response:
         body = CompletionBody(model=service.name, prompt=[0], max_tokens=1, temperature=0)
-        request_id, results = await service.begin([0], body)
+        try:
+            request_id, results = await service.begin([0], body)
+        except RequestError as error:
+            # A full queue is no illness.
+            return JSONResponse({"status": str(error)}, 200 if error.status == 429 else 503)
         try:
             async with asyncio.timeout(HEALTHY):
                 async for output in service.outputs(request_id, results):

@@ -1,7 +1,7 @@
 """Continuous batching with a draft head: what transformers' `ContinuousBatchingManager` is without one.
 
-Requests join the engine between rounds, first come first served, as long as there are slots and memory for them; one
-thread runs the rounds.
+Requests join the engine between rounds, first come first served, as long as there are slots; one thread runs rounds.
+There are as many slots as memory holds of the longest request that is taken.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
+from ..generation.cache import capacity_for
 from ..generation.compatibility import check_pair, check_prompt
 from ..generation.drafting import Drafter
 from ..generation.engine import Engine
@@ -186,12 +187,7 @@ class DSparkBatchingManager:
             requests.append(Request(name, row, streaming, timestamps=[] if record_timestamps else None))
             requests[-1].logprobs = [] if (self.config.return_logprobs if logprobs is None else logprobs) else None
         check_prompt(self.model, self.engine.target.positions, len(input_ids))
-        if row.stopping.max_length > self.budget:
-            raise ValueError(
-                f"A request of {len(input_ids)} tokens with up to {row.stopping.max_length - len(input_ids)} new ones "
-                f"does not fit: there is memory for {self.budget}. Lower `max_new_tokens`, or raise "
-                "`max_memory_percent`."
-            )
+        self._check_room(len(input_ids), row.stopping.max_length)
         if 0 < self.config.max_queue_size <= self.num_waiting:
             raise queue.Full(f"{self.num_waiting} requests wait already.")
         for request in requests:
@@ -302,12 +298,8 @@ class DSparkBatchingManager:
         return True
 
     def _admit(self) -> None:
-        """Let requests in that wait, in their order, as long as there is room."""
+        """Let requests in that wait, in their order, as long as there are slots."""
         while self.waiting and len(self.active) < self.slots:
-            longest = max(request.tokens for request in [*self.active, self.waiting[0]])
-            # A slot is as long as the longest of them.
-            if (len(self.active) + 1) * longest > self.budget:
-                return
             request = self.waiting.popleft()
             request.started = time.perf_counter()
             self.active.append(request)
@@ -355,6 +347,18 @@ class DSparkBatchingManager:
         for request in requests:
             request.row.error, request.row.ended, request.ended = error, True, time.perf_counter()
             self.router.deliver(request.output())
+
+    def _check_room(self, prompt: int, tokens: int) -> None:
+        """Raise for a request of so many tokens, prompt included, whose slot there is no memory for. All slots are as
+        long as the longest row needs."""
+        slot = capacity_for(tokens + self.head.config.block_size)
+        room = int((1 - KEPT) * self.budget)
+        if self.slots * slot > room:
+            raise ValueError(
+                f"A prompt of {prompt} tokens with up to {tokens - prompt} new ones needs {self.slots} slots of {slot} "
+                f"tokens, but there is memory for {room}. Lower `max_new_tokens` or `max_requests_per_batch`, or raise "
+                "`max_memory_percent`."
+            )
 
     def _new_engine(self) -> Engine:
         target = Target(self.model, self.head.config.target_layer_ids)
