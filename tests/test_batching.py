@@ -12,13 +12,14 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationM
 
 import dspark_hf
 from dspark_hf.evaluation.prompts import encode, read_prompts
+from dspark_hf.generation.releases import PAGE_SIZE
 from dspark_hf.serving import hook
 
 LONG = {"max_position_embeddings": 1024}
 
 
 def config(slots=4, **kwargs):
-    return ContinuousBatchingConfig(max_requests_per_batch=slots, num_blocks=64, **kwargs)
+    return ContinuousBatchingConfig(max_requests_per_batch=slots, num_blocks=64, **{PAGE_SIZE: 256} | kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +242,7 @@ def test_old_texts_make_room(pair):
     target, head = pair
     manager = target.init_continuous_batching(
         GenerationConfig(do_sample=False, max_new_tokens=5),
-        ContinuousBatchingConfig(max_requests_per_batch=1, num_blocks=1, page_size=512),
+        ContinuousBatchingConfig(max_requests_per_batch=1, num_blocks=1, **{PAGE_SIZE: 512}),
         assistant_model=head,
     )
     manager.start()

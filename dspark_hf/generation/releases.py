@@ -10,12 +10,14 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 TESTED = "5.17 to 5.24"
 # 5.24 renamed `past_key_values`, everywhere, and warns where the old name is used.
 CACHE = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
+# After 5.17 the tokens of a block of continuous batching are called otherwise.
+PAGE_SIZE = "page_size" if "page_size" in {field.name for field in fields(ContinuousBatchingConfig)} else "block_size"
 # Since 5.23 `output_hidden_states` takes indices of the full tuple; before, a list meant layer numbers, and the tuple
 # lacked the embedding output. Asking for everything means the same in all releases.
 SELECTS_BY_INDEX = Version(transformers.__version__) >= Version("5.23.0")

@@ -5,6 +5,7 @@ import os
 import torch
 from transformers import ContinuousBatchingConfig, PreTrainedConfig, PreTrainedModel
 
+from ..generation.releases import PAGE_SIZE
 from ..modeling_dspark import DSparkHead
 
 # Share of the free memory that caches may take, where `max_memory_percent` does not say; the rest is for passes.
@@ -14,7 +15,7 @@ SHARE = 0.8
 def tokens_that_fit(model: PreTrainedModel, head: DSparkHead, config: ContinuousBatchingConfig) -> int:
     """Tokens of all requests together that the caches of target and head may hold."""
     if config.num_blocks is not None:
-        return config.num_blocks * config.page_size
+        return config.num_blocks * getattr(config, PAGE_SIZE)
     share = SHARE if config.max_memory_percent is None else config.max_memory_percent
     target = model.config.get_text_config(decoder=True)
     size = bytes_of_token(target, model.dtype) + bytes_of_token(head.config, head.dtype)
