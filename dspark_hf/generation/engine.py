@@ -24,7 +24,7 @@ from .mixed import processors_of
 from .observers import CommittedRound, Observer
 from .past import Continuation
 from .planner import Planner
-from .processors import BlockProcessors, Prefixes
+from .processors import Prefixes
 from .rereading import read_lengths, reread
 from .round import HostRound, RoundState, VerifyLayout
 from .rows import Row
@@ -111,7 +111,8 @@ class Engine:
         with clock.part("draft"):
             drafting = [rows[r] for r in plan.rows]
             processors = processors_of(drafting or rows)
-            select = processors.drafting(self._prefixes(processors, drafting))
+            prefixes = prefixes_of(drafting, self.target.device) if processors.needs_prefix else None
+            select = processors.drafting(prefixes)
             block = passes.draft(state, plan, select)
         with clock.part("schedule"):
             confidence = planner.confidence(block)
@@ -120,7 +121,7 @@ class Engine:
             read_at = read_lengths(rows, 1 + layout.most, self.target)
             passed, drafts = passes.verify(state, self.target, block, layout, read_at)
         with clock.part("other"):
-            host, next_tokens, logits = self._accept(rows, block, layout, passed, drafts, confidence)
+            host, next_tokens, logits = accept(rows, self.lockstep, block, layout, passed, drafts, confidence)
         with clock.part("schedule"):
             survival = planner.learn(plan, layout, host, len(rows), context, pending)
             if self.compiled is not None and self.compiled.captured:
@@ -155,7 +156,7 @@ class Engine:
         prompts = [row.prompt for row in joining]
         passed = rounds.prefill(state, self.target, prompts, lengths, places if present else None)
         layout = rounds.undrafted(len(joining))
-        host, next_tokens, logits = self._accept(joining, None, layout, passed)
+        host, next_tokens, logits = accept(joining, self.lockstep, None, layout, passed)
         state.anchors = torch.cat([state.anchors, next_tokens])
         counts = list(map(len, prompts))
         if present:
@@ -168,7 +169,11 @@ class Engine:
         """Give the rows what they commit, up to their ends; drop those that ended, which are returned."""
         host = done.host
         decided = host.stops or [None] * len(done.rows)
-        stops = [self._kept(*of_row) for of_row in zip(done.rows, host.tokens, decided, strict=True)]
+        device = self.state.anchors.device
+        stops = [kept_of(*of_row, device) for of_row in zip(done.rows, host.tokens, decided, strict=True)]
+        errors = [row.error for row in done.rows if row.error is not None]
+        if errors and not self.isolates:
+            raise ValueError(errors[0])
         if host.stops is None and any(row.stopping.others for row in done.rows):
             # Criteria may look at a clock.
             stops = self.planner.ranks.agreed(lambda: stops)
@@ -192,21 +197,6 @@ class Engine:
             observer.on_commit()
         self._keep(staying)
         return [row for _, row in ended]
-
-    def _kept(self, row: Row, tokens: list[int], stops: bool | None) -> tuple[list[int], bool]:
-        """Of the tokens that a row commits those up to its end, and whether that is among them, which may be decided
-        already."""
-        if tokens[-1] != INVALID:
-            return row.kept(tokens, self.state.anchors.device) if stops is None else (tokens, stops)
-        # No token that follows means anything.
-        message = (
-            f"The target's logits for row {row.index} of the batch hold NaN, or nothing but -inf. Check the model's "
-            "weights and dtype (float16 overflows in many models; use bfloat16), and the logits processors."
-        )
-        if not self.isolates:
-            raise ValueError(message)
-        row.error = message
-        return [], True
 
     def drop(self, row: Row) -> None:
         """End a row now, wherever it is."""
@@ -236,39 +226,44 @@ class Engine:
         for rows in (self.state.cache, self.drafter, self.planner.scheduler):
             rows.keep([])
 
-    # -- Around the steps ---------------------------------------------------------------------------------------
 
-    def _accept(
-        self,
-        rows: Sequence[Row],
-        block: DraftBlock | None,
-        layout: VerifyLayout,
-        passed: TargetPass,
-        drafts: torch.Tensor | None = None,
-        confidence: torch.Tensor | None = None,
-    ) -> tuple[HostRound, torch.Tensor, torch.Tensor | None]:
-        """What the host learns of a pass over rows, the next anchors, and the processed logits, `None` where they stay
-        in a captured pass."""
-        if passed.verdict is not None:
-            verdict, logits = passed.verdict, None
-            host = rounds.to_host(block, layout, verdict, confidence)
-        elif self.lockstep is None:
-            processors = processors_of(rows)
-            prefixes = self._prefixes(processors, rows, drafts)
-            verdict, logits = rounds.accept(passed.logits, drafts, block, layout, processors, prefixes)
-            host = rounds.to_host(block, layout, verdict, confidence)
-        else:
-            index = on_device([row.index for row in rows], passed.logits.device)
-            choose = rows[0].processors.choose
-            verdict, logits, ended = self.lockstep.accept(passed.logits, drafts, block, layout, index, choose)
-            host = replace(rounds.to_host(block, layout, verdict, confidence, logits.shape[1]), stops=ended)
-        return host, verdict.next_tokens, logits
+def accept(
+    rows: Sequence[Row],
+    lockstep: Lockstep | None,
+    block: DraftBlock | None,
+    layout: VerifyLayout,
+    passed: TargetPass,
+    drafts: torch.Tensor | None = None,
+    confidence: torch.Tensor | None = None,
+) -> tuple[HostRound, torch.Tensor, torch.Tensor | None]:
+    """What the host learns of a pass over rows, the next anchors, and the processed logits, `None` where they stay in a
+    captured pass."""
+    if passed.verdict is not None:
+        verdict, logits = passed.verdict, None
+        host = rounds.to_host(block, layout, verdict, confidence)
+    elif lockstep is None:
+        processors = processors_of(rows)
+        prefixes = prefixes_of(rows, passed.logits.device, drafts) if processors.needs_prefix else None
+        verdict, logits = rounds.accept(passed.logits, drafts, block, layout, processors, prefixes)
+        host = rounds.to_host(block, layout, verdict, confidence)
+    else:
+        index = on_device([row.index for row in rows], passed.logits.device)
+        choose = rows[0].processors.choose
+        verdict, logits, ended = lockstep.accept(passed.logits, drafts, block, layout, index, choose)
+        host = replace(rounds.to_host(block, layout, verdict, confidence, logits.shape[1]), stops=ended)
+    return host, verdict.next_tokens, logits
 
-    def _prefixes(
-        self, processors: BlockProcessors, rows: Sequence[Row], drafts: torch.Tensor | None = None
-    ) -> Prefixes | None:
-        """Tokens of rows, with drafts behind; `None` when no processor looks."""
-        return prefixes_of(rows, self.target.device, drafts) if processors.needs_prefix else None
+
+def kept_of(row: Row, tokens: list[int], stops: bool | None, device: torch.device) -> tuple[list[int], bool]:
+    """Of the tokens that a row commits those up to its end, and whether that is among them, which may be decided
+    already. Where its logits were no distribution no token that follows means anything: it ends, with an `error`."""
+    if tokens[-1] != INVALID:
+        return row.kept(tokens, device) if stops is None else (tokens, stops)
+    row.error = (
+        f"The target's logits for row {row.index} of the batch hold NaN, or nothing but -inf. Check the model's "
+        "weights and dtype (float16 overflows in many models; use bfloat16), and the logits processors."
+    )
+    return [], True
 
 
 def longest_of(rows: Iterable[Row]) -> int | None:
