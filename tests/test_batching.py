@@ -104,7 +104,7 @@ def test_requests_that_arrive_at_random_with_settings_of_their_own(pair):
             if i % 5 == 0:
                 manager.add_request(prompt, request_id=f"beside {i}", **sampled)
             if chance.random() < 0.5:
-                manager.wake_up.wait(0.01)
+                manager.loop.wake_up.wait(0.01)
         found = results(manager, len(asked) + 5)
     for request_id, i in ids.items():
         assert found[request_id].generated_tokens == alone(target, asked[i][0], **asked[i][1]), asked[i][1]
@@ -179,7 +179,7 @@ def test_word_problems_at_random_times_are_answered_as_alone():
         ids = {}
         for i, prompt in enumerate(prompts[:64]):
             ids[manager.add_request(prompt)] = i
-            manager.wake_up.wait(chance.random() / 20)
+            manager.loop.wake_up.wait(chance.random() / 20)
         found = results(manager, len(ids))
     for request_id, i in ids.items():
         assert found[request_id].generated_tokens == alone(target, prompts[i], max_new_tokens=48)
@@ -249,7 +249,7 @@ def test_old_texts_make_room(pair):
     manager.add_requests(texts(30, seed=2))
     results(manager, 30)
     manager.stop()
-    assert 0 < sum(map(len, manager.texts.texts)) <= 128 and not manager.texts.known
+    assert 0 < sum(map(len, manager.loop.texts.texts)) <= 128 and not manager.loop.texts.known
 
 
 def test_a_long_prompt_is_read_between_the_rounds_of_others(pair):
@@ -305,7 +305,7 @@ def test_an_event_loop_is_told(pair):
         continuous_batching_config=config(), assistant_model=head
     ) as manager:
         assert asyncio.run(ask_all(manager, prompts)) == [alone(target, p, max_new_tokens=8) for p in prompts]
-        assert not manager.router.result_handlers
+        assert not manager.loop.router.result_handlers
 
 
 def test_a_canceled_request_frees_its_row(pair):
@@ -374,7 +374,7 @@ def test_a_round_that_fails_ends_its_requests_only(pair, monkeypatch):
     target, head = pair
     first, second = texts(2, seed=11)
     manager = target.init_continuous_batching(GenerationConfig(do_sample=False), config(1), assistant_model=head)
-    monkeypatch.setattr(manager.engine, "step", lambda: 1 / 0)
+    monkeypatch.setattr(manager.loop.engine, "step", lambda: 1 / 0)
     manager.add_request(first, request_id="first", max_new_tokens=9)
     manager.add_request(second, request_id="second", max_new_tokens=9)
     manager.start()

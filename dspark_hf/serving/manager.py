@@ -4,35 +4,25 @@ Requests join the engine between rounds, first come first served, as long as the
 There are as many slots as memory holds of the longest request that is taken.
 """
 
+import asyncio
 import itertools
 import queue
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
-from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
 from ..generation.cache import capacity_for
 from ..generation.compatibility import check_pair, check_prompt
-from ..generation.drafting import Drafter
-from ..generation.engine import Engine
-from ..generation.experience import scheduler_for, store
-from ..generation.modules import is_private
-from ..generation.observers import CommittedRound, Observer
 from ..generation.rope import growing_modules
-from ..generation.target import Target
 from ..modeling_dspark import DSparkHead
-from ..scheduling.scheduler import LoadSchedule
 from ..scheduling.settings import DRAFT_SETTINGS
+from .loop import IDLE, BatchLoop
 from .memory import tokens_that_fit
-from .prefixes import KeptTexts, Reader
+from .prefixes import KeptTexts
 from .request import Kinds, Request, prepare, row_of
 
 logger = logging.get_logger(__name__)
@@ -43,8 +33,6 @@ SLOTS = 16
 PIECE = 512
 # Share of the memory for tokens that texts of ended requests may take.
 KEPT = 0.25
-# Seconds between looks at the queue when nothing is to be done.
-IDLE = 0.1
 
 
 class DSparkBatchingManager:
@@ -74,6 +62,11 @@ class DSparkBatchingManager:
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: settings of requests are for `add_request`.")
         check_pair(model, head)
+        if (model.tp_size or 1) > 1:
+            raise ValueError(
+                "A model that is split over processes cannot serve requests that come and go with a DSpark head: use "
+                "`generate` with batches, or leave out `assistant_model`."
+            )
         self.model, self.head, self.generation_config = model.eval(), head, generation_config
         self.config = config or ContinuousBatchingConfig()
         if self.config.scheduler_type != "fifo" or self.config.cpu_offload_space:
@@ -86,42 +79,25 @@ class DSparkBatchingManager:
         self.ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
         self.slots = self.config.max_requests_per_batch or SLOTS
         self.budget = tokens_that_fit(model, head, self.config)
-        whole = bool(growing_modules(model))
         # Where keys depend on the length of the whole text, another text's are of no use, nor are those of a part.
-        self.texts = KeptTexts(0 if whole or not self.config.allow_block_sharing else int(KEPT * self.budget))
-        self.piece = None if whole else self.config.max_batch_tokens or PIECE
-        self.reading: deque[Reader] = deque()
+        whole = bool(growing_modules(model))
+        texts = KeptTexts(0 if whole or not self.config.allow_block_sharing else int(KEPT * self.budget))
+        piece = None if whole else self.config.max_batch_tokens or PIECE
         self.kinds, self.counter = Kinds(), itertools.count()
-        self.incoming: queue.Queue[Request] = queue.Queue()
-        self.canceled: queue.Queue[str] = queue.Queue()
-        self.waiting: deque[Request] = deque()
-        self.active: list[Request] = []
-        self.router = OutputRouter()
-        # Held by whoever uses the model, the rounds or a caller that has paused them.
-        self.model_lock, self.wake_up = threading.Lock(), threading.Event()
-        self.engine = self._new_engine()
-        self.thread: threading.Thread | None = None
-        self.is_stopping = self.is_aborting = False
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that have no slot yet."""
-        return self.incoming.qsize() + len(self.waiting)
+        self.loop = BatchLoop(model, head, self.defaults, self.slots, texts, piece)
 
     # -- The thread -----------------------------------------------------------------------------------------------
 
     def is_running(self) -> bool:
         """Whether the thread that decodes is."""
-        return self.thread is not None and self.thread.is_alive()
+        return self.loop.is_running()
 
     def start(self) -> None:
         """Begin to decode."""
         if self.is_running():
             logger.warning("The manager is running already.")
-            return
-        self.is_stopping = self.is_aborting = False
-        self.thread = threading.Thread(target=self._run, name="dspark-batching", daemon=True)
-        self.thread.start()
+        else:
+            self.loop.start()
 
     def stop(self, block: bool = True, timeout: float | None = None, hard_stop: bool = False) -> None:
         """End when all requests have.
@@ -129,19 +105,27 @@ class DSparkBatchingManager:
         Args:
             block: wait for that, at most `timeout` seconds. hard_stop: end now; requests that have not ended fail.
         """
-        self.is_aborting |= hard_stop
-        self.is_stopping = True
-        self.wake_up.set()
-        if block and self.thread is not None:
-            self.thread.join(timeout)
-            if self.thread.is_alive():
+        self.loop.stop(now=hard_stop)
+        if block and self.loop.thread is not None:
+            self.loop.thread.join(timeout)
+            if self.is_running():
                 logger.warning(f"Requests were still being decoded after {timeout} seconds.")
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Within this context no round runs, so that the model can be used or changed."""
-        with self.model_lock:
+        with self.loop.model_lock:
             yield
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return self.loop.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have one."""
+        return len(self.loop.active)
 
     # -- Requests ---------------------------------------------------------------------------------------------------
 
@@ -186,13 +170,13 @@ class DSparkBatchingManager:
             row = row_of(input_ids, prepared, self.kinds, None if seed is None else seed + number)
             requests.append(Request(name, row, streaming, timestamps=[] if record_timestamps else None))
             requests[-1].logprobs = [] if (self.config.return_logprobs if logprobs is None else logprobs) else None
-        check_prompt(self.model, self.engine.target.positions, len(input_ids))
+        check_prompt(self.model, self.loop.engine.target.positions, len(input_ids))
         self._check_room(len(input_ids), row.stopping.max_length)
         if 0 < self.config.max_queue_size <= self.num_waiting:
             raise queue.Full(f"{self.num_waiting} requests wait already.")
         for request in requests:
-            self.incoming.put_nowait(request)
-        self.wake_up.set()
+            self.loop.incoming.put_nowait(request)
+        self.loop.wake_up.set()
         return request_id
 
     def add_requests(self, inputs: Sequence[Sequence[int]], **kwargs: Any) -> list[str]:
@@ -201,13 +185,13 @@ class DSparkBatchingManager:
 
     def cancel_request(self, request_id: str) -> None:
         """End a request; its caller is told what it came to. One that has ended, or is not known, is left alone."""
-        self.canceled.put(request_id)
-        self.wake_up.set()
+        self.loop.canceled.put(request_id)
+        self.loop.wake_up.set()
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
         """The next result, of that request if one is named; `None` where none came within `timeout` seconds, or none
         will."""
-        results = self.router.output_queue
+        results = self.loop.router.output_queue
         if results.empty() and not self.is_running():
             return None
         try:
@@ -221,14 +205,14 @@ class DSparkBatchingManager:
 
     def __iter__(self) -> Iterator[GenerationOutput]:
         """Results as they come, as long as the manager runs."""
-        while self.is_running() or not self.router.output_queue.empty():
+        while self.is_running() or not self.loop.router.output_queue.empty():
             result = self.get_result(timeout=IDLE)
             if result is not None:
                 yield result
 
     def request_id_iter(self, request_id: str) -> Iterator[GenerationOutput]:
         """Results of one request, up to its end."""
-        while self.is_running() or not self.router.output_queue.empty():
+        while self.is_running() or not self.loop.router.output_queue.empty():
             result = self.get_result(request_id, timeout=IDLE)
             if result is not None:
                 yield result
@@ -237,9 +221,7 @@ class DSparkBatchingManager:
 
     def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]) -> None:
         """Call `callback` with every result of a request, in the event loop that is running here."""
-        import asyncio
-
-        handlers, lock = self.router.result_handlers, self.router._lock
+        handlers, lock = self.loop.router.result_handlers, self.loop.router._lock
 
         def deliver(result: GenerationOutput) -> None:
             callback(result)
@@ -252,101 +234,8 @@ class DSparkBatchingManager:
 
     def forget(self, request_id: str) -> None:
         """Drop the handler of a request that was not queued."""
-        with self.router._lock:
-            self.router.result_handlers.pop(request_id, None)
-
-    # -- Rounds -----------------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        try:
-            while not self.is_aborting and self._turn():
-                pass
-        finally:
-            self.is_stopping = True
-            self._fail([*self.active, *self.waiting, *_drained(self.incoming)], "The manager was stopped.")
-            self.active, self.waiting = [], deque()
-            self.engine.close()
-            if isinstance(self.engine.planner.scheduler, LoadSchedule):
-                store(self.head, self.engine.target, self.defaults.do_sample)
-
-    def _turn(self) -> bool:
-        """A round, or a wait for requests. Returns whether to go on."""
-        self.waiting.extend(_drained(self.incoming))
-        for request_id in _drained(self.canceled):
-            self._cancel(request_id)
-        self._admit()
-        if not self.active:
-            if self.is_stopping and not self.waiting and self.incoming.empty():
-                return False
-            self.wake_up.wait(IDLE)
-            self.wake_up.clear()
-            return True
-        try:
-            with self.model_lock:
-                self._read()
-                if self.engine.busy:
-                    self.engine.step()
-        except Exception as error:
-            # What a round leaves behind is not known; the requests that wait go on with a new engine.
-            logger.error(f"A round failed, and the requests in it with it: {error}", exc_info=True)
-            self._fail(self.active, f"{type(error).__name__}: {error}")
-            self.active, self.reading = [], deque()
-            self.engine.close()
-            self.engine = self._new_engine()
-            return True
-        self._tell()
-        return True
-
-    def _admit(self) -> None:
-        """Let requests in that wait, in their order, as long as there are slots."""
-        while self.waiting and len(self.active) < self.slots:
-            request = self.waiting.popleft()
-            request.started = time.perf_counter()
-            self.active.append(request)
-            self.texts.begin(request.row)
-            if self.piece is not None and len(request.row.prompt) > self.piece:
-                self.reading.append(Reader(self.engine.target, request.row, self.texts))
-            else:
-                self.engine.add([request.row])
-
-    def _read(self) -> None:
-        """A piece of the prompt that has been read longest; what is left of it is read as it joins."""
-        if not self.reading:
-            return
-        reader = self.reading[0]
-        with self.engine.mode():
-            reader.read(self.piece)
-        if len(reader.row.prompt) <= self.piece:
-            self.engine.add([self.reading.popleft().row])
-
-    def _tell(self) -> None:
-        """Tell callers what the round brought."""
-        now, outputs = time.perf_counter(), []
-        for request in self.active:
-            row = request.row
-            if request.timestamps is not None:
-                request.timestamps += [now] * (len(row.committed) - request.told)
-            if row.ended:
-                request.ended = now
-            if row.ended or (request.streaming and len(row.committed) > request.told):
-                outputs.append(request.output())
-            request.told = len(row.committed)
-        self.active = [request for request in self.active if not request.row.ended]
-        self.router.deliver_batch(outputs)
-
-    def _cancel(self, request_id: str) -> None:
-        for place in (self.waiting, self.active):
-            for request in [own for own in place if own.id == request_id]:
-                place.remove(request)
-                self.reading = deque(reader for reader in self.reading if reader.row is not request.row)
-                self.engine.drop(request.row)
-                request.ended = time.perf_counter()
-                self.router.deliver(request.output())
-
-    def _fail(self, requests: Sequence[Request], error: str) -> None:
-        for request in requests:
-            request.row.error, request.row.ended, request.ended = error, True, time.perf_counter()
-            self.router.deliver(request.output())
+        with self.loop.router._lock:
+            self.loop.router.result_handlers.pop(request_id, None)
 
     def _check_room(self, prompt: int, tokens: int) -> None:
         """Raise for a request of so many tokens, prompt included, whose slot there is no memory for. All slots are as
@@ -360,45 +249,7 @@ class DSparkBatchingManager:
                 "`max_memory_percent`."
             )
 
-    def _new_engine(self) -> Engine:
-        target = Target(self.model, self.head.config.target_layer_ids)
-        drafter = Drafter(self.head, self.model, self.slots, self.slots)
-        scheduler = scheduler_for(target, drafter, self.slots, self.defaults)
-        observers = [RequestObserver(self)]
-        private = is_private(self.model, self.head)
-        return Engine(target, drafter, scheduler, self.slots, None, self.texts, None, observers, private, isolates=True)
-
-
-class RequestObserver(Observer):
-    """Notes of requests what becomes of their drafts, and where it is wanted how likely their tokens were, after
-    processors."""
-
-    def __init__(self, manager: DSparkBatchingManager):
-        self.manager = manager
-
-    def on_round(self, done: CommittedRound) -> None:
-        requests = {id(request.row): request for request in self.manager.active}
-        drafting = set() if done.plan is None else set(done.plan.rows)
-        for r, row in enumerate(done.rows):
-            request, kept = requests[id(row)], done.kept[r]
-            if done.plan is not None:
-                request.rounds += 1
-                request.drafted += len(done.host.drafts[r]) if r in drafting else 0
-                request.verified += int(done.host.verified[r])
-                request.accepted += min(int(done.host.accepted[r]), len(kept))
-            if kept and request.logprobs is not None:
-                logprobs = done.logits[r, : len(kept)].log_softmax(dim=-1)
-                tokens = torch.tensor(kept, device=logprobs.device)
-                request.logprobs += logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-
 
 def ids_of(request_id: str, sequences: int | None) -> list[str]:
     """The ids of all texts that are asked for with a request, as transformers names them; its own is the last."""
     return [f"{request_id}__child#{number}" for number in range((sequences or 1) - 1)] + [request_id]
-
-
-def _drained(items: queue.Queue) -> list:
-    found = []
-    while not items.empty():
-        found.append(items.get_nowait())
-    return found

@@ -16,7 +16,7 @@ class Metrics:
     def __init__(self, manager: DSparkBatchingManager):
         self.registry = CollectorRegistry()
         gauges = {
-            "running_requests": ("Requests that are being decoded.", lambda: len(manager.active)),
+            "running_requests": ("Requests that are being decoded.", lambda: manager.num_running),
             "waiting_requests": ("Requests that wait for a slot.", lambda: manager.num_waiting),
             "tau": ("Tokens a round of a request, bonus included, of all that have ended.", lambda: self._per_round(1)),
             "verified_length": ("Drafts verified a round of a request.", lambda: self._per_round(0)),
