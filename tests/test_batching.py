@@ -384,6 +384,22 @@ def test_a_round_that_fails_ends_its_requests_only(pair, monkeypatch):
     assert found["second"].generated_tokens == alone(target, second, max_new_tokens=9)
 
 
+def test_requests_that_choose_alike_are_treated_as_one(pair):
+    """And only those: settings that look the same when they are printed are not."""
+    target, head = pair
+    manager = target.init_continuous_batching(continuous_batching_config=config(), assistant_model=head)
+
+    def processors(**settings):
+        manager.add_request([1, 2], max_new_tokens=3, **settings)
+        return manager.loop.incoming.queue[-1].row.processors
+
+    assert processors(do_sample=False) is processors(do_sample=False)
+    assert processors(do_sample=True, temperature=0.5) is processors(do_sample=True, temperature=0.5)
+    assert processors(do_sample=True, temperature=0.5) is not processors(do_sample=True, temperature=0.6)
+    many = [*range(1, 1100), 1101], [*range(1, 1100), 1102]
+    assert processors(suppress_tokens=many[0]) is not processors(suppress_tokens=many[1])
+
+
 class Odd(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return scores
@@ -398,6 +414,7 @@ class Odd(LogitsProcessor):
         ({"logits_processor": [Odd()]}, "Odd"),
         ({"num_assistant_tokens": 3}, "num_assistant_tokens"),
         ({"max_new_tokens": 5000}, "memory"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_before_anything_runs(pair, settings, message):

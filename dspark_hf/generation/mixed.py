@@ -16,8 +16,9 @@ CHOICE, VERIFICATION = 0, 1
 
 def processors_of(rows: Sequence[Row]) -> "BlockProcessors | MixedProcessors":
     """How the tokens of rows are chosen in a round: as the first one's, where all are alike."""
-    if all(row.processors is rows[0].processors and row.seed is None for row in rows):
-        return rows[0].processors
+    first = rows[0].processors
+    if all(row.processors is first and (row.seed is None or not first.do_sample) for row in rows):
+        return first
     return MixedProcessors(rows)
 
 

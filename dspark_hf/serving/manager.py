@@ -31,6 +31,8 @@ logger = logging.get_logger(__name__)
 SLOTS = 16
 # Tokens of a prompt that are read at once, where `max_batch_tokens` does not say: what others wait for between rounds.
 PIECE = 512
+# Seeds that there are.
+SEEDS = 2**64
 # Share of the memory for tokens that texts of ended requests may take.
 KEPT = 0.25
 
@@ -164,10 +166,12 @@ class DSparkBatchingManager:
             raise ValueError("A request needs a prompt of one token or more, got none.")
         prepared = prepare(self.model, self.head, input_ids, self.generation_config, **settings)
         seed = self.config.seed if seed is None else seed
+        if seed is not None and not 0 <= seed < SEEDS:
+            raise ValueError(f"`seed` must be from 0 to {SEEDS - 1}, got {seed}.")
         request_id = f"req_{next(self.counter)}" if request_id is None else request_id
         requests = []
         for number, name in enumerate(ids_of(request_id, prepared.config.num_return_sequences)):
-            row = row_of(input_ids, prepared, self.kinds, None if seed is None else seed + number)
+            row = row_of(input_ids, prepared, self.kinds, None if seed is None else (seed + number) % SEEDS)
             requests.append(Request(name, row, streaming, timestamps=[] if record_timestamps else None))
             requests[-1].logprobs = [] if (self.config.return_logprobs if logprobs is None else logprobs) else None
         check_prompt(self.model, self.loop.engine.target.positions, len(input_ids))

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -26,7 +27,7 @@ class KeptTexts:
     def __init__(self, room: int):
         self.room = room
         self.texts: OrderedDict[tuple[int, ...], RowPast] = OrderedDict()
-        self.known: dict[int, RowPast] = {}
+        self.known: WeakKeyDictionary[Row, RowPast] = WeakKeyDictionary()
 
     def begin(self, row: Row) -> None:
         """Let a row go on from the kept text that it has most of its prompt in common with; its last token is read in
@@ -43,12 +44,12 @@ class KeptTexts:
     def know(self, row: Row, past: RowPast, count: int) -> None:
         """Let a row go on behind its first `count` tokens."""
         row.cached, row.prompt = count, row.given[count:]
-        self.known[id(row)] = past
+        self.known[row] = past
 
     def load(self, rows: Sequence[Row], places: Sequence[int], slots: SlotCache, drafter: Drafter) -> None:
         """Give rows that join what is known of them."""
         for row, place in zip(rows, places, strict=True):
-            past = self.known.pop(id(row), None)
+            past = self.known.pop(row, None)
             if past is not None:
                 slots.put(place, past.target, row.cached)
                 drafter.cache.put(place, past.draft, past.drafted)
@@ -74,7 +75,7 @@ class Reader:
     def __init__(self, target: Target, row: Row, texts: KeptTexts):
         self.target, self.row, self.texts = target, row, texts
         self.cache = target.new_cache(1)
-        known = texts.known.pop(id(row), RowPast([], [], torch.zeros(0, 0)))
+        known = texts.known.pop(row, RowPast([], [], torch.zeros(0, 0)))
         self.cache.put(0, known.target, row.cached)
         self.draft, self.features = known.draft, [known.features] if len(known.features) else []
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from transformers import (
@@ -67,11 +68,6 @@ class Request:
         if self.row.ended:
             return RequestStatus.FINISHED
         return RequestStatus.DECODING if self.started >= 0 else RequestStatus.PENDING
-
-    @property
-    def tokens(self) -> int:
-        """Those that it can come to, prompt included."""
-        return self.row.stopping.max_length
 
     def output(self) -> RequestOutput:
         """What its caller is told."""
@@ -142,14 +138,18 @@ class Kinds:
     """How requests choose their tokens; requests that do so alike share it, so that a round treats them as one."""
 
     def __init__(self):
-        self.known: dict[tuple, BlockProcessors] = {}
+        self.known: WeakValueDictionary[tuple, BlockProcessors] = WeakValueDictionary()
 
     def of(self, prepared: Prepared) -> BlockProcessors:
         own = prepared.processors, prepared.config.do_sample
         if any(type(processor) not in OF_LOGITS for processor in prepared.processors):
             return BlockProcessors(*own)
-        settings = [(type(p), *((k, repr(v)) for k, v in sorted(vars(p).items()))) for p in prepared.processors]
+        settings = [(type(p), *((k, _value(v)) for k, v in sorted(vars(p).items()))) for p in prepared.processors]
         return self.known.setdefault((prepared.config.do_sample, *settings), BlockProcessors(*own))
+
+
+def _value(setting: Any) -> str:
+    return repr(setting.tolist() if torch.is_tensor(setting) else setting)
 
 
 def row_of(input_ids: Sequence[int], prepared: Prepared, kinds: Kinds, seed: int | None) -> Row:
