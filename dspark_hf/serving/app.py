@@ -312,7 +312,7 @@ async def _answer(
         return JSONResponse(head | {"object": layout.whole, "choices": [choice], "usage": usage(output)})
 
     async def events() -> AsyncIterator[str]:
-        told, head_of_part = 0, head | {"object": layout.part}
+        told, head_of_part, output = 0, head | {"object": layout.part}, None
         async for output in service.outputs(request_id, results, request):
             if output.error is not None:
                 yield event(RequestError(500, output.error).as_dict())
@@ -323,11 +323,26 @@ async def _answer(
             if piece or reason is not None or (logprobs is not None and len(output.generated_tokens) > told):
                 yield event(head_of_part | {"choices": [layout.delta(piece, reason, logprobs, told == 0)]})
                 told = len(output.generated_tokens)
+        if output is None or not output.is_finished():
+            return
         if body.stream_options is not None and body.stream_options.include_usage:
             yield event(head_of_part | {"choices": [], "usage": usage(output)})
         yield "data: [DONE]\n\n"
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    # A generator that has begun ends its request also where its client is gone before the rest is asked for.
+    begun = events()
+    first = await anext(begun, None)
+    if first is None:
+        return Response(status_code=499)
+    return StreamingResponse(
+        _chained(first, begun), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+    )
+
+
+async def _chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for one in rest:
+        yield one
 
 
 def event(content: dict[str, Any]) -> str:
