@@ -68,7 +68,7 @@ def verify(options: list[str], *more: str) -> tuple[int, str, dict]:
         return result.exit_code, result.output, json.load(file)
 
 
-def accept_all(target_logits, draft_tokens, *rest):
+def accept_all(target_logits, draft_tokens, *rest, seeds=None):
     """Acceptance that believes every draft; only the token behind them is the target's."""
     lengths = rest[-1]
     return Verdict(lengths, target_logits[torch.arange(len(lengths)), lengths].argmax(-1))
@@ -200,12 +200,12 @@ def test_a_wrong_end_is_broken(pair, options, monkeypatch, fault):
     assert verify(options, "--batch-size", "1")[0] == 0
     kept = Stopping.kept
 
-    def wrongly(self, row, committed, device):
+    def wrongly(self, committed, length, sequence, device):
         if fault == "late":
             self.eos_ids = set()
-            return kept(self, row, committed, device)
-        tokens, ended = kept(self, row, committed, device)
-        return tokens, ended or row.length > 10
+            return kept(self, committed, length, sequence, device)
+        tokens, ended = kept(self, committed, length, sequence, device)
+        return tokens, ended or length > 10
 
     monkeypatch.setattr(Stopping, "kept", wrongly)
     status, output, findings = verify(options, "--batch-size", "1")
