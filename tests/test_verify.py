@@ -68,9 +68,10 @@ def verify(options: list[str], *more: str) -> tuple[int, str, dict]:
         return result.exit_code, result.output, json.load(file)
 
 
-def accept_all(target_logits, draft_tokens, *rest, seeds=None):
+def accept_all(target_logits, draft_tokens, *rest):
     """Acceptance that believes every draft; only the token behind them is the target's."""
-    lengths = rest[-1]
+    # Behind what drafts were sampled from, where they were, and before seeds.
+    lengths = rest[min(1, len(rest) - 1)]
     return Verdict(lengths, target_logits[torch.arange(len(lengths)), lengths].argmax(-1))
 
 
