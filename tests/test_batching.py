@@ -12,6 +12,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationM
 
 import dspark_hf
 from dspark_hf.evaluation.prompts import encode, read_prompts
+from dspark_hf.generation.planner import Planner
 from dspark_hf.generation.releases import PAGE_SIZE
 from dspark_hf.serving import hook
 
@@ -122,6 +123,27 @@ def test_sampled_requests_are_distributed_as_the_target(setting):
     )
     tokens = torch.tensor([output.generated_tokens[:TOKENS] for output in drawn.values()])
     assert p_value(tokens, exact_distribution(target, PROMPTS[0], warpers)) > 1e-4
+
+
+def test_beside_a_sampled_request_no_schedule_looks_ahead(pair, monkeypatch):
+    """Whatever the manager's own default is: it would bias what is sampled."""
+    target, head = pair
+    seen, plan = [], Planner.plan
+
+    def noting(self, rows, *args):
+        planned = plan(self, rows, *args)
+        seen.append((self.scheduler.greedy, any(row.processors.do_sample for row in rows)))
+        return planned
+
+    monkeypatch.setattr(Planner, "plan", noting)
+    for default in (False, True):
+        with target.continuous_batching_context_manager(
+            GenerationConfig(do_sample=default), continuous_batching_config=config(), assistant_model=head
+        ) as manager:
+            manager.add_request([3, 5], max_new_tokens=10, do_sample=True)
+            manager.add_request([7, 2], max_new_tokens=60, do_sample=False)
+            results(manager, 2)
+    assert set(seen) == {(False, True), (True, False)}
 
 
 def test_a_seed_reproduces_a_sample_whoever_is_beside(pair):

@@ -51,6 +51,8 @@ class Planner:
         if self.last is not None and self.ranks.leads:
             deciding = times.get("draft", 0.0) + times.get("schedule", 0.0)
             self.scheduler.observe(self.last, load, deciding, times["verify"] + times.get("other", 0.0))
+        # Rows come and go; beside one that is sampled no schedule may look ahead.
+        self.scheduler.greedy = not any(row.processors.do_sample for row in rows)
         pending = self._pending(range(len(rows)))
         plan = self.ranks.agreed(lambda: self.scheduler.plan(max_drafts, context, load, pending))
         return plan, load, self._pending(plan.rows)

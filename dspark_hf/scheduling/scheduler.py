@@ -29,6 +29,8 @@ class ConstantSchedule:
 
     def __init__(self, settings: Settings, shared: AcceptanceStats, rows: int, runs_ahead: bool = False):
         self.settings, self.runs_ahead = settings, runs_ahead
+        # Whether no row is sampled, so that any schedule is lossless.
+        self.greedy = True
         self.estimates = RowEstimates(shared, rows)
 
     def plan(self, max_drafts: list[int], context: int, load: Load, pending: int = 0) -> Plan:
