@@ -21,6 +21,8 @@ import httpx
 
 FIRST, SHARE = 120.0, 0.02
 WORDS = ("apples", "pages", "boxes", "how many", "each", "12", "7")
+# So little memory that texts of ended requests have filled their share of it before memory is looked at.
+SERVE = (sys.executable, "-m", "dspark_hf.cli", "serve", "--memory", "0.02")
 BAD = ({"temperature": 9}, {"model": "another"}, {"nonsense": 1}, {"max_tokens": 10**12}, {"messages": []})
 
 
@@ -87,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen([sys.executable, "-m", "dspark_hf.cli", "serve", "--port", str(port)])
+    server = subprocess.Popen([*SERVE, "--port", str(port)])
     try:
         while True:
             try:
