@@ -113,7 +113,7 @@ def scheduled(world: World, device: str) -> float:
     """Tokens a second of the load schedule, of a pair of which nothing is known at first."""
     rows = world.rows
     settings, shared = Settings(GAMMA, "load", None), AcceptanceStats.initial(GAMMA)
-    own = LoadSchedule(settings, shared, rows, CostModel(GAMMA, 0.25, device), True, True, device == "gpu")
+    own = LoadSchedule(settings, shared, rows, CostModel(GAMMA, 0.25, device), True, device == "gpu")
     tokens, spent, most = 0, 0.0, [GAMMA] * rows
     for number in range(len(world.accepted)):
         plan = own.plan(most, CONTEXT, Load(rows, 0))

@@ -87,9 +87,7 @@ def test_the_load_schedule_chooses_among_tiers(rows, limit):
     for verify in (0.02, 0.2, 0.5, 2.0):
         shared = AcceptanceStats.initial(7)
         costs = FixedCosts(7, verify=verify)
-        schedule = LoadSchedule(
-            Settings(7, "load", None), shared, rows, costs, True, False, False, tiers=draft_tiers(7)
-        )
+        schedule = LoadSchedule(Settings(7, "load", None), shared, rows, costs, False, False, tiers=draft_tiers(7))
         plan = schedule.plan([limit] * rows, 100, Load(rows, 0))
         assert plan.probe or plan.length in (0, 3, 7) and not plan.packed
 

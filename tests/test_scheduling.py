@@ -202,13 +202,12 @@ def test_without_a_confidence_head_acceptance_by_position_is_the_estimate():
 # -- Plans -----------------------------------------------------------------------------------------------------------
 
 
-def load_schedule(rows, greedy=True, block_size=4, ahead=False, threshold=None, costs=None, shared=None):
+def load_schedule(rows, block_size=4, ahead=False, threshold=None, costs=None, shared=None):
     return LoadSchedule(
         Settings(block_size, "load", threshold),
         shared or AcceptanceStats.initial(block_size),
         rows,
         costs or FixedCosts(block_size),
-        greedy,
         packs=True,
         runs_ahead=ahead,
     )

@@ -73,7 +73,7 @@ def scheduler_for(
         return ConstantSchedule(settings, shared, rows, ahead)
     costs = costs_of(head, target, config.do_sample)
     tiers = draft_tiers(head.config.gamma) if target.captured else None
-    return LoadSchedule(settings, shared, rows, costs, not config.do_sample, target.packs, ahead, tiers)
+    return LoadSchedule(settings, shared, rows, costs, target.packs, ahead, tiers)
 
 
 def acceptance_of(head: DSparkHead, target: PreTrainedModel) -> AcceptanceStats:

@@ -29,7 +29,7 @@ class ConstantSchedule:
 
     def __init__(self, settings: Settings, shared: AcceptanceStats, rows: int, runs_ahead: bool = False):
         self.settings, self.runs_ahead = settings, runs_ahead
-        # Whether no row is sampled, so that any schedule is lossless.
+        # Whether no row is sampled, so that any schedule is lossless; the rows of each plan say so.
         self.greedy = True
         self.estimates = RowEstimates(shared, rows)
 
@@ -98,7 +98,6 @@ class LoadSchedule(ConstantSchedule):
 
     Args:
         costs: what steps of the pair cost on this device.
-        greedy: whether decoding is, so that any schedule is lossless.
         packs: whether rows of different lengths can be verified in one pass without padding.
         tiers: drafts a row that there are passes for; any number when `None`.
     """
@@ -109,13 +108,12 @@ class LoadSchedule(ConstantSchedule):
         shared: AcceptanceStats,
         rows: int,
         costs: CostModel,
-        greedy: bool,
         packs: bool,
         runs_ahead: bool,
         tiers: Sequence[int] | None = None,
     ):
         super().__init__(settings, shared, rows, runs_ahead)
-        self.costs, self.greedy, self.packs = costs, greedy, packs
+        self.costs, self.packs = costs, packs
         self.tiers = None if tiers is None else sorted({min(length, settings.most) for length in tiers})
         # The last plan, the load it was made for, rounds since it was made, and for how many it is good.
         self.last, self.plan_load, self.age, self.lasts = NO_DRAFT, None, 0, 1

@@ -6,13 +6,12 @@ import json
 import queue
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -174,12 +173,6 @@ def build(service: Service) -> FastAPI:
     async def refused(request: Request, error: RequestError) -> JSONResponse:
         return JSONResponse(error.as_dict(), error.status, error.headers)
 
-    @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
-        return await refused(request, RequestError(400, f"{place or 'body'}: {first['msg']}.", param=place or None))
-
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:
         return await refused(request, RequestError(error.status_code, f"{request.url.path}: {error.detail}."))
@@ -218,17 +211,11 @@ def build(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        service.check_key(request)
-        body = parsed(ChatBody, await request.body())
-        service.check_model(body)
-        return await _answer(service, request, body, Chat(), service.chat_prompt(body))
+        return await _answer(service, request, ChatBody, Chat(), service.chat_prompt)
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
-        service.check_key(request)
-        body = parsed(CompletionBody, await request.body())
-        service.check_model(body)
-        return await _answer(service, request, body, Completion(), service.text_prompt(body))
+        return await _answer(service, request, CompletionBody, Completion(), service.text_prompt)
 
     return app
 
@@ -286,9 +273,16 @@ class Completion:
 
 
 async def _answer(
-    service: Service, request: Request, body: Body, layout: Chat | Completion, prompt: list[int]
+    service: Service,
+    request: Request,
+    kind: type[Body],
+    layout: Chat | Completion,
+    prompt_of: Callable[[Any], list[int]],
 ) -> Response:
-    request_id, results = await service.begin(prompt, body)
+    service.check_key(request)
+    body = parsed(kind, await request.body())
+    service.check_model(body)
+    request_id, results = await service.begin(prompt_of(body), body)
     head = {"id": layout.prefix + request_id, "created": int(time.time()), "model": service.name}
     stream = TextStream(service.tokenizer, body.stops)
 
@@ -369,8 +363,7 @@ def usage(output: RequestOutput) -> dict[str, Any]:
             "accepted_prediction_tokens": output.accepted,
             "rejected_prediction_tokens": output.drafted - output.accepted,
         },
-        "dspark": {"rounds": output.rounds, "drafted": output.drafted, "verified": output.verified}
-        | {"accepted": output.accepted},
+        "dspark": {name: getattr(output, name) for name in ("rounds", "drafted", "verified", "accepted")},
     }
 
 

@@ -225,19 +225,18 @@ class DSparkBatchingManager:
 
     def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]) -> None:
         """Call `callback` with every result of a request, in the event loop that is running here."""
-        handlers, lock = self.loop.router.result_handlers, self.loop.router._lock
+        router, loop = self.loop.router, asyncio.get_running_loop()
 
         def deliver(result: GenerationOutput) -> None:
             callback(result)
             if result.is_finished():
-                with lock:
-                    handlers.pop(request_id, None)
+                self.forget(request_id)
 
-        with lock:
-            handlers[request_id] = deliver, asyncio.get_running_loop()
+        with router._lock:
+            router.result_handlers[request_id] = deliver, loop
 
     def forget(self, request_id: str) -> None:
-        """Drop the handler of a request that was not queued."""
+        """Drop the handler of a request."""
         with self.loop.router._lock:
             self.loop.router.result_handlers.pop(request_id, None)
 

@@ -35,6 +35,7 @@ class Metrics:
         self.whole = Histogram(
             "dspark_request_seconds", "From a request to its end.", buckets=SECONDS, registry=self.registry
         )
+        # Beside the counters, as a gauge that reads the registry while it is read would read itself.
         self.totals = dict.fromkeys(names, 0)
 
     def begun(self, output: RequestOutput) -> None:

@@ -4,9 +4,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# Parameters that clients send and that change no text.
-WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
@@ -15,7 +12,7 @@ class StreamOptions(BaseModel):
 class Body(BaseModel):
     """What both kinds of completion take."""
 
-    model_config = ConfigDict(extra="forbid", strict=False)
+    model_config = ConfigDict(extra="forbid")
 
     model: str
     stream: bool = False
@@ -28,6 +25,7 @@ class Body(BaseModel):
     n: Literal[1] = 1
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
+    # What clients send and what changes no text.
     user: Any = None
     metadata: Any = None
     store: Any = None
