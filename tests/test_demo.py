@@ -351,7 +351,7 @@ def test_a_slice_of_concurrent_requests(engine, draft):
     prompts = (engine.encode(PROMPT), engine.encode([{"role": "user", "content": "What is 3 times 4?"}]))
     events = list(engine.stream(load.Slice(3, draft, prompts, seconds=0.3), Stop()))
     measured = events[-1]
-    assert measured.speed > 0 and (measured.verified > 0) == (measured.tau > 1) == draft and measured.ended >= 0
+    assert measured.speed > 0 and (measured.verified > 0) == (measured.tau > 1) == draft
 
 
 def test_concurrent_requests_share_an_engine(engine, monkeypatch):
