@@ -22,6 +22,7 @@ from ..modeling_dspark import DSparkHead
 from ..scheduling.scheduler import LoadSchedule
 from .prefixes import KeptTexts, Reader
 from .request import Request
+from .threads import release_pool
 
 logger = logging.get_logger(__name__)
 
@@ -75,6 +76,8 @@ class BatchLoop:
     def start(self) -> None:
         """Begin to decode."""
         self.is_stopping = self.is_aborting = False
+        # Whoever has loaded the model has most likely computed, and waits from now on.
+        release_pool()
         self.thread = threading.Thread(target=self._run, name="dspark-batching", daemon=True)
         self.thread.start()
 
