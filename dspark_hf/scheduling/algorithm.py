@@ -4,13 +4,18 @@ Survival a_{r,j} is the probability that the first j drafts of row r are all acc
 commits tau = sum_r (1 + sum_{j<=l_r} a_{r,j}) tokens in expectation; the schedule maximises Theta = tau / seconds.
 """
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 
+# On the host or, where that does not wait to see them, on the device.
+Numbers = TypeVar("Numbers", np.ndarray, torch.Tensor)
 
-def survival(confidence: np.ndarray) -> np.ndarray:
+
+def survival(confidence: Numbers) -> Numbers:
     """a_j = c_1 * .. * c_j: [..., G] from the confidence of every draft given that those before it survived."""
-    return np.cumprod(confidence, axis=-1)
+    return confidence.cumprod(-1)
 
 
 def admit(survival: np.ndarray, base_tokens: float, seconds: np.ndarray, look_past_drops: bool) -> np.ndarray:

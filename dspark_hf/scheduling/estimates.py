@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import constants
+from .algorithm import Numbers
 from .algorithm import survival as survival_of
 
 
@@ -128,6 +129,6 @@ class RowEstimates:
         return np.concatenate([curves, curves[:, -1:] * rest], axis=1)
 
 
-def corrected(confidence: np.ndarray, corrections: np.ndarray) -> np.ndarray:
+def corrected(confidence: Numbers, corrections: Numbers) -> Numbers:
     """Survival [R, G] from confidence [R, G] and factors [R] on it."""
-    return survival_of(np.minimum(confidence * corrections[:, None], 1.0))
+    return survival_of((confidence * corrections[:, None]).clip(max=1.0))

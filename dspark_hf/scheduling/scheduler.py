@@ -13,7 +13,7 @@ import torch
 from . import constants
 from .algorithm import admit, at_size, best_length, lower_hull, top_k_by_survival
 from .cost import CostModel
-from .estimates import AcceptanceStats, RowEstimates
+from .estimates import AcceptanceStats, RowEstimates, corrected
 from .load import Load
 from .plan import NO_DRAFT, Costs, Plan, Step
 from .settings import Settings
@@ -64,8 +64,7 @@ class ConstantSchedule:
 
     def _survival_on_device(self, confidence: torch.Tensor) -> torch.Tensor:
         corrections = torch.from_numpy(self.estimates.corrections)
-        corrections = corrections.to(confidence.device, confidence.dtype, non_blocking=True)
-        return (confidence * corrections[:, None]).clamp(max=1.0).cumprod(dim=1)
+        return corrected(confidence, corrections.to(confidence.device, confidence.dtype, non_blocking=True))
 
     def observe(self, step: Step, load: Load, draft_seconds: float, step_seconds: float) -> None:
         """Learn from the times of a round: its draft, and everything behind it."""
