@@ -4,7 +4,8 @@ before the first token.
     python benchmarks/first_call.py
 
 Every call runs in a process of its own with an empty cache folder. "first" is the first `generate` of the process,
-"second" the one after it. The larger pair has the shape of Qwen3-0.6B with random weights, so that its drafts fail.
+"second" the one after it. The embedded pair reads the beginning of a problem; the larger pair has the shape of
+Qwen3-0.6B with random weights, reads random tokens, and its drafts fail.
 """
 
 import argparse
@@ -21,13 +22,17 @@ PROMPT, NEW_TOKENS = 32, 8
 
 
 def pair_of(name: str):
+    """Target, head, and a prompt [1, PROMPT]."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     import dspark_hf
+    from dspark_hf.evaluation.prompts import domain_prompts, encode
 
     if name == "embedded":
-        return dspark_hf.embedded_pair(dtype="bfloat16")[:2]
+        target, head, tokenizer = dspark_hf.embedded_pair(dtype="bfloat16")
+        texts = [encode([text], tokenizer, "cpu")["input_ids"] for text in domain_prompts("gsm8k")]
+        return target, head, next(ids[:, :PROMPT] for ids in texts if ids.shape[1] >= PROMPT)
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
@@ -37,15 +42,12 @@ def pair_of(name: str):
     target = Qwen3ForCausalLM(config).eval()
     shape = dspark_hf.DSparkConfig.from_target(config, num_hidden_layers=5, block_size=7)
     head = dspark_hf.DSparkHead(shape).eval()
-    return target, head
+    return target, head, torch.randint(5, 1000, (1, PROMPT))
 
 
 def call(name: str, drafts: bool) -> None:
     """What one process measures: seconds of its first two calls, on standard output."""
-    import torch
-
-    target, head = pair_of(name)
-    ids = torch.randint(5, 1000, (1, PROMPT))
+    target, head, ids = pair_of(name)
     kwargs = {"assistant_model": head} if drafts else {}
     seconds = []
     for _ in range(2):
