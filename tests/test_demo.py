@@ -7,6 +7,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ gr = pytest.importorskip("gradio", reason="the demo needs the extra `demo`")
 from dspark_hf.demo import chat, load, parts, race, rounds  # noqa: E402
 from dspark_hf.demo.engine import REPLACEMENT, Engine, Stop, measure  # noqa: E402
 from dspark_hf.demo.generation import Committed, Finished, Generation  # noqa: E402
+from dspark_hf.demo.requests import Requests  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PROMPT = [{"role": "user", "content": race.EXAMPLES[0]}]
@@ -312,9 +314,9 @@ def test_numbers_of_an_answer():
     def answer(tokens: list[int], times: list[float], **counts) -> chat.Answer:
         return chat.Answer(RequestOutput("a", generated_tokens=tokens, timestamps=times, **counts), 3, 0.01)
 
-    assert answer([1], [1.0]).figures() == chat.NO_FIGURES | {"tokens": "1", "beside others": "3"}
+    assert answer([1], [1.0]).figures() == chat.NO_FIGURES | {"tokens": "1", "others in the batch": "3"}
     figures = answer([1, 2, 3, 4, 5], [1.0, 1.02, 1.02, 1.02, 1.03], rounds=2).figures()
-    assert figures == {"tokens/s": "133", "speed-up": "1.33x", "tau": "2.00", "tokens": "5", "beside others": "3"}
+    assert figures == {"tokens/s": "133", "speed-up": "1.33x", "tau": "2.00", "tokens": "5", "others in the batch": "3"}
 
 
 def test_the_next_turn_of_a_chat_reads_only_what_is_new(engine):
@@ -424,6 +426,21 @@ def test_users_double_up_to_the_level_and_both_ways_take_turns(engine, short_tur
             assert turn.counts.verified > 0 and turn.counts.tau > 1
         else:
             assert turn.counts.verified == 0 and turn.counts.tau == 1
+
+
+def test_a_turn_does_not_wait_for_a_request_that_ended_before_it(engine):
+    """Its last news is older than the turn, and nothing follows."""
+
+    class Told(Requests):
+        def results(self):
+            for output in super().results():
+                yield output and replace(output, timestamps=[0.0] if output.is_finished() else output.timestamps)
+
+    with Told(engine.manager) as requests:
+        users = load.Users(engine, requests, (engine.encode(MATHS),))
+        users.most = 4
+        users.become(2)
+        assert next(event for event in users.turn(True, 0.1) if isinstance(event, load.Turn)).counts.tokens > 0
 
 
 def test_load_and_chat_share_a_batch(engine, short_turns, monkeypatch):

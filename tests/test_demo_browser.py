@@ -240,7 +240,7 @@ def test_chat_decodes_beside_the_load(visit, answers):
     busy.wait_for_selector("#load-batch .row")
     send(page, SHORT)
     wait_for(page, "#chat-history", words(answers(SHORT))[-1])
-    assert int(figure(page, "#chat-numbers", "beside others")) >= 1
+    assert int(figure(page, "#chat-numbers", "others in the batch")) >= 1
     assert words(answers(SHORT)) == words(page.locator("#chat-history .bot.message").inner_text())
     assert busy.locator("#load-batch .row").count() >= 1
     busy.click("#load-stop")

@@ -43,7 +43,7 @@ class Answer:
     def figures(self) -> dict[str, str]:
         """Numbers of the answer; the first token, which the prompt's pass gives, is left out of the speed."""
         steps, times = len(self.tokens) - 1, self.output.timestamps
-        counts = {"tokens": str(len(self.tokens)), "beside others": str(self.beside)}
+        counts = {"tokens": str(len(self.tokens)), "others in the batch": str(self.beside)}
         if self.output.rounds < 1 or times[-1] == times[0]:
             return NO_FIGURES | counts
         elapsed = times[-1] - times[0]
@@ -55,7 +55,7 @@ class Answer:
         return speeds | counts
 
 
-NO_FIGURES = dict.fromkeys(("tokens/s", "speed-up", "tau", "tokens", "beside others"), "-")
+NO_FIGURES = dict.fromkeys(("tokens/s", "speed-up", "tau", "tokens", "others in the batch"), "-")
 
 
 @dataclass(frozen=True)

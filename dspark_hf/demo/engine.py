@@ -1,6 +1,7 @@
 """The pair that all visitors share. Their requests decode together, in one engine where they join and leave between
 rounds; what has to be measured alone has the model to itself for as long."""
 
+import atexit
 import logging
 import math
 import queue
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 SLOTS = 32
 # Seconds between two looks at whether a visitor has stopped or left, and two pictures of what streams.
 TICK = 0.2
+# That what is being decoded has when the demo ends.
+LAST_SECONDS = 5.0
 MOST_PROMPT_TOKENS, MOST_NEW_TOKENS, FEWEST_NEW_TOKENS = 1024, 512, 2
 # What the fields of a generation hold at first, and what counts where a visitor has emptied them.
 DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 256, 0.0, 1.0
@@ -97,6 +100,8 @@ class Engine:
                     continuous_batching_config=config, assistant_model=self.head
                 )
                 self._manager.start()
+                # A thread that is in the middle of a round when the interpreter ends takes the process down with it.
+                atexit.register(self._manager.stop, timeout=LAST_SECONDS, hard_stop=True)
             return self._manager
 
     def stream(self, work: Work, stop: Stop) -> Iterator[Any]:
