@@ -3,6 +3,8 @@
 import asyncio
 import queue
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -328,6 +330,59 @@ def test_an_event_loop_is_told(pair):
     ) as manager:
         assert asyncio.run(ask_all(manager, prompts)) == [alone(target, p, max_new_tokens=8) for p in prompts]
         assert not manager.loop.router.result_handlers
+
+
+def test_handlers_of_two_event_loops_and_of_none_share_a_manager(pair):
+    target, head = pair
+    seen = {}
+
+    def asked_in(name, manager, prompt):
+        async def ask():
+            done = asyncio.get_running_loop().create_future()
+
+            def told(result):
+                seen.setdefault(name, set()).add(threading.current_thread())
+                if result.is_finished():
+                    done.set_result(result.generated_tokens)
+
+            manager.register_result_handler(name, told)
+            manager.add_request(prompt, request_id=name, streaming=True, max_new_tokens=30, do_sample=False)
+            return await done, threading.current_thread()
+
+        return asyncio.run(ask())
+
+    first, second, third = texts(3, seed=8)
+    with (
+        target.continuous_batching_context_manager(
+            continuous_batching_config=config(), assistant_model=head
+        ) as manager,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        results = queue.SimpleQueue()
+        loops = {name: pool.submit(asked_in, name, manager, p) for name, p in (("one", first), ("two", second))}
+        manager.register_result_handler("none", results.put)
+        manager.add_request(third, request_id="none", max_new_tokens=30, do_sample=False)
+        assert results.get(timeout=30).generated_tokens == alone(target, third, max_new_tokens=30)
+        for (name, future), prompt in zip(loops.items(), (first, second), strict=True):
+            written, thread = future.result(timeout=30)
+            assert written == alone(target, prompt, max_new_tokens=30) and seen[name] == {thread}
+
+
+def test_drafts_can_be_switched_off_and_on(pair):
+    """Plain continuous batching in between, and the same text."""
+    target, head = pair
+    (prompt,) = texts(1, seed=9)
+    verified = []
+    with target.continuous_batching_context_manager(
+        GenerationConfig(do_sample=False), continuous_batching_config=config(), assistant_model=head
+    ) as manager:
+        for drafts in (False, True):
+            manager.drafts = drafts
+            manager.add_request(prompt, max_new_tokens=30)
+            (output,) = results(manager, 1).values()
+            assert output.generated_tokens == alone(target, prompt, max_new_tokens=30) and manager.drafts == drafts
+            verified.append(output.verified)
+    assert verified[0] == 0 < verified[1]
 
 
 def test_a_canceled_request_frees_its_row(pair):

@@ -1,9 +1,12 @@
 """The demo without a browser: what its tabs compute from real runs of the embedded pair."""
 
 import itertools
+import pickle
 import re
 import sys
+import time
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,35 +16,46 @@ from conftest import tiny_head, tiny_target, whole_blocks
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 import dspark_hf
+from dspark_hf.evaluation.prompts import sampling
 from dspark_hf.evaluation.verify import BROKEN, IDENTICAL
 from dspark_hf.generation.engine import Engine as Rounds
+from dspark_hf.serving.request import RequestOutput
 
 gr = pytest.importorskip("gradio", reason="the demo needs the extra `demo`")
 
 from dspark_hf.demo import chat, load, parts, race, rounds  # noqa: E402
-from dspark_hf.demo.engine import (  # noqa: E402
-    REPLACEMENT,
-    Committed,
-    Engine,
-    Finished,
-    Generation,
-    Ready,
-    Stop,
-)
+from dspark_hf.demo.engine import REPLACEMENT, Engine, Stop, measure  # noqa: E402
+from dspark_hf.demo.generation import Committed, Finished, Generation  # noqa: E402
+from dspark_hf.demo.requests import Requests  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PROMPT = [{"role": "user", "content": race.EXAMPLES[0]}]
+MATHS = [{"role": "user", "content": "What is 3 times 4?"}]
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
+def engine() -> Iterator[Engine]:
     model, head, tokenizer = dspark_hf.embedded_pair(dtype=torch.float32)
-    return Engine(model, whole_blocks(head), tokenizer)
+    made = Engine(model, whole_blocks(head), tokenizer)
+    yield made
+    made.manager.stop(hard_stop=True)
+
+
+def generation(engine: Engine, ids: list[int], most: int, draft: bool, temperature: float = 0.0) -> Generation:
+    return Generation(ids, draft, engine.settings(most, temperature))
 
 
 def plain_tokens(engine: Engine, ids: list[int], most: int) -> list[int]:
     return engine.generate(ids, None, max_new_tokens=most, do_sample=False).sequences[0, len(ids) :].tolist()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until it holds, for as long as a machine may be slow."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 # -- Engine ---------------------------------------------------------------------------------------------------------
@@ -49,12 +63,11 @@ def plain_tokens(engine: Engine, ids: list[int], most: int) -> list[int]:
 
 def test_a_stream_is_what_generate_commits(engine):
     ids = engine.encode(PROMPT)
-    events = [event for event in engine.stream(Generation(ids, 40, draft=True), Stop()) if event is not None]
-    assert isinstance(events[0], Ready) and events[0].plain_step > 0
-    assert isinstance(events[-1], Finished) and events[-1].stats.rounds == len(events) - 3
+    events = [event for event in engine.stream(generation(engine, ids, 40, True), Stop()) if event is not None]
+    assert isinstance(events[-1], Finished) and events[-1].stats.rounds == len(events) - 2
     tokens = [token for event in events if isinstance(event, Committed) for token in event.tokens]
     assert tokens == plain_tokens(engine, ids, 40)
-    times = [event.seconds for event in events[1:]]
+    times = [event.seconds for event in events]
     assert times == sorted(times) and times[0] > 0
 
 
@@ -62,7 +75,7 @@ def test_a_stream_is_what_generate_commits(engine):
 def test_the_model_is_free_at_once(engine, how):
     """After a stop, and after a visitor who left: another one's work need not wait for the rest of the answer."""
     ids, stop, passes = engine.encode(PROMPT), Stop(), []
-    events = engine.stream(Generation(ids, engine.most_new_tokens, draft=False, temperature=1.5), stop)
+    events = engine.stream(generation(engine, ids, engine.most_new_tokens, False, temperature=1.5), stop)
     next(event for event in events if isinstance(event, Committed))
     counting = engine.model.register_forward_pre_hook(lambda *args: passes.append(1))
     try:
@@ -71,21 +84,24 @@ def test_the_model_is_free_at_once(engine, how):
             assert not any(isinstance(event, Finished) for event in events)
         else:
             events.close()
-        next(event for event in engine.stream(Generation(ids, 1, draft=False), Stop()) if isinstance(event, Ready))
+        list(engine.stream(measure, Stop()))
     finally:
         counting.remove()
     assert len(passes) < engine.most_new_tokens / 2
 
 
-def test_one_after_the_other(engine):
-    """Work that is asked for while another one's runs begins behind it."""
-    ids = engine.encode(PROMPT)
-    first = engine.stream(Generation(ids, 60, draft=False), Stop())
-    next(event for event in first if isinstance(event, Committed))
-    second = engine.stream(Generation(ids, 4, draft=False), Stop())
-    assert next(second) is None
-    list(first)
-    assert [type(event) for event in second if event is not None] == [Ready, *[Committed] * 4, Finished]
+def test_a_generation_has_the_model_to_itself(engine, monkeypatch):
+    """A request that is asked for meanwhile decodes when it is over."""
+    happened, step, generate = [], Rounds.step, engine.generate
+    alone = Generation(engine.encode(PROMPT), False, engine.settings(200) | {"min_new_tokens": 200})
+    measuring = engine.stream(alone, Stop())
+    monkeypatch.setattr(Rounds, "step", lambda self: happened.append("round") or step(self))
+    monkeypatch.setattr(engine, "generate", lambda *a, **k: (generate(*a, **k), happened.append("generated"))[0])
+    next(event for event in measuring if isinstance(event, Committed))
+    answering = chat.answer(engine, MATHS, 10, None, None, Stop())
+    assert next(answering) is None
+    *_, answer = answering
+    assert answer.ended and happened[0] == "generated" and set(happened[1:]) == {"round"}
 
 
 @pytest.mark.parametrize("text, message", [("  ", "Write a prompt"), ("many words " * 600, "takes 512 tokens")])
@@ -118,12 +134,11 @@ def test_a_target_of_few_positions(engine):
     )
     *_, answer = chat.answer(short, [{"role": "user", "content": "Hi"}], None, None, None, Stop())
     assert answer.ended and len(answer.tokens) == 12 and answer.plain_step > 0
-    assert any(
-        isinstance(event, load.Measured)
-        for event in short.stream(
-            load.Slice(2, True, tuple(map(short.own_prompt, load.DEFAULT_PROMPTS)), seconds=0.1), Stop()
-        )
-    )
+    prompts = tuple(map(short.own_prompt, load.DEFAULT_PROMPTS))
+    events = short.stream(load.Load(load.Level(2), prompts, 0.1), Stop())
+    next(event for event in events if isinstance(event, load.Turn) and event.users == 2)
+    events.close()
+    short.manager.stop(hard_stop=True)
     assert max(lengths) < 32
     with pytest.raises(gr.Error, match="takes 16 tokens"):
         short.encode(PROMPT)
@@ -133,10 +148,10 @@ def test_a_target_of_few_positions(engine):
 
 
 def test_emptied_fields_count_as_their_defaults(engine):
-    ids = engine.encode(PROMPT)
-    assert engine.generation(ids, True) == Generation(ids, 256, True, 0.0, 1.0)
-    assert engine.generation(ids, False, None, None, None) == engine.generation(ids, False)
-    assert engine.generation(ids, True, 7, 0.5, 0.9) == Generation(ids, 7, True, 0.5, 0.9)
+    assert engine.settings() == {"max_new_tokens": 256} | sampling(0)
+    assert engine.settings(None, None, 0.5) == engine.settings(256, 0.0, None)
+    assert engine.settings(7, 0.5) == {"max_new_tokens": 7} | sampling(0.5)
+    assert engine.settings(7, 0.5, 0.9) == {"max_new_tokens": 7} | sampling(0.5) | {"top_p": 0.9}
     with gr.Blocks() as page:
         for tab in (race.tab, rounds.tab, load.tab, lambda of: chat.tab(of, True)):
             tab(engine)
@@ -194,12 +209,20 @@ def test_the_streamer_of_the_command_shows_whole_characters(engine, fallback):
 
 
 def test_a_failure_is_a_message_and_leaves_the_model_free(engine):
-    def fails(engine, emit, stop):
+    def fails(engine):
+        yield None
         raise RuntimeError("no memory left")
 
     with pytest.raises(gr.Error, match="RuntimeError: no memory left"):
         list(engine.stream(fails, Stop()))
-    assert any(isinstance(event, Ready) for event in engine.stream(Generation([5], 1, draft=False), Stop()))
+    events = list(engine.stream(generation(engine, [5], 1, False), Stop()))
+    assert isinstance(events[-1], Finished)
+
+
+def test_a_failing_generation_is_a_message_too(engine):
+    with pytest.raises(gr.Error, match="model failed|Error"):
+        list(engine.stream(generation(engine, [10**9], 4, True), Stop()))
+    assert isinstance(list(engine.stream(generation(engine, [5], 1, False), Stop()))[-1], Finished)
 
 
 def test_the_decorator_of_zero_gpu_spaces(monkeypatch):
@@ -217,8 +240,16 @@ def test_the_decorator_of_zero_gpu_spaces(monkeypatch):
     calls = []
     monkeypatch.setitem(sys.modules, "spaces", Spaces)
     model, head, tokenizer = dspark_hf.embedded_pair(dtype=torch.float32)
-    events = Engine(model, whole_blocks(head), tokenizer).stream(Generation([5, 6], 2, draft=True), Stop())
+    other = Engine(model, whole_blocks(head), tokenizer)
+    works = [
+        generation(other, [5, 6], 2, True),
+        chat.Question([5, 6], other.settings(2)),
+        load.Load(load.Level(), (), 1.0),
+    ]
+    assert list(map(pickle.dumps, works))
+    events = other.stream(works[0], Stop())
     assert any(isinstance(event, Finished) for event in events) and calls == ["_events"]
+    other.manager.stop(hard_stop=True)
 
 
 # -- Race -----------------------------------------------------------------------------------------------------------
@@ -279,11 +310,37 @@ def test_an_answer_is_what_plain_generate_says(engine):
 
 
 def test_numbers_of_an_answer():
-    answer = chat.Answer(plain_step=0.01)
-    assert answer.figures()["speed-up"] == "-"
-    for event in (Committed(1.0, [1]), Committed(1.02, [2, 3, 4]), Committed(1.03, [5])):
-        answer.take(event)
-    assert answer.figures() == {"tokens/s": "133", "speed-up": "1.33x", "tau": "2.00", "tokens": "5"}
+    def answer(tokens: list[int], times: list[float], **counts) -> chat.Answer:
+        return chat.Answer(RequestOutput("a", generated_tokens=tokens, timestamps=times, **counts), 3, 0.01)
+
+    assert answer([1], [1.0]).figures() == chat.NO_FIGURES | {"tokens": "1", "others in the batch": "3"}
+    figures = answer([1, 2, 3, 4, 5], [1.0, 1.02, 1.02, 1.02, 1.03], rounds=2).figures()
+    assert figures == {"tokens/s": "133", "speed-up": "1.33x", "tau": "2.00", "tokens": "5", "others in the batch": "3"}
+
+
+def test_the_next_turn_of_a_chat_reads_only_what_is_new(engine):
+    *_, first = chat.answer(engine, MATHS, 30, None, None, Stop())
+    said = {"role": "assistant", "content": engine.decode(first.tokens)}
+    history = [*MATHS, said, {"role": "user", "content": "And 5 times 4?"}]
+    lengths = []
+    seen = engine.model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["position_ids"].shape[-1]), with_kwargs=True
+    )
+    try:
+        *_, second = chat.answer(engine, history, 30, None, None, Stop())
+    finally:
+        seen.remove()
+    ids = engine.encode(history)
+    assert second.tokens == plain_tokens(engine, ids, 30)
+    assert lengths[0] < len(ids) - len(engine.encode(MATHS))
+
+
+def test_a_visitor_who_leaves_frees_the_row(engine):
+    answering = chat.answer(engine, PROMPT, engine.most_new_tokens, 1.5, None, Stop())
+    next(answer for answer in answering if answer is not None)
+    assert engine.manager.num_running == 1
+    answering.close()
+    wait_for(lambda: engine.manager.num_running == 0)
 
 
 # -- Inside a round -------------------------------------------------------------------------------------------------
@@ -346,41 +403,107 @@ def test_characters_of_several_tokens(engine):
 # -- Load -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("draft", [True, False])
-def test_a_slice_of_concurrent_requests(engine, draft):
-    prompts = (engine.encode(PROMPT), engine.encode([{"role": "user", "content": "What is 3 times 4?"}]))
-    events = list(engine.stream(load.Slice(3, draft, prompts, seconds=0.3), Stop()))
-    measured = events[-1]
-    assert measured.speed > 0 and (measured.verified > 0) == (measured.tau > 1) == draft
+def turns(engine: Engine, count: int, level: load.Level, stop: Stop | None = None) -> list[load.Turn]:
+    """The first turns of a load."""
+    events = load.run(engine, level, stop or Stop())
+    found = list(itertools.islice((event for event in events if isinstance(event, load.Turn)), count))
+    events.close()
+    return found
 
 
-def test_concurrent_requests_share_an_engine(engine, monkeypatch):
+@pytest.fixture
+def short_turns(monkeypatch):
+    monkeypatch.setattr(load, "TURN_SECONDS", 0.2)
+
+
+def test_users_double_up_to_the_level_and_both_ways_take_turns(engine, short_turns):
+    found = turns(engine, 6, load.Level(3))
+    assert [(turn.users, turn.draft) for turn in found] == [(n, draft) for n in (1, 2, 3) for draft in (True, False)]
+    for turn in found:
+        assert turn.counts.seconds >= 0.2 and turn.counts.speed > 0
+        if turn.draft:
+            assert turn.counts.verified > 0 and turn.counts.tau > 1
+        else:
+            assert turn.counts.verified == 0 and turn.counts.tau == 1
+
+
+def test_a_turn_does_not_wait_for_a_request_that_ended_before_it(engine):
+    with Requests(engine.manager) as requests:
+        users = load.Users(engine, requests, (engine.encode(MATHS),))
+        users.most = 4
+        users.become(2)
+        wait_for(lambda: engine.manager.num_running == engine.manager.num_waiting == 0)
+        events = itertools.islice(users.turn(True, 0.1), 100)
+        assert next(event for event in events if isinstance(event, load.Turn)).counts.tokens > 0
+
+
+def test_load_and_chat_share_a_batch(engine, short_turns, monkeypatch):
+    """And nothing that they do beside each other changes what is written."""
     rows, step = [], Rounds.step
     monkeypatch.setattr(Rounds, "step", lambda self: rows.append(len(self.rows)) or step(self))
-    list(engine.stream(load.Slice(3, True, (engine.encode(PROMPT),), seconds=0.3), Stop()))
-    assert max(rows) == 3
+    events = load.run(engine, load.Level(2), Stop())
+    next(event for event in events if isinstance(event, load.Turn) and event.users == 2)
+    rows.clear()
+    *_, answer = chat.answer(engine, PROMPT, 40, None, None, Stop())
+    # One of the two may just have ended.
+    assert max(rows) >= 2 and answer.beside >= 1
+    events.close()
+    assert answer.tokens == plain_tokens(engine, engine.encode(PROMPT), 40)
 
 
-def test_failures_of_requests_that_share_an_engine_are_not_lost(engine, monkeypatch):
-    monkeypatch.setattr(Rounds, "step", lambda self: 1 / 0)
-    with pytest.raises(gr.Error, match="ZeroDivisionError"):
-        list(engine.stream(load.Slice(2, True, (engine.encode(PROMPT),), seconds=0.1), Stop()))
+def test_requests_of_a_load_join_and_leave(engine, short_turns):
+    level, batches = load.Level(4), []
+    for event in load.run(engine, level, Stop()):
+        if isinstance(event, load.Batch):
+            batches.append(event)
+            # From four users to one: three requests are given up.
+            if len(event.rows) == 4:
+                level.users = 1
+            elif level.users == 1:
+                break
+    assert {len(batch.rows) for batch in batches} >= {1, 4}
+    for batch in batches:
+        assert batch.joined - batch.left == len(batch.rows)
+        assert all(0 <= share <= 1 for _, share, _ in batch.rows)
+        numbers = [number for number, *_ in batch.rows]
+        assert len(set(numbers)) == len(numbers) and max(numbers) <= batch.joined
+    wait_for(lambda: engine.manager.num_running == 0)
+    assert engine.manager.drafts
 
 
-def test_load_takes_turns_and_stops(engine, monkeypatch):
-    monkeypatch.setattr(load, "SLICE_SECONDS", 0.1)
-    stop, level, found = Stop(), load.Level(2), []
-    for news in load.run(engine, level, stop):
-        if news is not None:
-            found.append(news[1])
-            level.requests = 1
-            stop.requested = len(found) == 3
-    assert [(one.slice.draft, one.slice.requests) for one in found] == [(True, 2), (False, 1), (True, 1)]
+def test_what_a_load_shows():
+    result = load.Result()
+    assert result.speeds() is None and result.lengths() is None and set(result.figures().values()) == {"-"}
+    result.take(load.Turn(2, True, load.Counts(1.0, 30, 10, 25, 20)))
+    result.take(load.Turn(2, True, load.Counts(1.0, 50, 10, 15, 20)))
+    result.take(load.Batch([(3, 0.25, True), (4, 0.5, False)], True, 3, 4, 2))
+    # One line alone would be the only one that the plot ever has.
+    assert result.speeds() is None
+    result.take(load.Turn(2, False, load.Counts(2.0, 40, 40)))
+    assert result.speeds().values.tolist() == [[2, 20.0, "plain"], [2, 40.0, "DSpark"]]
+    assert result.lengths().values.tolist() == [[2, 3.0, "tau"], [2, 2.0, "drafts verified"]]
+    assert result.figures() == {
+        "in the batch": "3", "joined": "4", "left": "2", "DSpark tokens/s": "40", "plain tokens/s": "20",
+        "speed-up": "2.00x", "tau": "3.00", "drafts verified": "2.00",
+    }  # fmt: skip
+    shown = load.rows(result.batch)
+    assert re.findall(r'class="row( new)?"><span>#(\d)', shown) == [(" new", "3"), ("", "4")]
 
 
-def test_failures_of_requests_are_not_lost(engine):
-    with pytest.raises(gr.Error, match="model failed|Error"):
-        list(engine.stream(load.Slice(2, False, ([10**9],), seconds=0.1), Stop()))
+def test_a_stopped_load_ends(engine, short_turns):
+    stop = Stop()
+    for event in load.run(engine, load.Level(2), stop):
+        stop.requested = isinstance(event, load.Turn)
+    assert stop.requested
+    wait_for(lambda: engine.manager.num_running == 0)
+
+
+def test_failures_of_requests_are_not_lost(engine, short_turns, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(Rounds, "step", lambda self: 1 / 0)
+        with pytest.raises(gr.Error, match="ZeroDivisionError"):
+            turns(engine, 1, load.Level(2))
+    assert turns(engine, 1, load.Level(1))
 
 
 # -- The Space and the command --------------------------------------------------------------------------------------
@@ -410,7 +533,8 @@ def test_memory_does_not_grow(engine):
         for i in range(count):
             *_, _ = race.race(engine, engine.encode(PROMPT), 128, 0.0, Stop())
             *_, _ = rounds.run(engine, engine.encode(PROMPT), 128, 1.0, Stop())
-            list(engine.stream(load.Slice(1 + i % 4, i % 2 == 0, (engine.encode(PROMPT),), 0.2), Stop()))
+            *_, _ = chat.answer(engine, PROMPT, 128, 1.0, None, Stop())
+            turns(engine, 1 + i % 4, load.Level(4))
 
     def resident() -> float:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -199,29 +199,51 @@ def test_the_stop_button_stops(visit):
     assert figure(page, "#chat-numbers", "tokens") == count
 
 
-def test_load_draws_points(visit):
-    page = visit("Load")
-    page.click("#load-start")
-    page.wait_for_selector("#load-plot .mark-line path")
-    assert float(figure(page, "#load-numbers", "DSpark tokens/s")) > 0
-    assert float(figure(page, "#load-numbers", "plain tokens/s")) > 0
-    drawn = "document.querySelector('#load-plot .mark-line path').getAttribute('d')"
-    before = page.evaluate(drawn)
-    page.wait_for_function(f"before => {drawn} !== before", arg=before)
-    page.click("#load-stop")
+def heights(page, plot: str, color: str) -> list[float]:
+    """Of the points of a line, from left to right."""
+    path = page.get_attribute(f"#{plot} .mark-line path[stroke='{color}']", "d")
+    return [-float(y) for y in re.findall(r"[ML][-\d.]+,([-\d.]+)", path)]
 
 
-def test_requests_join_and_leave(visit):
-    """Ten of them, while it runs; the chart goes on with what they write."""
+def test_ten_requests_join_and_leave_and_the_chart_rises(visit):
     page = visit("Load")
-    page.click("#load-start")
-    page.wait_for_selector("#load-plot .mark-line path")
     page.fill("#load-level input[type=number]", "10")
     page.press("#load-level input[type=number]", "Enter")
-    wait_for(page, "#load-numbers", "10\nrequests")
+    page.click("#load-start")
+    # As one, two, four and eight users came before.
+    page.wait_for_function("document.querySelectorAll('#load-batch .row').length === 10")
+    assert int(figure(page, "#load-numbers", "in the batch")) >= 8
+    joined, left = (int(figure(page, "#load-numbers", name)) for name in ("joined", "left"))
+    page.wait_for_function(
+        "([joined, left]) => { const [j, l] = ['joined', 'left'].map(name => "
+        "+[...document.querySelectorAll('#load-numbers .figures > div')]"
+        ".find(div => div.querySelector('span').innerText === name).querySelector('b').innerText);"
+        "return j >= joined + 10 && l >= left + 10 }",
+        arg=[joined, left],
+    )
+    line = "document.querySelector(\"#load-speeds .mark-line path[stroke='#12a150']\").getAttribute('d')"
+    page.wait_for_function(f"{line}.split('L').length === 5")
+    speeds = heights(page, "load-speeds", "#12a150")
+    assert speeds[-1] > speeds[0] and max(speeds) == max(speeds[2:])
     assert float(figure(page, "#load-numbers", "tau")) > 1
     assert float(figure(page, "#load-numbers", "DSpark tokens/s")) > 0
+    assert float(figure(page, "#load-numbers", "plain tokens/s")) > 0
+    assert len(heights(page, "load-lengths", "#e8833a")) == 5
     page.click("#load-stop")
+    wait_for(page, "#load-batch", "Stopped.")
+
+
+def test_chat_decodes_beside_the_load(visit, answers):
+    """In one batch, and says the same."""
+    busy, page = visit("Load"), visit("Chat")
+    busy.click("#load-start")
+    busy.wait_for_selector("#load-batch .row")
+    send(page, SHORT)
+    wait_for(page, "#chat-history", words(answers(SHORT))[-1])
+    assert int(figure(page, "#chat-numbers", "others in the batch")) >= 1
+    assert words(answers(SHORT)) == words(page.locator("#chat-history .bot.message").inner_text())
+    assert busy.locator("#load-batch .row").count() >= 1
+    busy.click("#load-stop")
 
 
 def test_two_visitors_get_their_own_texts(visit, answers):
@@ -240,7 +262,7 @@ def test_a_closed_tab_frees_the_model(visit):
     busy, next_one = visit("Load"), visit()
     started = time.monotonic()
     busy.click("#load-start")
-    busy.wait_for_selector("#load-plot .mark-line path")
+    busy.wait_for_selector("#load-batch .row")
     next_one.click("#race-start")
     next_one.wait_for_timeout(500)
     assert "Measuring" not in next_one.inner_text("#race-verdict")

@@ -1,13 +1,16 @@
-"""The chat: a conversation with the head, and its speed against the plain step time measured at the start."""
+"""The chat: a conversation with the head, whose answers decode in one batch with what others ask."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import gradio as gr
 
+from ..serving.request import RequestOutput
 from . import parts
-from .engine import Committed, Engine, Finished, Ready, Stop
+from .engine import Engine, Stop
+from .requests import Requests
 
 EXAMPLES = [
     "A box holds 6 eggs and costs $3. How much do 42 eggs cost?",
@@ -20,37 +23,61 @@ Message = dict[str, str]
 AS_TEXT = {"render_markdown": False, "latex_delimiters": []}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Answer:
-    """An answer as far as it has come. seconds: to each round's end, since the first token was there."""
+    """An answer as far as it has come. beside: requests that decoded with it, at most. plain_step: seconds of one when
+    nothing else was decoded."""
 
-    plain_step: float | None = None
-    tokens: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    ended: bool = False
+    output: RequestOutput
+    beside: int
+    plain_step: float
 
-    def take(self, event: object) -> None:
-        """Add what the engine tells."""
-        if isinstance(event, Ready):
-            self.plain_step = event.plain_step
-        elif isinstance(event, Committed):
-            self.tokens += event.tokens
-            self.seconds.append(event.seconds)
-        elif isinstance(event, Finished):
-            self.ended = True
+    @property
+    def tokens(self) -> list[int]:
+        return self.output.generated_tokens
+
+    @property
+    def ended(self) -> bool:
+        return self.output.is_finished()
 
     def figures(self) -> dict[str, str]:
         """Numbers of the answer; the first token, which the prompt's pass gives, is left out of the speed."""
-        steps, rounds = len(self.tokens) - 1, len(self.seconds) - 1
-        if rounds < 1:
-            return dict.fromkeys(("tokens/s", "speed-up", "tau"), "-") | {"tokens": str(len(self.tokens))}
-        elapsed = self.seconds[-1] - self.seconds[0]
-        return {
+        steps, times = len(self.tokens) - 1, self.output.timestamps
+        counts = {"tokens": str(len(self.tokens)), "others in the batch": str(self.beside)}
+        if self.output.rounds < 1 or times[-1] == times[0]:
+            return NO_FIGURES | counts
+        elapsed = times[-1] - times[0]
+        speeds = {
             "tokens/s": parts.rate(steps, elapsed),
             "speed-up": parts.times(steps * self.plain_step / elapsed),
-            "tau": f"{steps / rounds:.2f}",
-            "tokens": str(len(self.tokens)),
+            "tau": f"{steps / self.output.rounds:.2f}",
         }
+        return speeds | counts
+
+
+NO_FIGURES = dict.fromkeys(("tokens/s", "speed-up", "tau", "tokens", "others in the batch"), "-")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Work: have a conversation answered. settings: as `generate` takes them."""
+
+    input_ids: list[int]
+    settings: dict[str, Any]
+
+    def __call__(self, engine: Engine) -> Iterator[Answer | None]:
+        plain_step, beside = engine.measured_step(), 0
+        with Requests(engine.manager) as requests:
+            requests.ask(self.input_ids, self.settings)
+            for output in requests.results():
+                if output is None:
+                    yield None
+                    continue
+                # It has left the others when its last tokens come.
+                beside = max(beside, engine.manager.num_running - (not output.is_finished()))
+                yield Answer(output, beside, plain_step)
+                if output.is_finished():
+                    return
 
 
 def answer(
@@ -60,15 +87,15 @@ def answer(
     temperature: float | None,
     top_p: float | None,
     stop: Stop,
-) -> Iterator[Answer]:
-    """The answer to the last message, every tick and once it is over."""
-    result = Answer()
-    work = engine.generation(engine.encode(history), True, most, temperature, top_p)
-    for event in engine.stream(work, stop):
-        result.take(event)
+) -> Iterator[Answer | None]:
+    """The answer to the last message, every tick and once it is over; `None` as long as there is none."""
+    last = None
+    for event in engine.stream(Question(engine.encode(history), engine.settings(most, temperature, top_p)), stop):
         if event is None:
-            yield result
-    yield result
+            yield last
+        else:
+            last = event
+    yield last
 
 
 def shown(history: list[Message]) -> list[Message]:
@@ -82,7 +109,11 @@ def shown(history: list[Message]) -> list[Message]:
 
 def tab(engine: Engine, embedded: bool) -> None:
     """The tab's components and what they do."""
-    about = "The speed-up compares with a plain step of the same model, measured on this machine at the start."
+    about = (
+        "It decodes in one batch with the answers of other visitors and the requests of the Load tab. The speed-up "
+        "compares with plain decoding of this answer alone, by the time of a plain step measured at the start; tau is "
+        "the tokens of a round."
+    )
     if embedded:
         about += (
             " The built-in model has 6 million parameters and knows grade-school word problems and some Python: it "
@@ -98,7 +129,7 @@ def tab(engine: Engine, embedded: bool) -> None:
         elem_id="chat-history",
         placeholder="Ask something.",
     )
-    numbers = gr.HTML(parts.figures(Answer().figures()), elem_id="chat-numbers")
+    numbers = gr.HTML(parts.figures(NO_FIGURES), elem_id="chat-numbers")
     with gr.Row():
         message = gr.Textbox(
             show_label=False,
@@ -123,20 +154,20 @@ def tab(engine: Engine, embedded: bool) -> None:
     def run(text: str, history: list[Message], temperature: float, top_p: float, most: float, stop: Stop):
         asked = [*history, {"role": "user", "content": text}]
         for current in answer(engine, asked, most, temperature, top_p, stop):
-            said = engine.decode(current.tokens, current.ended)
+            said = engine.decode(current.tokens, current.ended) if current else ""
             new = [*asked, {"role": "assistant", "content": said}] if said else asked
-            yield shown(new), new, "", parts.figures(current.figures())
-        if not current.ended:
+            yield shown(new), new, "", parts.figures(current.figures() if current else NO_FIGURES)
+        if not (current and current.ended):
             gr.Info("Stopped.", duration=3)
 
     inputs, outputs = [message, history, temperature, top_p, most, stop], [chatbot, history, message, numbers]
     ask = [send.click, message.submit]
     parts.clear(stop, ask)
-    gr.on(ask, run, inputs, outputs, **parts.MODEL, show_progress_on=numbers)
+    gr.on(ask, run, inputs, outputs, **parts.SHARED, show_progress_on=numbers)
     parts.request(stop, halt)
     gr.on(
         [clear.click, chatbot.clear],
-        lambda: ([], [], parts.figures(Answer().figures())),
+        lambda: ([], [], parts.figures(NO_FIGURES)),
         None,
         [chatbot, history, numbers],
         **parts.AT_ONCE,

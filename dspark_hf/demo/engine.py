@@ -1,26 +1,34 @@
-"""The pair that all visitors share: one piece of work at a time, events while it runs, and an end to it at once."""
+"""The pair that all visitors share. Their requests decode together, in one engine where they join and leave between
+rounds; what has to be measured alone has the model to itself for as long."""
 
+import atexit
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import gradio as gr
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.prompts import sampling
-from ..generation.stats import DSparkStats, synchronize
+from ..generation.cache import capacity_for
+from ..generation.releases import PAGE_SIZE
 from ..modeling_dspark import DSparkHead
+from ..serving.manager import KEPT, DSparkBatchingManager
 
 logger = logging.getLogger(__name__)
 
+# Requests that decode at once; more wait for one of them to end.
+SLOTS = 32
 # Seconds between two looks at whether a visitor has stopped or left, and two pictures of what streams.
 TICK = 0.2
+# That what is being decoded has when the demo ends.
+LAST_SECONDS = 5.0
 MOST_PROMPT_TOKENS, MOST_NEW_TOKENS, FEWEST_NEW_TOKENS = 1024, 512, 2
 # What the fields of a generation hold at first, and what counts where a visitor has emptied them.
 DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 256, 0.0, 1.0
@@ -28,8 +36,6 @@ DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 256, 0.0, 1.0
 CHARACTERS_A_TOKEN = 16
 # Plain tokens from which the step time is taken, and answers from which the schedule learns what drafts are worth here.
 MEASURED_TOKENS, LEARNED_ANSWERS = 64, 3
-# Ends the events of a piece of work.
-DONE = object()
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 WARM_UP = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How many pencils are left?"
 
@@ -49,83 +55,11 @@ class Stop:
     requested = False
 
 
-@dataclass(frozen=True)
-class Ready:
-    """The model is this visitor's. plain_step: seconds of a step of plain decoding, measured at the start."""
-
-    plain_step: float
-
-
-@dataclass(frozen=True)
-class Committed:
-    """New tokens of a round, or the one of a plain step. seconds: since the generation began."""
-
-    seconds: float
-    tokens: list[int]
-
-
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """The end of a generation. stats: `None` for plain decoding."""
-
-    seconds: float
-    stats: DSparkStats | None
-
-
 class Work(Protocol):
-    """Something to do with the pair. It can be pickled, as ZeroGPU does it in another process."""
+    """Something to do with the pair: its events, and `None` every [`TICK`] seconds. Whatever it has begun ends when the
+    iterator is closed. It can be pickled, as ZeroGPU does it in another process."""
 
-    def __call__(self, engine: "Engine", emit: Callable[[Any], None], stop: threading.Event) -> None: ...
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Work: decode one prompt. temperature 0 is greedy."""
-
-    input_ids: list[int]
-    max_new_tokens: int
-    draft: bool
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def __call__(self, engine: "Engine", emit: Callable[[Any], None], stop: threading.Event) -> None:
-        started = time.perf_counter()
-        streamer = Streamer(lambda tokens: emit(Committed(time.perf_counter() - started, tokens)))
-        output = engine.generate(
-            self.input_ids,
-            head=engine.head if self.draft else None,
-            streamer=streamer,
-            stopping_criteria=[Ended(stop.is_set)],
-            max_new_tokens=self.max_new_tokens,
-            **sampling(self.temperature) | ({"top_p": self.top_p} if self.temperature else {}),
-        )
-        synchronize(engine.model.device)
-        emit(Finished(time.perf_counter() - started, getattr(output, "dspark", None)))
-
-
-class Streamer:
-    """Hands on the new tokens of every round; `generate` puts the prompt first."""
-
-    def __init__(self, on_tokens: Callable[[list[int]], None]):
-        self.on_tokens, self.past_prompt = on_tokens, False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.past_prompt:
-            self.on_tokens(value.flatten().tolist())
-        self.past_prompt = True
-
-    def end(self) -> None:
-        pass
-
-
-class Ended(StoppingCriteria):
-    """Ends every row once a condition holds."""
-
-    def __init__(self, condition: Callable[[], bool]):
-        self.condition = condition
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.condition(), dtype=torch.bool, device=input_ids.device)
+    def __call__(self, engine: "Engine") -> Iterator[Any]: ...
 
 
 class Engine:
@@ -150,39 +84,56 @@ class Engine:
                 f"{head.config.block_size}."
             )
         self._plain_step: float | None = None
-        self._lock = threading.Lock()
+        self._manager: DSparkBatchingManager | None = None
+        self._making = threading.Lock()
         self._events = on_gpu(self._events)
 
-    def stream(self, work: Work, stop: Stop) -> Iterator[Any]:
-        """What `work` emits, after [`Ready`]; `None` every [`TICK`] seconds, whether or not there is news.
+    @property
+    def manager(self) -> DSparkBatchingManager:
+        """Decodes the requests of all visitors, in the process that asks for it first: on ZeroGPU not the page's."""
+        with self._making:
+            if self._manager is None:
+                slot = capacity_for(self.most_prompt_tokens + self.most_new_tokens + self.head.config.block_size)
+                pages = {PAGE_SIZE: slot, "num_blocks": math.ceil(SLOTS / (1 - KEPT))}
+                config = ContinuousBatchingConfig(max_requests_per_batch=SLOTS, **pages)
+                self._manager = self.model.init_continuous_batching(
+                    continuous_batching_config=config, assistant_model=self.head
+                )
+                self._manager.start()
+                # A thread that is in the middle of a round when the interpreter ends takes the process down with it.
+                atexit.register(self._manager.stop, timeout=LAST_SECONDS, hard_stop=True)
+            return self._manager
 
-        It ends early when a stop is requested, and the model is free as soon as the iterator is closed.
+    def stream(self, work: Work, stop: Stop) -> Iterator[Any]:
+        """What `work` gives. It ends early when a stop is requested, and when the iterator is closed.
 
         Raises:
             gr.Error: when the work fails.
         """
         with closing(self._events(work)) as events:
-            for event in events:
-                if stop.requested:
-                    return
-                yield event
+            try:
+                for event in events:
+                    if stop.requested:
+                        return
+                    yield event
+            except Exception as error:
+                logger.exception("The demo's work failed.")
+                raise gr.Error(
+                    f"{type(error).__name__}: {error}", title="The model failed", print_exception=False
+                ) from error
 
-    def generation(
-        self,
-        input_ids: list[int],
-        draft: bool,
-        most: float | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-    ) -> Generation:
-        """The work that the fields of a tab ask for. One that is empty, `None`, counts as its default."""
-        return Generation(
-            input_ids,
-            int(min(DEFAULT_NEW_TOKENS, self.most_new_tokens) if most is None else most),
-            draft,
-            DEFAULT_TEMPERATURE if temperature is None else temperature,
-            DEFAULT_TOP_P if top_p is None else top_p,
-        )
+    def settings(
+        self, most: float | None = None, temperature: float | None = None, top_p: float | None = None
+    ) -> dict[str, Any]:
+        """The settings of a generation that the fields of a tab ask for. One that is empty, `None`, counts as its
+        default."""
+        temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
+        settings = sampling(temperature) | {
+            "max_new_tokens": int(min(DEFAULT_NEW_TOKENS, self.most_new_tokens) if most is None else most)
+        }
+        if temperature:
+            settings["top_p"] = DEFAULT_TOP_P if top_p is None else top_p
+        return settings
 
     def generate(self, input_ids: list[int], head: DSparkHead | None, **kwargs):
         """`model.generate` for one prompt, with its output class."""
@@ -224,7 +175,25 @@ class Engine:
 
     def warm_up(self) -> None:
         """Measure this machine in the background, so that the first visitor need not wait for it."""
-        threading.Thread(target=lambda: list(self._events(nothing)), daemon=True).start()
+        threading.Thread(target=lambda: list(self.stream(measure, Stop())), daemon=True).start()
+
+    def measured_step(self) -> float:
+        """Seconds of a plain step. Before it is measured the schedule learns what the head is worth."""
+        if self._plain_step is None:
+            with self.manager.pause():
+                self._plain_step = self._plain_step or self._measure()
+        return self._plain_step
+
+    def _measure(self) -> float:
+        ids, count = self.own_prompt(WARM_UP), min(MEASURED_TOKENS, self.most_new_tokens)
+        options = {"max_new_tokens": count, "do_sample": False}
+        for _ in range(LEARNED_ANSWERS):
+            self.generate(ids, self.head, **options)
+        self.generate(ids, None, **options | {"max_new_tokens": min(4, count)})
+        times: list[float] = []
+        streamer = Streamer(lambda _: times.append(time.perf_counter()))
+        self.generate(ids, None, streamer=streamer, min_new_tokens=count, **options)
+        return (times[-1] - times[0]) / (len(times) - 1)
 
     def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
         if self.tokenizer.chat_template is None:
@@ -236,54 +205,39 @@ class Engine:
         return gr.Error(f"{text} Shorten it, or begin anew.", title="Prompt too long", print_exception=False)
 
     def _events(self, work: Work) -> Iterator[Any]:
-        """The events of work that runs in a thread of its own, which holds the model until it ends."""
-        stop, inbox = threading.Event(), queue.SimpleQueue()
-        threading.Thread(target=self._run, args=(work, inbox.put, stop), daemon=True).start()
-        next_tick = time.monotonic() + TICK
-        try:
-            while True:
-                wait = next_tick - time.monotonic()
-                if wait <= 0:
-                    next_tick = time.monotonic() + TICK
-                    yield None
-                    continue
-                try:
-                    event = inbox.get(timeout=wait)
-                except queue.Empty:
-                    continue
-                if event is DONE:
-                    return
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-        finally:
-            stop.set()
-
-    def _run(self, work: Work, emit: Callable[[Any], None], stop: threading.Event) -> None:
-        try:
-            with self._lock:
-                if not stop.is_set():
-                    emit(Ready(self._measured_step()))
-                    work(self, emit, stop)
-            emit(DONE)
-        except Exception as error:
-            logger.exception("The demo's work failed.")
-            emit(gr.Error(f"{type(error).__name__}: {error}", title="The model failed", print_exception=False))
-
-    def _measured_step(self) -> float:
-        """Seconds of a plain step. Before it is measured the schedule learns what the head is worth."""
-        if self._plain_step is None:
-            ids, count = self.own_prompt(WARM_UP), min(MEASURED_TOKENS, self.most_new_tokens)
-            options = {"max_new_tokens": count, "do_sample": False}
-            for _ in range(LEARNED_ANSWERS):
-                self.generate(ids, self.head, **options)
-            self.generate(ids, None, **options | {"max_new_tokens": min(4, count)})
-            times: list[float] = []
-            streamer = Streamer(lambda _: times.append(time.perf_counter()))
-            self.generate(ids, None, streamer=streamer, min_new_tokens=count, **options)
-            self._plain_step = (times[-1] - times[0]) / (len(times) - 1)
-        return self._plain_step
+        yield from work(self)
 
 
-def nothing(engine: Engine, emit: Callable[[Any], None], stop: threading.Event) -> None:
+def measure(engine: Engine) -> Iterator[float]:
     """Work that only has the engine measure what it needs."""
+    yield engine.measured_step()
+
+
+class Streamer:
+    """Hands on the new tokens of every round; `generate` puts the prompt first."""
+
+    def __init__(self, on_tokens: Callable[[list[int]], None]):
+        self.on_tokens, self.past_prompt = on_tokens, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.past_prompt:
+            self.on_tokens(value.flatten().tolist())
+        self.past_prompt = True
+
+    def end(self) -> None:
+        pass
+
+
+def ticks(events: queue.SimpleQueue) -> Iterator[Any]:
+    """What comes, without an end; `None` every [`TICK`] seconds, whether or not there is news."""
+    next_tick = time.monotonic() + TICK
+    while True:
+        wait = next_tick - time.monotonic()
+        if wait <= 0:
+            next_tick = time.monotonic() + TICK
+            yield None
+            continue
+        try:
+            yield events.get(timeout=wait)
+        except queue.Empty:
+            continue

@@ -6,10 +6,17 @@ from html import escape
 import gradio as gr
 from transformers import PreTrainedTokenizerBase
 
-from .engine import DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_TOP_P, REPLACEMENT
+from .engine import DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_TOP_P, REPLACEMENT, SLOTS
 
-# One piece of work at a time; further visitors wait in the queue of this name and see their place in it.
+# What is measured, one piece of work at a time; further visitors wait in the queue of this name and see their place.
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal", "api_visibility": "private"}
+# Requests that decode together.
+SHARED = {
+    "concurrency_id": "shared",
+    "concurrency_limit": SLOTS,
+    "show_progress": "minimal",
+    "api_visibility": "private",
+}
 # For what does not need the model.
 FREE = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}

@@ -1,8 +1,7 @@
 """The race: plain decoding and DSpark on one prompt, measured one after the other, then replayed on one clock."""
 
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 
 from ..evaluation.verify import BROKEN, IDENTICAL, ROUNDING, ROUNDINGS
 from . import parts
-from .engine import TICK, Committed, Engine, Finished, Stop
+from .engine import TICK, Engine, Stop
+from .generation import Committed, Finished, Generation
 
 # A replay of the slower run takes at least so long, so that eyes can follow; the clock is slowed for both alike.
 REPLAY_SECONDS = 6.0
@@ -87,18 +87,19 @@ class Gap:
     input_ids: list[int]
     token: int
 
-    def __call__(self, engine: Engine, emit: Callable[[Any], None], stop: threading.Event) -> None:
-        output = engine.generate(self.input_ids, None, max_new_tokens=1, do_sample=False, output_scores=True)
+    def __call__(self, engine: Engine) -> Iterator[bool]:
+        with engine.manager.pause():
+            output = engine.generate(self.input_ids, None, max_new_tokens=1, do_sample=False, output_scores=True)
         scores = output.scores[0][0].float()
         bound = ROUNDINGS * torch.finfo(engine.model.dtype).eps * scores[scores.isfinite()].abs().max()
-        emit(bool(scores.max() - scores[self.token] <= bound))
+        yield bool(scores.max() - scores[self.token] <= bound)
 
 
 def race(engine: Engine, ids: list[int], most: float | None, temperature: float | None, stop: Stop) -> Iterator[Race]:
     """Run both sides; the race so far, every tick."""
-    result = Race()
+    result, settings = Race(), engine.settings(most, temperature)
     for run in (result.plain, result.dspark):
-        for event in engine.stream(engine.generation(ids, run.draft, most, temperature), stop):
+        for event in engine.stream(Generation(ids, run.draft, settings), stop):
             run.take(event)
             if event is None and run.commits:
                 yield result

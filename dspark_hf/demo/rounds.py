@@ -11,7 +11,8 @@ import pandas as pd
 from ..generation.stats import DSparkStats
 from ..scheduling.algorithm import survival
 from . import parts
-from .engine import Committed, Engine, Finished, Stop
+from .engine import Engine, Stop
+from .generation import Committed, Finished, Generation
 
 ACCEPTED, CORRECTION, BONUS, OWN = "accepted", "correction", "bonus", "own"
 LEGEND = {
@@ -102,7 +103,7 @@ def run(
 ) -> Iterator[list[int] | Story]:
     """The tokens so far, every tick, and at the end the story of the rounds, if there was a round."""
     tokens: list[int] = []
-    for event in engine.stream(engine.generation(ids, True, most, temperature), stop):
+    for event in engine.stream(Generation(ids, True, engine.settings(most, temperature)), stop):
         if isinstance(event, Committed):
             tokens += event.tokens
         elif isinstance(event, Finished):

@@ -24,6 +24,7 @@ from .loop import IDLE, BatchLoop
 from .memory import tokens_that_fit
 from .prefixes import KeptTexts
 from .request import Kinds, Request, prepare, row_of
+from .router import Router
 
 logger = logging.get_logger(__name__)
 
@@ -87,6 +88,7 @@ class DSparkBatchingManager:
         piece = None if whole else self.config.max_batch_tokens or PIECE
         self.kinds, self.counter = Kinds(), itertools.count()
         self.loop = BatchLoop(model, head, self.defaults, self.slots, texts, piece)
+        self.loop.router = Router()
 
     # -- The thread -----------------------------------------------------------------------------------------------
 
@@ -118,6 +120,15 @@ class DSparkBatchingManager:
         """Within this context no round runs, so that the model can be used or changed."""
         with self.loop.model_lock:
             yield
+
+    @property
+    def drafts(self) -> bool:
+        """Whether rounds draft. May be set while they run: without drafts this is plain continuous batching."""
+        return self.loop.engine.planner.drafts
+
+    @drafts.setter
+    def drafts(self, value: bool) -> None:
+        self.loop.engine.planner.drafts = value
 
     @property
     def num_waiting(self) -> int:
@@ -224,21 +235,17 @@ class DSparkBatchingManager:
                     return
 
     def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]) -> None:
-        """Call `callback` with every result of a request, in the event loop that is running here."""
-        router, loop = self.loop.router, asyncio.get_running_loop()
-
-        def deliver(result: GenerationOutput) -> None:
-            callback(result)
-            if result.is_finished():
-                self.forget(request_id)
-
-        with router._lock:
-            router.result_handlers[request_id] = deliver, loop
+        """Call `callback` with every result of a request: in the event loop that is running here, or where none is, in
+        the thread that decodes, which waits for it."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        self.loop.router.register(request_id, callback, loop)
 
     def forget(self, request_id: str) -> None:
         """Drop the handler of a request."""
-        with self.loop.router._lock:
-            self.loop.router.result_handlers.pop(request_id, None)
+        self.loop.router.forget(request_id)
 
     def _check_room(self, prompt: int, tokens: int) -> None:
         """Raise for a request of so many tokens, prompt included, whose slot there is no memory for. All slots are as
