@@ -110,6 +110,7 @@ def main(args: argparse.Namespace) -> int:
     wrong = {what: count for what, count in counts.items() if ":" in what}
     print(f"requests: {dict(counts)}")
     print(f"memory: {first:.0f} MiB at first, {memory[-1]:.0f} at last, at most {100 * growth:+.1f} %")
+    print("memory every minute:", *(f"{one:.0f}" for one in memory[5::6]))
     return int(bool(wrong) or growth > SHARE)
 
 

@@ -20,6 +20,7 @@ from ..generation.cache import capacity_for
 from ..generation.releases import PAGE_SIZE
 from ..modeling_dspark import DSparkHead
 from ..serving.manager import KEPT, DSparkBatchingManager
+from ..serving.threads import release_pool
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,9 @@ class Engine:
         return max((one.rstrip(REPLACEMENT) for one in (text, *shorter)), key=len)
 
     def warm_up(self) -> None:
-        """Measure this machine in the background, so that the first visitor need not wait for it."""
+        """Measure this machine in the background, so that the first visitor need not wait for it. Whoever calls this
+        computes no more."""
+        release_pool()
         threading.Thread(target=lambda: list(self.stream(measure, Stop())), daemon=True).start()
 
     def measured_step(self) -> float:

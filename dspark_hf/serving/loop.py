@@ -9,7 +9,6 @@ from contextlib import nullcontext
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.utils import logging
 
 from ..generation.drafting import Drafter
@@ -22,6 +21,7 @@ from ..modeling_dspark import DSparkHead
 from ..scheduling.scheduler import LoadSchedule
 from .prefixes import KeptTexts, Reader
 from .request import Request
+from .router import Router
 from .threads import release_pool
 
 logger = logging.get_logger(__name__)
@@ -39,7 +39,8 @@ class BatchLoop:
 
     Attributes:
         incoming, canceled: requests to decode, ids of those to end. waiting: those without a slot. active: the others.
-        router: tells callers. model_lock: held by whoever uses the model, the rounds or a caller that has paused them.
+        drafts: whether rounds draft; may be set while they run. router: tells callers. model_lock: held by whoever uses
+            the model, the rounds or a caller that has paused them.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class BatchLoop:
         self.waiting: deque[Request] = deque()
         self.reading: deque[Reader] = deque()
         self.active: list[Request] = []
-        self.router = OutputRouter()
+        self.router, self.drafts = Router(), True
         self.model_lock, self.wake_up = threading.Lock(), threading.Event()
         self.engine = self._new_engine()
         self.thread: threading.Thread | None = None
@@ -111,12 +112,14 @@ class BatchLoop:
         if not self.active:
             if self.is_stopping and not self.waiting and self.incoming.empty():
                 return False
+            release_pool()
             self.wake_up.wait(IDLE)
             self.wake_up.clear()
             return True
         try:
             with self.model_lock:
                 self._read()
+                self.engine.planner.drafts = self.drafts
                 if self.engine.busy:
                     self.engine.step()
         except Exception as error:

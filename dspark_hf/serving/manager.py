@@ -24,7 +24,6 @@ from .loop import IDLE, BatchLoop
 from .memory import tokens_that_fit
 from .prefixes import KeptTexts
 from .request import Kinds, Request, prepare, row_of
-from .router import Router
 
 logger = logging.get_logger(__name__)
 
@@ -88,7 +87,6 @@ class DSparkBatchingManager:
         piece = None if whole else self.config.max_batch_tokens or PIECE
         self.kinds, self.counter = Kinds(), itertools.count()
         self.loop = BatchLoop(model, head, self.defaults, self.slots, texts, piece)
-        self.loop.router = Router()
 
     # -- The thread -----------------------------------------------------------------------------------------------
 
@@ -124,11 +122,11 @@ class DSparkBatchingManager:
     @property
     def drafts(self) -> bool:
         """Whether rounds draft. May be set while they run: without drafts this is plain continuous batching."""
-        return self.loop.engine.planner.drafts
+        return self.loop.drafts
 
     @drafts.setter
     def drafts(self, value: bool) -> None:
-        self.loop.engine.planner.drafts = value
+        self.loop.drafts = value
 
     @property
     def num_waiting(self) -> int:
