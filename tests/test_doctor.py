@@ -159,17 +159,14 @@ def test_few_prompts_are_refused():
 # -- Alternatives ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [-1, 1])
-def test_layers_counted_from_elsewhere(step):
-    """On a trained pair whose head depends on its layers more than the embedded one does."""
-    case = case_of("deepspec_qwen3_vanilla")
-    target, whole = case.target(), case.head()
+@pytest.mark.parametrize("name", ["deepspec_qwen3_vanilla", "speculators_qwen3_dspark", "zlab_dflash_qwen3"])
+def test_rounds_of_known_texts_are_those_of_the_reference(name):
+    case = case_of(name)
     texts = [KnownText(torch.tensor(p["generate_ids"]), len(p["input_ids"])) for p in case.prompts]
-    trials = Trials(target, texts)
-    committed = [[*prompt["acceptance_lengths"]][:-1] for prompt in case.prompts]
-    assert [rounds[:-1] for rounds in trials.committed(whole)] == committed
-    ids = [i + step for i in whole.config.target_layer_ids]
-    assert trials.tau(altered(whole, {"target_layer_ids": ids})) < trials.tau(whole) / 1.1
+    committed = Trials(case.target(), texts).committed(case.head())
+    for rounds, prompt in zip(committed, case.prompts, strict=True):
+        # Their last round may go beyond the text.
+        assert rounds[:-1] == prompt["acceptance_lengths"][: len(rounds) - 1] and len(rounds) > 5
 
 
 def test_every_alternative_differs_and_can_be_loaded():

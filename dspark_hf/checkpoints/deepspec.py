@@ -11,6 +11,8 @@ from .writing import CALIBRATION, refuse
 NAME = "deepspec"
 DESCRIPTION = "DeepSpec (architectures ['Qwen3DSparkModel'] or ['Gemma4DSparkModel'])"
 QWEN3, GEMMA4 = "Qwen3DSparkModel", "Gemma4DSparkModel"
+# Engines write the one class name or the other over a head; its keys stay its trainer's.
+NAMES_OF_OTHERS = {"DSparkDraftModel", "DFlashDraftModel"}
 PREFIXES: dict[str, str] = {}
 REQUIRED = (
     "block_size",
@@ -48,8 +50,9 @@ UNSAID_OF_GEMMA4 = ("hidden_act", "max_window_layers", "use_sliding_window")
 
 
 def recognises(published: dict[str, Any]) -> bool:
-    classes = published.get("architectures") or []
-    return QWEN3 in classes or GEMMA4 in classes
+    classes = set(published.get("architectures") or [])
+    says_so = {"target_layer_ids", "mask_token_id", "markov_rank"} <= published.keys()
+    return bool(classes & {QWEN3, GEMMA4}) or (says_so and bool(classes & NAMES_OF_OTHERS))
 
 
 def names(published: dict[str, Any]) -> dict[str, str]:

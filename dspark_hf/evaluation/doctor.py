@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..generation.stats import LOW_TAU
 from ..modeling_dspark import DSparkHead
 from ..pairing import misfits
 from ..scheduling.algorithm import survival
@@ -30,8 +31,6 @@ FIRST_TOKENS = 4
 # An alternative explains a tau when it raises it by this factor. Among a hundred rounds a head that is a little worse,
 # or another that is as good, can look better by a few per cent.
 RAISES = 1.1
-# Tokens a round below which a head is of no use.
-LOW = 1.2
 # A factor between what was promised and what was measured, from which on they contradict each other.
 CONTRADICTS = 1.5
 
@@ -216,7 +215,7 @@ def _unexplained(head: DSparkHead, result: Result, promised: dict | None) -> lis
         "it was trained for, or train it on (`dspark-hf train`)."
     )
     says = "" if expected is None else f", though its confidence head expects {expected:.2f}"
-    if tau < LOW:
+    if tau < LOW_TAU:
         evidence = f"tau {tau:.2f} of {head.config.gamma + 1}{says}; no other reading of its config raises it."
         return [Finding("hardly any draft is accepted", (head.config.gamma + 1) / tau, evidence, trained_elsewhere)]
     best = min((one["accepted_length"] for one in promised["results"]), default=0) if promised else 0
