@@ -226,7 +226,7 @@ def test_nothing_drafted_is_inconclusive(options):
 
 
 def unsteady(target) -> None:
-    """From its second pass over a prompt on the target prefers another token, as one whose sums come out otherwise."""
+    """In its second and third pass over a prompt the target prefers another token, as one whose sums vary."""
     prompts = []
 
     def count(model, args, kwargs):
@@ -234,7 +234,9 @@ def unsteady(target) -> None:
 
     target.register_forward_pre_hook(count, with_kwargs=True)
     prefers = torch.eye(VOCABULARY)[7]
-    target.lm_head.register_forward_hook(lambda module, args, logits: logits + 1000.0 * (len(prompts) > 1) * prefers)
+    target.lm_head.register_forward_hook(
+        lambda module, args, logits: logits + 1000.0 * (len(prompts) in (2, 3)) * prefers
+    )
 
 
 def test_what_plain_does_not_repeat_is_inconclusive(pair, tokenizer):

@@ -55,8 +55,8 @@ def expect(published: Config, path: str, is_so: bool, expected: str, source: str
 
 
 def rope_of(published: Config, source: str) -> Config:
-    """The rotary embedding: `rope_parameters`, or `rope_theta` and `rope_scaling` as before transformers 5; the base may
-    be in either place."""
+    """The rotary embedding: `rope_parameters`, or `rope_theta` and `rope_scaling` as before transformers 5. The base
+    may be in either place."""
     rope, theta = published.get("rope_parameters"), published.get("rope_theta")
     scaling = published.get("rope_scaling")
     expect(published, "rope_scaling", scaling is None or isinstance(scaling, dict), "an object", source)
