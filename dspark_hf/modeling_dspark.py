@@ -48,6 +48,19 @@ class DraftBlock:
         return DraftBlock(spread(self.tokens), spread(self.logits), spread(self.confidence_logits))
 
 
+def as_drafted(tokens: torch.Tensor, logits: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Drafts [...] that are tokens, and the logits [..., V] that they were sampled from, `None` when they were not.
+
+    Where logits are no distribution, there is no token (-1). Token 0 stands for it, as if nothing else could have been
+    drawn: it is verified as any draft is, and what is committed stays the target's.
+    """
+    if logits is not None:
+        certain = logits.new_full(logits.shape[-1:], OUTSIDE)
+        certain[0] = 0
+        logits = logits.where(tokens[..., None] >= 0, certain)
+    return tokens.clamp(min=0), logits
+
+
 class ConfidenceHead(nn.Module):
     """c = sigmoid(w [h; W1[previous]] + b): the acceptance of a token given that those before it were accepted."""
 
@@ -264,7 +277,7 @@ class DSparkHead(PreTrainedModel):
 
     def calibrated(self, confidence_logits: torch.Tensor) -> torch.Tensor:
         """Confidence [..., G] from the logits of the first G positions, with the temperatures and shifts of the config
-        if it has them (sequential temperature scaling)."""
+        if it has them (sequential temperature scaling); none, 0, where a logit is NaN."""
         logits = confidence_logits.float()
         positions = slice(logits.shape[-1])
         temperatures, shifts = self._calibration(logits.device)
@@ -272,7 +285,7 @@ class DSparkHead(PreTrainedModel):
             logits = logits / temperatures[positions]
         if shifts is not None:
             logits = logits + shifts[positions]
-        return logits.sigmoid()
+        return logits.sigmoid().nan_to_num(0.0)
 
     def _calibration(self, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Temperatures and shifts of the config on the device. Made once, as the host waits for such a copy."""
@@ -361,8 +374,7 @@ class DSparkHead(PreTrainedModel):
                 found.append((token, of))
             tokens = torch.stack([token for token, _ in found], dim=1)
             logits = torch.stack([of for _, of in found], dim=1) if select.sample else None
-        # A draft that is no token is never accepted; its place must hold one all the same.
-        tokens = tokens.clamp(min=0)
+        tokens, logits = as_drafted(tokens, logits)
         previous = torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)
         return DraftBlock(tokens, logits, self.confidence_logits(hidden, previous))
 

@@ -5,7 +5,7 @@ Its "DFlash" heads are the same class without a sequential and a confidence head
 
 from typing import Any
 
-from .schema import SIZES, expect, forbid_code, require, rope_of
+from .schema import SIZES, expect, forbid_code, layer_types_of, require, rope_of
 from .writing import CALIBRATION, refuse
 
 NAME = "deepspec"
@@ -66,9 +66,10 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     if published["markov_rank"]:
         require(published, ["markov_head_type"], source)
     forbid_code(published, (), source)
-    layers = published.get("layer_types") or []
+    layers, count = published.get("layer_types") or [], published["num_hidden_layers"]
     expect(published, "layer_types", set(map(str, layers)) <= {"full_attention"}, "full_attention", source)
-    native = published | {"model_type": "dspark"}
+    native = {key: value for key, value in published.items() if key not in ("rope_theta", "rope_scaling")}
+    native |= {"model_type": "dspark", "layer_types": layers or layer_types_of({"num_hidden_layers": count})}
     if GEMMA4 in published["architectures"]:
         return native | _read_gemma4(published, source)
     return native | {"rope_parameters": rope_of(published, source)}

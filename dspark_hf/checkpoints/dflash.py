@@ -59,8 +59,7 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     multiplier = lookup(published, "dflash_config.output_multiplier")
     expect(published, "dflash_config.output_multiplier", multiplier in (None, 1), "1", source)
     own = {"markov_rank": 0, "markov_head_type": None, "enable_confidence_head": False}
-    if published.get("sample_from_anchor") is None:
-        own["sample_from_anchor"] = False
+    own["sample_from_anchor"] = published.get("sample_from_anchor", False)
     scale = lookup(published, "dflash_config.input_embedding_scale")
     cap = lookup(published, "dflash_config.final_logit_softcapping") or published.get("final_logit_softcapping")
     return native | own | {"embedding_scale": scale, "final_logit_softcapping": cap}

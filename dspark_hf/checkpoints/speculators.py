@@ -70,8 +70,6 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     expect(published, "aux_hidden_state_layer_ids", sound, "a list of whole numbers", source)
     unread = ("model_type", "transformers_version", "rope_theta", "rope_scaling")
     native = {key: value for key, value in layers.items() if key not in unread}
-    # What a trainer leaves unsaid is its own default.
-    from_anchor = published.get("sample_from_anchor")
     native |= {key: published[key] for key in CALIBRATION if key in published}
     native |= (
         _read_heads(published, source) if kind == "dspark" else {"markov_rank": 0, "enable_confidence_head": False}
@@ -81,7 +79,7 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
         "block_size": published["block_size"],
         "mask_token_id": published["mask_token_id"],
         "target_layer_ids": [i - 1 for i in ids],
-        "sample_from_anchor": kind == "dspark" if from_anchor is None else from_anchor,
+        "sample_from_anchor": published.get("sample_from_anchor", kind == "dspark"),
         "draft_vocab_size": _reduced(published, layers["vocab_size"]),
         "rope_parameters": _rope(layers, source),
         "layer_types": layer_types_of(layers),
