@@ -12,7 +12,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from .backbones import gemma4, qwen3
 from .backbones.mask import draft_mask
 from .configuration_dspark import DSparkConfig
-from .sequential_heads import VanillaHead, build_sequential_head
+from .sequential_heads import OUTSIDE, VanillaHead, as_drafted, build_sequential_head
 from .tables import LMHead, Logits, Tables, is_plain, raw_rows, same, target_logits
 
 # Draft tokens [R] from logits [R, V], and what they were sampled from ([R, V], `None` when they are the argmax).
@@ -21,9 +21,6 @@ Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 Masks = torch.Tensor | dict[str, torch.Tensor]
 
 BACKBONES = {"qwen3": qwen3, "gemma4": gemma4}
-# The logit of a token outside the draft vocabulary. Its probability is exactly 0, as it is with -inf; but where a
-# processor leaves nothing but such tokens, there still is a distribution to draw from.
-OUTSIDE = -1e30
 
 
 @dataclass(frozen=True)
@@ -46,19 +43,6 @@ class DraftBlock:
             return None if x is None else x.new_zeros(count, *x.shape[1:]).index_copy_(0, rows, x)
 
         return DraftBlock(spread(self.tokens), spread(self.logits), spread(self.confidence_logits))
-
-
-def as_drafted(tokens: torch.Tensor, logits: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Drafts [...] that are tokens, and the logits [..., V] that they were sampled from, `None` when they were not.
-
-    Where logits are no distribution, there is no token (-1). Token 0 stands for it, as if nothing else could have been
-    drawn: it is verified as any draft is, and what is committed stays the target's.
-    """
-    if logits is not None:
-        certain = logits.new_full(logits.shape[-1:], OUTSIDE)
-        certain[0] = 0
-        logits = logits.where(tokens[..., None] >= 0, certain)
-    return tokens.clamp(min=0), logits
 
 
 class ConfidenceHead(nn.Module):

@@ -156,6 +156,20 @@ def test_few_prompts_are_refused():
     assert "at least 5" in fails("doctor", "--limit", "4")
 
 
+def test_where_nothing_is_drafted_nothing_is_said(head):
+    assert "Nothing was drafted" in fails(
+        "doctor", "--model", str(one_token_target(head)), "--head", str(head), "--limit", "5"
+    )
+
+
+def one_token_target(head: Path) -> Path:
+    """The embedded target, which ends with whatever it writes first."""
+    folder = Path(shutil.copytree(FOLDER / "target", head.parent / "target"))
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": list(range(5, 4096))}))
+    return folder
+
+
 # -- Alternatives ---------------------------------------------------------------------------------------------------
 
 

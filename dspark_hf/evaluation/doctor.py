@@ -95,8 +95,8 @@ def examine(
         report: told of every step.
 
     Raises:
-        ValueError: for fewer than `FEWEST_PROMPTS` prompts, as acceptance differs by half between prompts; and where no
-            prompt is answered with more than a token.
+        ValueError: for fewer than `FEWEST_PROMPTS` prompts, as acceptance differs by half between prompts; and where
+            nothing is drafted.
     """
     if len(prompts) < FEWEST_PROMPTS:
         raise ValueError(f"{len(prompts)} prompts say little about a head: give at least {FEWEST_PROMPTS}.")
@@ -130,6 +130,11 @@ def _decode(
         run_method(method, model, head, inputs, FIRST_TOKENS, time.perf_counter)
         runs[method] = run_method(method, model, head, inputs, limit, time.perf_counter)
     texts, records, run = [], [], runs["whole"]
+    if run.stats is None or not any(run.stats.verified):
+        raise ValueError(
+            "Nothing was drafted, so nothing can be said of the head: the answers are too short, or the target's "
+            "generation_config has settings with which batches go without drafts (docs/features.md)."
+        )
     for row, (ids, mask, new) in enumerate(
         zip(inputs["input_ids"], inputs["attention_mask"], run.outputs, strict=True)
     ):

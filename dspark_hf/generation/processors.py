@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as stock
 
-from ..modeling_dspark import as_drafted
+from ..sequential_heads import as_drafted
 from .cache import on_device
 
 OF_LOGITS = {
