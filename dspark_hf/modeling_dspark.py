@@ -12,7 +12,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from .backbones import gemma4, qwen3
 from .backbones.mask import draft_mask
 from .configuration_dspark import DSparkConfig
-from .sequential_heads import VanillaHead, build_sequential_head
+from .sequential_heads import OUTSIDE, VanillaHead, as_drafted, build_sequential_head
 from .tables import LMHead, Logits, Tables, is_plain, raw_rows, same, target_logits
 
 # Draft tokens [R] from logits [R, V], and what they were sampled from ([R, V], `None` when they are the argmax).
@@ -21,9 +21,6 @@ Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 Masks = torch.Tensor | dict[str, torch.Tensor]
 
 BACKBONES = {"qwen3": qwen3, "gemma4": gemma4}
-# The logit of a token outside the draft vocabulary. Its probability is exactly 0, as it is with -inf; but where a
-# processor leaves nothing but such tokens, there still is a distribution to draw from.
-OUTSIDE = -1e30
 
 
 @dataclass(frozen=True)
@@ -264,7 +261,7 @@ class DSparkHead(PreTrainedModel):
 
     def calibrated(self, confidence_logits: torch.Tensor) -> torch.Tensor:
         """Confidence [..., G] from the logits of the first G positions, with the temperatures and shifts of the config
-        if it has them (sequential temperature scaling)."""
+        if it has them (sequential temperature scaling); none, 0, where a logit is NaN."""
         logits = confidence_logits.float()
         positions = slice(logits.shape[-1])
         temperatures, shifts = self._calibration(logits.device)
@@ -272,7 +269,7 @@ class DSparkHead(PreTrainedModel):
             logits = logits / temperatures[positions]
         if shifts is not None:
             logits = logits + shifts[positions]
-        return logits.sigmoid()
+        return logits.sigmoid().nan_to_num(0.0)
 
     def _calibration(self, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Temperatures and shifts of the config on the device. Made once, as the host waits for such a copy."""
@@ -361,8 +358,7 @@ class DSparkHead(PreTrainedModel):
                 found.append((token, of))
             tokens = torch.stack([token for token, _ in found], dim=1)
             logits = torch.stack([of for _, of in found], dim=1) if select.sample else None
-        # A draft that is no token is never accepted; its place must hold one all the same.
-        tokens = tokens.clamp(min=0)
+        tokens, logits = as_drafted(tokens, logits)
         previous = torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)
         return DraftBlock(tokens, logits, self.confidence_logits(hidden, previous))
 

@@ -10,6 +10,10 @@ from torch import nn
 
 from .configuration_dspark import DSparkConfig
 
+# The logit of a token outside the draft vocabulary. Its probability is exactly 0, as it is with -inf; but where a
+# processor leaves nothing but such tokens, there still is a distribution to draw from.
+OUTSIDE = -1e30
+
 
 class VanillaHead(nn.Module):
     """First-order Markov head: B(t, .) = W1[t] W2."""
@@ -90,3 +94,16 @@ HEADS = {"vanilla": VanillaHead, "gated": GatedHead, "rnn": RnnHead}
 def build_sequential_head(config: DSparkConfig) -> VanillaHead | None:
     """The config's sequential head, or `None` when its rank is 0."""
     return HEADS[config.markov_head_type](config) if config.markov_rank else None
+
+
+def as_drafted(tokens: torch.Tensor, logits: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Drafts [...] that are tokens, and the logits [..., V] that they were sampled from, `None` when they were not.
+
+    Where logits are no distribution, there is no token (-1). Token 0 stands for it, as if nothing else could have been
+    drawn: it is verified as any draft is, and what is committed stays the target's.
+    """
+    if logits is not None:
+        certain = logits.new_full(logits.shape[-1:], OUTSIDE)
+        certain[0] = 0
+        logits = logits.where(tokens[..., None] >= 0, certain)
+    return tokens.clamp(min=0), logits

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dspark_hf import DSparkHead
+from dspark_hf.cli import app
 from dspark_hf.embedded import FOLDER
 from dspark_hf.hub import registry
 from dspark_hf.hub.inspection import inspect_head
@@ -54,7 +55,14 @@ def test_the_registry_is_sound():
     for head in heads:
         assert head.method in ("dspark", "dflash") and head.dialect in set(DIALECT.values())
         assert head.head.count("/") == head.target.count("/") == 1
-        assert head.block_size is None or head.block_size >= 7
+        assert head.block_size is None or head.block_size >= 3
+        assert head.seen in ("table", "card") and (head.taps is None or list(head.taps) == sorted(set(head.taps)))
+    assert [head for head in heads if head.taps and len(head.taps) == 8]
+
+
+def test_every_head_of_which_more_is_known_is_in_the_file_of_sources():
+    sources = Path(registry.__file__).with_name("registry.md").read_text()
+    assert [head.head for head in published_heads() if head.seen == "card" and head.head not in sources] == []
 
 
 @pytest.mark.parametrize(
@@ -117,6 +125,16 @@ def test_heads_lists_them():
     assert [entry["head"] for entry in listed] == [head.head for head in published_heads()]
     assert {entry["target"] for entry in json.loads(run("heads", "Qwen/Qwen3-8B", "--json"))} == {"Qwen/Qwen3-8B"}
     assert "deepseek" in run("heads", "Qwen/Qwen3-8B")
+
+
+def test_heads_are_filtered_by_target_and_trainer():
+    listed = run("heads", "gemma-4", "--trainer", "red hat")
+    assert "RedHatAI/gemma-4-31B-it-speculator.dspark" in listed and "taps 1 17 29 47 58" in listed
+    assert "deepseek-ai" not in listed and "Qwen" not in listed
+    by = json.loads(run("heads", "--trainer", "MPASH", "--json"))
+    assert [head["head"] for head in by] == ["mpashkovskii/dspark-qwen3-8b"] and by[0]["licence"] == "apache-2.0"
+    with pytest.raises(SystemExit):
+        app(["heads", "Qwen/Qwen3-8B", "--trainer", "nobody"])
 
 
 # -- Inspection -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from dspark_hf.evaluation.verify import (
     BROKEN,
     CONSISTENT,
     IDENTICAL,
+    INCONCLUSIVE,
     ROUNDING,
     Draw,
     audit_greedy,
@@ -86,10 +87,12 @@ def audit(pair, tokenizer, **kwargs):
 def test_a_lossless_pair_is_identical(options, batch_size):
     status, output, findings = verify(options, "--batch-size", batch_size)
     assert status == 0 and f"verdict: {IDENTICAL}" in output and "5 of 5 prompts identical" in output
+    assert findings.pop("drafts_verified") > 5 * NEW_TOKENS
     assert findings == {
         "verdict": IDENTICAL,
         "prompts": 5,
         "tokens": 5 * NEW_TOKENS,
+        "plain_repeats": True,
         "differences": [],
         "batch_size": int(batch_size),
         "dtype": "torch.float32",
@@ -215,6 +218,35 @@ def test_a_wrong_end_is_broken(pair, options, monkeypatch, fault):
     assert d["gap"] is None and (d["ours"] is None) == (fault == "early") and "inf" in output
 
 
+def test_nothing_drafted_is_inconclusive(options):
+    """A limit of one token is the prefill's."""
+    status, output, findings = verify(options, "--max-new-tokens", "1")
+    assert status == 1 and findings["verdict"] == INCONCLUSIVE and f"verdict: {INCONCLUSIVE}" in output
+    assert findings["drafts_verified"] == 0 and findings["differences"] == []
+
+
+def unsteady(target) -> None:
+    """In its second and third pass over a prompt the target prefers another token, as one whose sums vary."""
+    prompts = []
+
+    def count(model, args, kwargs):
+        prompts.extend([None] * (kwargs["input_ids"].shape[1] > 10))
+
+    target.register_forward_pre_hook(count, with_kwargs=True)
+    prefers = torch.eye(VOCABULARY)[7]
+    target.lm_head.register_forward_hook(
+        lambda module, args, logits: logits + 1000.0 * (len(prompts) in (2, 3)) * prefers
+    )
+
+
+def test_what_plain_does_not_repeat_is_inconclusive(pair, tokenizer):
+    prompts = ["w1 w5 w9 w2 w1 w5 w9 w2 w1 w5 w9 w2"]
+    unsteady(pair[0])
+    [row] = audit_greedy(*pair, tokenizer, prompts, max_new_tokens=NEW_TOKENS)
+    assert not row.repeats and row.verified and not row.difference.within_rounding
+    assert verdict_of([row]) == INCONCLUSIVE
+
+
 # -- Sampling -------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +255,15 @@ def test_sampling_is_consistent(options):
     assert status == 0 and f"verdict: {CONSISTENT}" in output and "p = " in output
     assert findings["draws"] == 2000 and findings["p_value"] > 1e-4
     assert findings["p_value"] == pytest.approx(chi2.sf(findings["statistic"], findings["degrees_of_freedom"]))
-    assert findings["degrees_of_freedom"] > 40
+    assert findings["degrees_of_freedom"] > 40 and findings["verified"] > 1000
+
+
+def test_samples_without_drafts_are_inconclusive(pair, tokenizer):
+    """Draws of plain decoding are the target's, and say nothing of the head."""
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"].expand(500, -1)
+    new = pair[0].generate(ids, do_sample=True, top_k=0, max_new_tokens=3)[:, ids.shape[1] :].tolist()
+    drawn = [Draw(0, tuple(tokens)) for tokens in new]
+    assert audit_sampling(pair[0], tokenizer, PROMPTS, drawn, batch_size=100).verdict == INCONCLUSIVE
 
 
 def test_accepting_every_sampled_draft_is_broken(options, monkeypatch):

@@ -51,6 +51,9 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     """
     if not published:
         raise OSError(f"There is no config.json in {source!r}. Check the path or the repository id.")
+    if published.get("sample_from_anchor", True) is None:
+        # Null is as good as nothing: the trainer's own default.
+        published = {key: value for key, value in published.items() if key != "sample_from_anchor"}
     dialect = dialect_of(published, source)
     translated = dialect.read_config(published, source)
     check(_defaults() | translated, dialect.names(published), source)

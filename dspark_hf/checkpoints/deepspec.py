@@ -5,12 +5,14 @@ Its "DFlash" heads are the same class without a sequential and a confidence head
 
 from typing import Any
 
-from .schema import SIZES, expect, forbid_code, require, rope_of
+from .schema import SIZES, expect, forbid_code, layer_types_of, require, rope_of
 from .writing import CALIBRATION, refuse
 
 NAME = "deepspec"
 DESCRIPTION = "DeepSpec (architectures ['Qwen3DSparkModel'] or ['Gemma4DSparkModel'])"
 QWEN3, GEMMA4 = "Qwen3DSparkModel", "Gemma4DSparkModel"
+# Engines write the one class name or the other over a head; its keys stay its trainer's.
+NAMES_OF_OTHERS = {"DSparkDraftModel", "DFlashDraftModel"}
 PREFIXES: dict[str, str] = {}
 REQUIRED = (
     "block_size",
@@ -48,8 +50,9 @@ UNSAID_OF_GEMMA4 = ("hidden_act", "max_window_layers", "use_sliding_window")
 
 
 def recognises(published: dict[str, Any]) -> bool:
-    classes = published.get("architectures") or []
-    return QWEN3 in classes or GEMMA4 in classes
+    classes = set(published.get("architectures") or [])
+    says_so = {"target_layer_ids", "mask_token_id", "markov_rank"} <= published.keys()
+    return bool(classes & {QWEN3, GEMMA4}) or (says_so and bool(classes & NAMES_OF_OTHERS))
 
 
 def names(published: dict[str, Any]) -> dict[str, str]:
@@ -63,9 +66,10 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     if published["markov_rank"]:
         require(published, ["markov_head_type"], source)
     forbid_code(published, (), source)
-    layers = published.get("layer_types") or []
+    layers, count = published.get("layer_types") or [], published["num_hidden_layers"]
     expect(published, "layer_types", set(map(str, layers)) <= {"full_attention"}, "full_attention", source)
-    native = published | {"model_type": "dspark"}
+    native = {key: value for key, value in published.items() if key not in ("rope_theta", "rope_scaling")}
+    native |= {"model_type": "dspark", "layer_types": layers or layer_types_of({"num_hidden_layers": count})}
     if GEMMA4 in published["architectures"]:
         return native | _read_gemma4(published, source)
     return native | {"rope_parameters": rope_of(published, source)}

@@ -8,7 +8,18 @@ block.
 
 from typing import Any
 
-from .schema import SIZES, agree, default_layer_ids, expect, forbid_code, lookup, require, require_sections, rope_of
+from .schema import (
+    SIZES,
+    agree,
+    default_layer_ids,
+    expect,
+    forbid_code,
+    layer_types_of,
+    lookup,
+    require,
+    require_sections,
+    rope_of,
+)
 from .writing import qwen3_keys, refuse, slides
 
 NAME = "dflash"
@@ -47,7 +58,8 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     expect(published, "dflash_config.projector_type", projector in (None, "dflash"), "dflash", source)
     multiplier = lookup(published, "dflash_config.output_multiplier")
     expect(published, "dflash_config.output_multiplier", multiplier in (None, 1), "1", source)
-    own = {"sample_from_anchor": False, "markov_rank": 0, "markov_head_type": None, "enable_confidence_head": False}
+    own = {"markov_rank": 0, "markov_head_type": None, "enable_confidence_head": False}
+    own["sample_from_anchor"] = published.get("sample_from_anchor", False)
     scale = lookup(published, "dflash_config.input_embedding_scale")
     cap = lookup(published, "dflash_config.final_logit_softcapping") or published.get("final_logit_softcapping")
     return native | own | {"embedding_scale": scale, "final_logit_softcapping": cap}
@@ -79,7 +91,7 @@ def read_draft(published: dict[str, Any], source: str, code: tuple[str, ...]) ->
 
 def _windows(published: dict[str, Any], source: str) -> dict[str, Any]:
     section, count = published["dflash_config"], published["num_hidden_layers"]
-    types = published.get("layer_types")
+    types = layer_types_of(published)
     causal = section.get("causal")
     expect(published, "dflash_config.causal", causal in (None, True, False), "true or false", source)
     if section.get("use_swa"):
@@ -93,8 +105,6 @@ def _windows(published: dict[str, Any], source: str) -> dict[str, Any]:
             require(published, ["sliding_window"], source)
         expect(published, "dflash_config.causal", sliding or not causal, "false: full layers see their block", source)
         window, causal = published.get("sliding_window"), causal is not False
-    if types is None:
-        types = ["full_attention"] * count if type(count) is int and 0 < count < 1000 else None
     return {
         "layer_types": types,
         "sliding_window": window,

@@ -30,6 +30,8 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
+# What `dspark-hf eval` wrote, where a head was published with it.
+RESULTS = "eval_results.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin", "model.pt", "model.pth")
 FLOATS = ("F64", "F32", "F16", "BF16")
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -203,10 +205,7 @@ def read_draft_settings(source: str, **hub) -> dict[str, Any]:
     Raises:
         CheckpointError: when it is no JSON object.
     """
-    try:
-        path = _find(source, GENERATION_CONFIG, hub)
-    except OSError:
-        path = None
+    path = find_file(source, GENERATION_CONFIG, **hub)
     if path is None:
         return {}
     try:
@@ -251,6 +250,14 @@ def _is_cached(source: str, hub: dict[str, Any]) -> bool:
         return _find(source, WEIGHTS, hub | {"local_files_only": True}) is not None
     except OSError:
         return False
+
+
+def find_file(source: str, name: str, **hub) -> str | None:
+    """The path of a file, `None` where a folder or repository does not have it or cannot be asked."""
+    try:
+        return _find(source, name, hub)
+    except OSError:
+        return None
 
 
 def _find(source: str, name: str, hub: dict[str, Any]) -> str | None:

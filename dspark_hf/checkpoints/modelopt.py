@@ -24,9 +24,12 @@ NAMES = dflash.NAMES | {"enable_confidence_head": "dflash_config.use_confidence_
 
 def recognises(published: dict[str, Any]) -> bool:
     section = published.get("dflash_config")
-    if not dflash.recognises(published) or not isinstance(section, dict):
+    if not isinstance(section, dict) or section.get("projector_type") != "dspark":
         return False
-    return section.get("projector_type") == "dspark" and "enable_confidence_head" not in section
+    # Of the class names, which engines write over, only one is its own; the key of its confidence head is.
+    return "use_confidence_head" in section or (
+        dflash.recognises(published) and "enable_confidence_head" not in section
+    )
 
 
 def names(published: dict[str, Any]) -> dict[str, str]:

@@ -15,6 +15,8 @@ ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 # No head comes near; a config that asks for more would only exhaust the machine.
 MOST_LAYERS = 256
+# Of Qwen3's config class: the first layer that slides, where nothing is said of it.
+QWEN3_WINDOW_LAYERS = 28
 
 Config = dict[str, Any]
 
@@ -53,17 +55,35 @@ def expect(published: Config, path: str, is_so: bool, expected: str, source: str
 
 
 def rope_of(published: Config, source: str) -> Config:
-    """The rotary embedding: `rope_parameters`, or `rope_theta` and `rope_scaling` as before transformers 5."""
+    """The rotary embedding: `rope_parameters`, or `rope_theta` and `rope_scaling` as before transformers 5. The base
+    may be in either place."""
     rope, theta = published.get("rope_parameters"), published.get("rope_theta")
-    if rope is None:
+    scaling = published.get("rope_scaling")
+    expect(published, "rope_scaling", scaling is None or isinstance(scaling, dict), "an object", source)
+    scaling = dict(scaling or {})
+    if "type" in scaling:
+        scaling = {"rope_type": scaling.pop("type")} | scaling
+    if rope is None or rope == {}:
         require(published, ["rope_theta"], source)
-        scaling = published.get("rope_scaling")
-        expect(published, "rope_scaling", scaling is None or isinstance(scaling, dict), "an object", source)
-        scaling = dict(scaling or {})
-        return {"rope_type": scaling.pop("type", "default"), **scaling, "rope_theta": theta}
-    if theta is not None:
-        agree(published, ["rope_parameters.rope_theta", "rope_theta"], source)
-    return rope
+        return {"rope_type": "default", **scaling, "rope_theta": theta}
+    if not isinstance(rope, dict):
+        return rope
+    agree(published, ["rope_parameters.rope_theta", "rope_theta"], source)
+    same = all(rope.get(key) == value for key, value in scaling.items())
+    expect(published, "rope_scaling", same, "what `rope_parameters` says, or nothing", source)
+    return rope if theta is None else rope | {"rope_theta": theta}
+
+
+def layer_types_of(layers: Config) -> Any:
+    """The type of every draft layer: as said, or else as Qwen3's config class derives it."""
+    types, count = layers.get("layer_types"), layers.get("num_hidden_layers")
+    if types is not None or not _whole(1, MOST_LAYERS)(count):
+        return types
+    slides = layers.get("use_sliding_window") and layers.get("sliding_window") is not None
+    first = layers.get("max_window_layers", QWEN3_WINDOW_LAYERS) if slides else count
+    if not _whole(0)(first):
+        return None
+    return ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
 
 
 def default_layer_ids(published: Config, source: str) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .schema import agree, expect, forbid_code, lookup, require, require_sections
+from .schema import agree, expect, forbid_code, layer_types_of, lookup, require, require_sections, rope_of
 from .writing import CALIBRATION, qwen3_keys, refuse, slides
 
 NAME = "speculators"
@@ -16,6 +16,8 @@ DESCRIPTION = "speculators (speculators_model_type 'dspark' or 'dflash')"
 PREFIXES: dict[str, str] = {}
 # The verifier's embedding and LM head are usually in the file, but need not be.
 MAY_LACK_TABLES = True
+# Keys equal to the defaults of Qwen3's config class may be missing.
+QWEN3_ROPE_THETA = 10000.0
 VERSION = "0.7.0"  # of the layout that is written
 CODE = {"dspark": "config.DSparkSpeculatorConfig", "dflash": "config.DFlashSpeculatorConfig"}
 CLASSES = {"dspark": "DSparkDraftModel", "dflash": "DFlashDraftModel"}
@@ -66,7 +68,8 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     ids = published["aux_hidden_state_layer_ids"]
     sound = isinstance(ids, list) and all(type(i) is int for i in ids)
     expect(published, "aux_hidden_state_layer_ids", sound, "a list of whole numbers", source)
-    native = {key: value for key, value in layers.items() if key not in ("model_type", "transformers_version")}
+    unread = ("model_type", "transformers_version", "rope_theta", "rope_scaling")
+    native = {key: value for key, value in layers.items() if key not in unread}
     native |= {key: published[key] for key in CALIBRATION if key in published}
     native |= (
         _read_heads(published, source) if kind == "dspark" else {"markov_rank": 0, "enable_confidence_head": False}
@@ -78,8 +81,8 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
         "target_layer_ids": [i - 1 for i in ids],
         "sample_from_anchor": published.get("sample_from_anchor", kind == "dspark"),
         "draft_vocab_size": _reduced(published, layers["vocab_size"]),
-        "rope_parameters": _rope(layers),
-        "layer_types": layers.get("layer_types") or _full(layers["num_hidden_layers"]),
+        "rope_parameters": _rope(layers, source),
+        "layer_types": layer_types_of(layers),
         "window_counted_from": "block",
         "borrow_logit_scaling": False,
         "sliding_is_causal": not _flag(published, "sliding_window_non_causal", source),
@@ -113,13 +116,11 @@ def _reduced(published: dict[str, Any], vocab_size: Any) -> Any:
     return None if size == vocab_size else size
 
 
-def _full(count: Any) -> list[str] | None:
-    return ["full_attention"] * count if type(count) is int and 0 < count < 1000 else None
-
-
-def _rope(layers: dict[str, Any]) -> Any:
+def _rope(layers: dict[str, Any], source: str) -> Any:
     """One rope serves all layers; of variants by layer type, the sliding one."""
-    rope = layers.get("rope_parameters") or {"rope_type": "default", "rope_theta": layers.get("rope_theta", 10000.0)}
+    if not layers.get("rope_parameters") and layers.get("rope_theta") is None:
+        layers = layers | {"rope_theta": QWEN3_ROPE_THETA}
+    rope = rope_of(layers, source)
     if isinstance(rope, dict) and isinstance(rope.get("sliding_attention"), dict):
         return rope["sliding_attention"]
     return rope

@@ -6,6 +6,7 @@ from . import (  # noqa: F401
     bench,
     calibrate,
     demo,
+    doctor,
     eval,
     export,
     generate,

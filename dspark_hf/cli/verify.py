@@ -38,12 +38,13 @@ def verify(
     json_file: Annotated[Path | None, output_file("--json", help="Also write the findings to this file.")] = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Audit losslessness: the tokens with the head against the target's own. Exit status 1 when it is BROKEN.
+    """Audit losslessness: the tokens with the head against the target's own. Exit status 1 when it is BROKEN, or
+    inconclusive: nothing was drafted, or plain decoding does not repeat itself.
 
     Whole blocks are drafted and verified, whatever they cost. float32 is the sharper audit: what rounding can explain
     shrinks with the dtype.
     """
-    from ..evaluation.verify import BROKEN
+    from ..evaluation.verify import BROKEN, INCONCLUSIVE
 
     texts = read_prompts(prompts)[:limit]
     target, draft_head, tokenizer = load(model, head, dtype)
@@ -56,9 +57,9 @@ def verify(
     if json_file is not None:
         findings |= {"batch_size": batch_size, "dtype": str(target.dtype)}
         write_json(json_file, findings)
-    broken = findings["verdict"] == BROKEN
-    say(f"verdict: {findings['verdict']}", style="red" if broken else "green")
-    if broken:
+    failed = findings["verdict"] in (BROKEN, INCONCLUSIVE)
+    say(f"verdict: {findings['verdict']}", style="red" if failed else "green")
+    if failed:
         raise typer.Exit(1)
 
 
@@ -76,7 +77,10 @@ def _verify_greedy(target, draft_head, tokenizer, texts: list[str], batch_size: 
     if differing:
         show(as_table(rows, tokenizer))
     counts = f"{len(rows) - differing} of {len(rows)} prompts identical, {findings['tokens']} tokens"
+    counts += f", {findings['drafts_verified']} drafts verified"
     say(f"{counts}, batches of {batch_size}, {target.dtype}", style="dim")
+    if not findings["plain_repeats"]:
+        say("plain decoding wrote another text the second time: the target itself is not reproducible", style="yellow")
     return findings
 
 
@@ -92,5 +96,8 @@ def _verify_sampling(target, draft_head, tokenizer, texts: list[str], batch_size
     with progress("comparing with the target's distribution"):
         audit = audit_sampling(target, tokenizer, texts, drawn, batch_size)
     test = f"chi-square {audit.statistic:.1f} at {audit.degrees_of_freedom} degrees of freedom"
-    say(f"{audit.draws} draws, {target.dtype}: {test}, p = {audit.p_value:.2g}", style="dim")
+    say(
+        f"{audit.draws} draws, {audit.verified} drafts verified, {target.dtype}: {test}, p = {audit.p_value:.2g}",
+        style="dim",
+    )
     return sampling_as_json(audit)

@@ -177,7 +177,7 @@ def estimate(
     for cell in cells:
         inputs, tokens = encode(cell.batches[0], tokenizer, model.device), min(FIRST_TOKENS, max_new_tokens)
         # The first call pays for what is done once.
-        _, run = (_run("plain", model, head, inputs, tokens, clock) for _ in range(2))
+        _, run = (run_method("plain", model, head, inputs, tokens, clock) for _ in range(2))
         seconds.append(run.seconds / run.steps * max_new_tokens * len(cell.methods))
     return seconds
 
@@ -239,7 +239,7 @@ def bench(
     room = _room(cells, head, tokenizer, max_new_tokens) if compiles else None
 
     def run_one(method: str, inputs) -> Run:
-        return _run(method, model, head, inputs, max_new_tokens, clock, room)
+        return run_method(method, model, head, inputs, max_new_tokens, clock, room)
 
     for cell in cells:
         for method in filter(lambda method: method.endswith(STATIC), cell.methods):
@@ -305,7 +305,7 @@ def _is_settled(runs: Runs, fewest: int, batches: int) -> bool:
     return errors.max() < SURE * batches**0.5
 
 
-def _run(
+def run_method(
     method: str, model, head, inputs, max_new_tokens: int, clock: Callable[[], float], room: int | None = None
 ) -> Run:
     """Decode with a method.

@@ -14,6 +14,8 @@ from ..modeling_dspark import DSparkHead
 from .prompts import encode
 
 IDENTICAL, ROUNDING, BROKEN = "identical", "differs only within rounding", "BROKEN"
+# Where nothing was drafted, or plain decoding does not repeat itself.
+INCONCLUSIVE = "inconclusive"
 CONSISTENT = "consistent with the target's distribution"
 
 # Roundings of the largest logit that two correct computations of the same logits may lie apart; see `Difference`.
@@ -58,33 +60,44 @@ class Difference:
 
 @dataclass(frozen=True)
 class CheckedRow:
-    """One prompt's greedy audit: the count of new tokens, and the difference from plain's if there is one."""
+    """One prompt's greedy audit.
+
+    tokens: count of new ones. difference: from plain's, if there is one. verified: drafts that were. repeats: whether
+    plain decoding wrote the same tokens twice.
+    """
 
     prompt: int
     tokens: int
     difference: Difference | None
+    verified: int
+    repeats: bool
 
 
 @dataclass(frozen=True)
 class SamplingAudit:
-    """Chi-square test of drawn tokens against the target's own distribution."""
+    """Chi-square test of drawn tokens, among which so many drafts were verified, against the target's own
+    distribution."""
 
     draws: int
+    verified: int
     statistic: float
     degrees_of_freedom: int
     p_value: float
 
     @property
     def verdict(self) -> str:
-        return CONSISTENT if self.p_value >= SMALLEST_P_VALUE else BROKEN
+        if self.p_value < SMALLEST_P_VALUE:
+            return BROKEN
+        return CONSISTENT if self.verified else INCONCLUSIVE
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The first new tokens of one sampled continuation of a prompt, up to its end."""
+    """The first new tokens of one sampled continuation of a prompt, up to its end; drafts that were verified for it."""
 
     prompt: int
     tokens: tuple[int, ...]
+    verified: int = 0
 
 
 # -- Greedy ---------------------------------------------------------------------------------------------------------
@@ -108,21 +121,25 @@ def audit_greedy(
 
 
 def verdict_of(rows: list[CheckedRow]) -> str:
-    """The verdict over all prompts."""
-    differences = [row.difference for row in rows if row.difference is not None]
-    if not differences:
-        return IDENTICAL
-    return ROUNDING if all(difference.within_rounding for difference in differences) else BROKEN
+    """The verdict over all prompts. What plain decoding itself does not repeat proves nothing."""
+    differing = [row for row in rows if row.difference is not None]
+    unexplained = [row for row in differing if not row.difference.within_rounding]
+    if any(row.repeats for row in unexplained):
+        return BROKEN
+    if unexplained or not any(row.verified for row in rows):
+        return INCONCLUSIVE
+    return ROUNDING if differing else IDENTICAL
 
 
 def _audit_batch(model, head, inputs, start: int, max_new_tokens: int) -> list[CheckedRow]:
     """The rows of one batch, whose first is prompt `start`."""
     kwargs = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
     width = inputs["input_ids"].shape[1]
-    plain = model.generate(**inputs, **kwargs)[:, width:]
-    ours = model.generate(**inputs, **kwargs, assistant_model=head)[:, width:]
+    plain, again = (model.generate(**inputs, **kwargs)[:, width:].tolist() for _ in range(2))
+    output = model.generate(**inputs, **kwargs, assistant_model=head, return_dict_in_generate=True)
+    ours, verified = output.sequences[:, width:], _verified(output)
     ends = _Ends(model, max_new_tokens)
-    pairs = [(ends.trimmed(a), ends.trimmed(b)) for a, b in zip(plain.tolist(), ours.tolist(), strict=True)]
+    pairs = [(ends.trimmed(a), ends.trimmed(b)) for a, b in zip(plain, ours.tolist(), strict=True)]
     differing = [r for r, (a, b) in enumerate(pairs) if a != b]
     differences = {}
     if differing:
@@ -131,7 +148,16 @@ def _audit_batch(model, head, inputs, start: int, max_new_tokens: int) -> list[C
         model.generate(**kept, **kwargs | {"max_new_tokens": ours.shape[1]}, logits_processor=[replay])
         for r, gaps, bounds in zip(differing, *replay.read(model.dtype), strict=True):
             differences[r] = _difference(start + r, *pairs[r], gaps, bounds, ends)
-    return [CheckedRow(start + r, len(row), differences.get(r)) for r, (_, row) in enumerate(pairs)]
+    return [
+        CheckedRow(start + r, len(row), differences.get(r), verified[r], plain[r] == again[r])
+        for r, (_, row) in enumerate(pairs)
+    ]
+
+
+def _verified(output) -> list[int]:
+    """Drafts verified in every row of a generation; none where it went without the head."""
+    stats = getattr(output, "dspark", None)
+    return [0] * len(output.sequences) if stats is None else stats.verified
 
 
 class _Replay(LogitsProcessor):
@@ -224,9 +250,11 @@ def draw(
     ends = _Ends(model, DRAWN_TOKENS)
     for _ in range(0, draws, batch_size):
         # A round keeps a place for the target's own token: with one more, the last token compared can be a draft.
-        output = model.generate(**inputs, **SAMPLING, max_new_tokens=DRAWN_TOKENS + 1, assistant_model=head)
-        rows = output[:, width : width + DRAWN_TOKENS].tolist()
-        yield [Draw(index, tuple(row[: ends.length(row)])) for index, row in zip(chosen, rows, strict=True)]
+        options = {"max_new_tokens": DRAWN_TOKENS + 1, "return_dict_in_generate": True}
+        output = model.generate(**inputs, **SAMPLING, **options, assistant_model=head)
+        rows = output.sequences[:, width : width + DRAWN_TOKENS].tolist()
+        drawn = zip(chosen, rows, _verified(output), strict=True)
+        yield [Draw(index, tuple(row[: ends.length(row)]), verified) for index, row, verified in drawn]
 
 
 def audit_sampling(
@@ -262,7 +290,8 @@ def audit_sampling(
             f"{SMALLEST_CELL} times. Raise --draws, or give other prompts."
         )
     halves = torch.tensor([degrees / 2, statistic / 2], dtype=torch.float64)
-    return SamplingAudit(len(drawn), statistic, degrees, torch.special.gammaincc(*halves).item())
+    verified = sum(one.verified for one in drawn)
+    return SamplingAudit(len(drawn), verified, statistic, degrees, torch.special.gammaincc(*halves).item())
 
 
 def _next_tokens(drawn: list[tuple[int, ...]], length: int) -> dict[tuple[int, ...], Counter]:
@@ -338,6 +367,8 @@ def greedy_as_json(rows: list[CheckedRow]) -> dict:
         "verdict": verdict_of(rows),
         "prompts": len(rows),
         "tokens": sum(row.tokens for row in rows),
+        "drafts_verified": sum(row.verified for row in rows),
+        "plain_repeats": all(row.repeats for row in rows),
         "differences": differences,
     }
 

@@ -16,7 +16,7 @@ from .experience import scheduler_for, store
 from .graphs import power_of_two
 from .lockstep import Lockstep, is_needed
 from .modules import is_private
-from .observers import Observer, OutputObserver, StatsObserver, StreamObserver
+from .observers import Observer, OutputObserver, StatsObserver, StreamObserver, UseObserver
 from .outputs import Recorder
 from .past import Continuation
 from .processors import BlockProcessors
@@ -82,7 +82,7 @@ def generate(
         else:
             logger.warning_once(f"The rounds run eagerly, as without `cache_implementation`: {reason}.")
     scheduler = scheduler_for(target, drafter, size, config, synced_gpus)
-    observers: list[Observer] = []
+    observers: list[Observer] = [UseObserver()]
     if config.return_dict_in_generate:
         observers.append(StatsObserver(stats))
     if recorder.active:

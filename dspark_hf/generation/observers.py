@@ -4,14 +4,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..scheduling.load import Load
 from ..scheduling.plan import Plan
 from .outputs import Recorder
 from .round import HostRound
 from .rows import Row, Streaming
-from .stats import DSparkStats
+from .stats import LOW_TAU, DSparkStats
 from .target import TargetPass
+
+logger = logging.get_logger(__name__)
+
+# Rounds of rows in which drafts were verified, after which a call knows whether its head helps.
+ENOUGH_ROUNDS = 64
 
 
 @dataclass
@@ -71,6 +77,25 @@ class StatsObserver(Observer):
             stats.expected_lengths[own].append(1 + expected[r] if drafts else 1.0)
             stats.draft_tokens[own].append(host.drafts[r][:drafts])
             stats.confidence[own].append(confidence[r][:drafts])
+
+
+class UseObserver(Observer):
+    """Says once when the drafts of a call are of no use. Rounds without drafts say nothing of the head."""
+
+    def __init__(self):
+        self.rounds = self.tokens = 0
+
+    def on_round(self, done):
+        if done.plan is None or self.rounds >= ENOUGH_ROUNDS:
+            return
+        drafted = done.host.verified > 0
+        self.rounds += int(drafted.sum())
+        self.tokens += int((1 + done.host.accepted[drafted]).sum())
+        if self.rounds >= ENOUGH_ROUNDS and self.tokens < LOW_TAU * self.rounds:
+            logger.warning(
+                f"The head hardly helps: tau is {self.tokens / self.rounds:.2f} tokens a round after {self.rounds} "
+                "rounds. The text is right all the same. `dspark-hf doctor --model TARGET --head HEAD` says why."
+            )
 
 
 class OutputObserver(Observer):

@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as stock
 
+from ..sequential_heads import as_drafted
 from .cache import on_device
 
 OF_LOGITS = {
@@ -244,8 +245,7 @@ class Selection:
             processed = own(logits.float()[:, None], None)[:, 0]
         else:
             processed = logits.float() if self.sample else logits
-        # What cannot be a draft is one all the same, and not accepted.
-        tokens = own.choose(processed).clamp(min=0)
+        tokens, processed = as_drafted(own.choose(processed), processed if self.sample else None)
         if own.needs_prefix:
             self.prefixes = self.prefixes.longer(tokens)
-        return tokens, processed if self.sample else None
+        return tokens, processed

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+# Tokens a round below which a head is of no use.
+LOW_TAU = 1.2
+
 
 @dataclass
 class DSparkStats:
@@ -54,6 +57,13 @@ class DSparkStats:
     def tau(self) -> float:
         """Mean tokens a round of a row, bonus included; 0 before the first round."""
         return _mean(self.committed_lengths)
+
+    @property
+    def drafted_tau(self) -> float:
+        """Tau of the rounds in which drafts were verified, which are those that say something of the head; 0 where
+        there are none."""
+        pairs = zip(self.committed_lengths, self.verified_lengths, strict=True)
+        return _mean([[c for c, v in zip(*row, strict=True) if v] for row in pairs])
 
     @property
     def verify_length(self) -> float:

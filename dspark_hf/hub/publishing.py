@@ -19,13 +19,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..checkpoints.files import RESULTS
 from ..configuration_dspark import DSparkConfig
 from ..modeling_dspark import DSparkHead
 from . import licenses
 from .licenses import License, as_license
 
 CUSTOM_GENERATE = Path(__file__).parent / "custom_generate"
-RESULTS = "eval_results.json"
 # The files of a head that are published; logs, checkpoints and whatever else is in its folder are not.
 HEAD_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *licenses.FILES)
 OUR_FILES = ("README.md", RESULTS, "custom_generate/generate.py", "custom_generate/requirements.txt")

@@ -1,9 +1,7 @@
 """Published heads and the targets they were made for: `registry.json` and how to ask it.
 
-The ids come from the tables in the READMEs of deepseek-ai/DeepSpec and z-lab/dflash, and from the model cards of
-RedHatAI, read in November 2026. z-lab and Red Hat also publish heads for targets with recurrent layers (Qwen3.5, 3.6
-and 3.8, Qwen3-Coder-Next) and with latent attention (Kimi, GLM, DeepSeek); these targets cannot roll back a rejected
-draft by length, so they are not listed. None of the listed heads ships with this package.
+Where each entry comes from, and which heads are not listed and why, is in `registry.md`. None of the heads ships with
+this package.
 """
 
 import json
@@ -19,7 +17,9 @@ class PublishedHead:
     """A head on the Hub.
 
     head, target: Hub ids. dialect: name of the layout, a module of `checkpoints`. method: `"dspark"` or `"dflash"`.
-    block_size: rows of a block, `None` where the table that lists the head does not say. source: who trained it.
+    block_size: rows of a block. source: who trained it. taps: the target's layers that feed it, counted as its card
+    does. licence: as the Hub calls it. seen: where all this was read, in a `"table"` of heads or on the head's own
+    `"card"`; neither means that the head was loaded. Fields of which that says nothing are `None`.
     """
 
     head: str
@@ -28,12 +28,30 @@ class PublishedHead:
     method: str
     block_size: int | None
     source: str
+    taps: tuple[int, ...] | None = None
+    licence: str | None = None
+    seen: str = "table"
 
 
 @cache
 def published_heads() -> tuple[PublishedHead, ...]:
     """All of them, for each target the one to prefer first: DSpark before DFlash, DeepSeek's before others'."""
     return tuple(PublishedHead(**entry) for entry in json.loads(FILE.read_text()))
+
+
+def search(target: str | None = None, trainer: str | None = None) -> list[PublishedHead]:
+    """The heads for a target, in the order of the registry.
+
+    Args:
+        target: as in [`heads_for`], or a part of the id where that finds none. trainer: a part of who trained the head,
+            or of its id's first half; in any case.
+    """
+    found = list(published_heads()) if target is None else heads_for(target)
+    if not found:
+        found = [head for head in published_heads() if target.lower() in head.target.lower()]
+    if trainer is None:
+        return found
+    return [head for head in found if trainer.lower() in f"{head.source} {head.head.partition('/')[0]}".lower()]
 
 
 def heads_for(target: str) -> list[PublishedHead]:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 DRAFT_SETTINGS = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 SCHEDULES = ("load", "constant")
@@ -43,4 +46,8 @@ class Settings:
             )
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"`assistant_confidence_threshold` must be between 0 and 1, got {threshold!r}.")
+        if most > gamma:
+            logger.warning_once(
+                f"`num_assistant_tokens={most}`: the head's block holds {gamma} drafts, no more are made."
+            )
         return cls(min(most, gamma), schedule, threshold)

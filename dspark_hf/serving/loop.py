@@ -15,7 +15,7 @@ from ..generation.drafting import Drafter
 from ..generation.engine import Engine
 from ..generation.experience import scheduler_for, store
 from ..generation.modules import is_private
-from ..generation.observers import CommittedRound, Observer
+from ..generation.observers import CommittedRound, Observer, UseObserver
 from ..generation.target import Target
 from ..modeling_dspark import DSparkHead
 from ..scheduling.scheduler import LoadSchedule
@@ -188,7 +188,7 @@ class BatchLoop:
         target = Target(self.model, self.head.config.target_layer_ids)
         drafter = Drafter(self.head, self.model, self.slots, self.slots)
         scheduler = scheduler_for(target, drafter, self.slots, self.defaults)
-        observers = [RequestObserver(self)]
+        observers = [RequestObserver(self), UseObserver()]
         private = is_private(self.model, self.head)
         return Engine(target, drafter, scheduler, self.slots, None, self.texts, None, observers, private, isolates=True)
 
