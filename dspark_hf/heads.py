@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .checkpoints import read_config, write_config
-from .checkpoints.files import GENERATION_CONFIG, HUB_ARGUMENTS, open_checkpoint, read_draft_settings
+from .checkpoints.files import GENERATION_CONFIG, HUB_ARGUMENTS, Checkpoint, open_checkpoint, read_draft_settings
 from .configuration_dspark import DSparkConfig
 from .hub.registry import head_for
 from .modeling_dspark import DSparkHead, default_settings
@@ -31,20 +31,35 @@ def from_pretrained(
             been loaded then. Code that comes with a head is never run.
         OSError: transformers' own, when the repository or its weights cannot be found.
     """
-    settings = {}
-    if pretrained_model_name_or_path is not None:
+    settings, source = {}, pretrained_model_name_or_path
+    if source is not None:
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        checkpoint = open_checkpoint(pretrained_model_name_or_path, **hub)
+        checkpoint = open_checkpoint(source, **hub)
         checkpoint.validate(cls)
         checkpoint.validate_maps()
-        kwargs = {"key_mapping": checkpoint.key_mapping} | kwargs | {"use_safetensors": True}
-        if kwargs.get("config") is None:
-            kwargs = checkpoint.borrowed | kwargs
         settings = read_draft_settings(checkpoint.source, **hub)
-    loaded = super(DSparkHead, cls).from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if kwargs.get("config") is None:
+            kwargs = checkpoint.from_tensors | kwargs
+        if checkpoint.weights is None:
+            kwargs = {"key_mapping": checkpoint.key_mapping} | kwargs | {"use_safetensors": True}
+        else:
+            source, kwargs = None, _from_weights(cls, checkpoint, kwargs)
+    loaded = super(DSparkHead, cls).from_pretrained(source, *model_args, **kwargs)
     head = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+    if source is None and pretrained_model_name_or_path is not None:
+        head.config._name_or_path = checkpoint.source
     head.generation_config.update(**settings)
     return loaded
+
+
+def _from_weights(cls: type[DSparkHead], checkpoint: Checkpoint, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for `from_pretrained` without a path: the head's own tensors alone are read, each when its turn comes."""
+    config = kwargs.pop("config", None)
+    if config is None:
+        load = cls.config_class.from_pretrained
+        config, kwargs = load(checkpoint.source, return_unused_kwargs=True, **kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
+    return kwargs | {"config": config, "state_dict": checkpoint.weights}
 
 
 def for_target(cls: type[DSparkHead], target: PreTrainedModel | str | os.PathLike, **kwargs) -> DSparkHead:

@@ -1,7 +1,9 @@
 """Published layouts ("dialects") of draft heads: recognise, read, write. The rest of the project knows one config.
 
 A dialect is a module with `recognises` (of a published config), `names` (what it calls our keys), `read_config`,
-`write_config` and `PREFIXES` (of tensor names, where they differ from ours).
+`write_config` and `PREFIXES` (of tensor names, where they differ from ours). One whose head lies inside its target's
+checkpoint also has `INSIDE` (how its tensor names begin), `gather` (what our tensors are made of) and `told_by` (keys that
+the tensors tell).
 """
 
 import dataclasses
@@ -9,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ..configuration_dspark import DSparkConfig
-from . import deepspec, dflash, modelopt, native, specforge, speculators
+from . import deepseek_v4, deepspec, dflash, modelopt, native, specforge, speculators
 from .errors import CheckpointError, config_file
 from .schema import check
 from .writing import CannotExpress
@@ -17,7 +19,7 @@ from .writing import CannotExpress
 __all__ = ["DIALECTS", "CannotExpress", "CheckpointError", "dialect_of", "read_config", "write_config"]
 
 # In the order in which they are asked: class names are not unique, see each module.
-DIALECTS = (native, speculators, modelopt, specforge, dflash, deepspec)
+DIALECTS = (native, speculators, modelopt, specforge, dflash, deepspec, deepseek_v4)
 
 
 def dialect_of(published: dict[str, Any], source: str) -> ModuleType:
