@@ -53,7 +53,7 @@ def from_pretrained(
 
 
 def _from_weights(cls: type[DSparkHead], checkpoint: Checkpoint, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for `from_pretrained` without a path: the head's own tensors alone are read, each when its turn comes."""
+    """Arguments for `from_pretrained` without a path: the head's own tensors alone are read, each when it is its turn."""
     config = kwargs.pop("config", None)
     if config is None:
         load = cls.config_class.from_pretrained

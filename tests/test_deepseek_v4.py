@@ -49,6 +49,11 @@ def numbers(case: Path) -> dict[str, torch.Tensor]:
     return load_file(case / "expected.safetensors")
 
 
+def of_prompt(case: Path, i: int) -> dict[str, torch.Tensor]:
+    start = f"prompt{i}."
+    return {name.removeprefix(start): tensor for name, tensor in numbers(case).items() if name.startswith(start)}
+
+
 def prompts(case: Path) -> list[dict]:
     return json.loads((case / "expected.json").read_text())["prompts"]
 
@@ -86,26 +91,23 @@ def block_of(case: Path, head: DSparkHead, prompt: int, start: int, features: to
 @torch.no_grad()
 def test_numbers_of_every_round(case, stored):
     """main_x, every stage, hidden states, logits, confidence and drafts from the stored features."""
-    head, found = head_of(case, stored), numbers(case)
+    head, stages = head_of(case, stored), []
+    hooks = [layer.register_forward_hook(lambda _, __, output: stages.append(output[0])) for layer in head.layers]
     for i in range(len(prompts(case))):
-        at = {
-            name.removeprefix(f"prompt{i}."): tensor for name, tensor in found.items() if name.startswith(f"prompt{i}.")
-        }
+        at = of_prompt(case, i)
         close(head.project_context(at["features"]), at["main_x"])
         for r, start in enumerate(at["rounds.start"].tolist()):
-            stages = []
-            hooks = [layer.register_forward_hook(lambda _, __, out: stages.append(out[0])) for layer in head.layers]
+            stages.clear()
             hidden, base, block = block_of(case, head, i, start, at["features"])
-            for hook in hooks:
-                hook.remove()
             close(torch.stack(stages), at["rounds.stages"][r])
             close(hidden, at["rounds.hidden"][r])
             close(base, at["rounds.base_logits"][r])
             close(block.confidence_logits[0], at["rounds.confidence_logits"][r])
             assert block.tokens[0].tolist() == at["rounds.draft_tokens"][r].tolist()
             previous = torch.cat([at["rounds.anchor_id"][r, None], block.tokens[0, :-1]])
-            bias = head.markov_head.teacher_forced(hidden, previous)
-            close(base + bias, at["rounds.corrected_logits"][r])
+            close(base + head.markov_head.teacher_forced(hidden, previous), at["rounds.corrected_logits"][r])
+    for hook in hooks:
+        hook.remove()
 
 
 @pytest.mark.parametrize("size", [3, 7])

@@ -36,8 +36,8 @@ def stage_config(config: DSparkConfig) -> DeepseekV4Config:
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines [R, n, rotated / 2] each, of the target's sliding layers. Named as transformers names those whose
-    buffers it fills."""
+    """Cosines and sines [R, n, rotated / 2] each, of the target's sliding layers. transformers knows by its names how to
+    fill its buffers."""
 
     rope_type = "default"
 

@@ -35,13 +35,8 @@ REQUIRED = (
 )  # fmt: skip
 # Keys that a stage has no use for, or that are written anew.
 NOT_OF_A_STAGE = (
-    "architectures",
-    "quantization_config",
-    "expert_dtype",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-)
+    "architectures", "quantization_config", "expert_dtype", "dtype", "torch_dtype", "transformers_version",
+)  # fmt: skip
 # Where neither the tensors nor the config are asked: as released.
 STAGES = 3
 BLOCK = (128, 128)
