@@ -2,19 +2,24 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from conftest import FIXTURES, WHOLE_SET, whole_blocks
+from conftest import FIXTURES, WHOLE_SET, tiny_head, tiny_target, whole_blocks
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from dspark_hf import DSparkHead
-from dspark_hf.checkpoints import deepseek_v4
+from dspark_hf.checkpoints import CannotExpress, CheckpointError, deepseek_v4
+from dspark_hf.checkpoints.export import LAYOUTS, export
 from dspark_hf.generation.drafting import Drafter
 from dspark_hf.generation.processors import BlockProcessors
+from dspark_hf.hub.inspection import inspect_head
+from dspark_hf.hub.publishing import build
 
 TOLERANCE = 1e-4
 STORED = ("checkpoint", "checkpoint_quantised")
@@ -138,6 +143,170 @@ def test_context_in_pieces(case):
             tokens, seen = drafter.draft(anchors, head.config.gamma, SELECT).tokens, ends
             for i, end in enumerate(ends):
                 assert tokens[i].tolist() == block_of(case, head, i, end, features[i])[2].tokens[0].tolist()
+
+
+# -- Other ways in and out --------------------------------------------------------------------------------------------
+
+
+def same_head(found: DSparkHead, expected: DSparkHead) -> None:
+    """The same weights, and a config that says the same."""
+    own, theirs = found.state_dict(), expected.state_dict()
+    assert own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
+    known = [head.config.own_keys() for head in (found, expected)]
+    for keys in known:
+        keys.pop("dtype", None)
+    assert known[0] == known[1]
+
+
+def test_saved_and_exported(case, tmp_path):
+    """Our own layout and the published one, each loads again; others cannot hold the head."""
+    head = head_of(case)
+    head.save_pretrained(tmp_path / "saved")
+    export(head, "deepseek_v4", tmp_path / "exported", target_of(case))
+    for name in ("saved", "exported"):
+        same_head(DSparkHead.from_pretrained(tmp_path / name, dtype=torch.float32), head)
+    published = json.loads((case / STORED[0] / "config.json").read_text()) | {"torch_dtype": "float32"}
+    written = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert written.pop("transformers_version") and written == published
+    for to in set(LAYOUTS) - {"deepseek_v4"}:
+        with pytest.raises(CannotExpress):
+            export(head, to, tmp_path / to)
+
+
+def test_half_precision_keeps_what_the_release_has_in_float32(case, tmp_path):
+    head = DSparkHead.from_pretrained(case / STORED[1])
+    kept = {name for name, tensor in head.state_dict().items() if tensor.dtype == torch.float32}
+    assert head.dtype == torch.bfloat16 and {"layers.0.attn_hc.fn", "hc_head.hc_fn", "layers.1.self_attn.sinks"} < kept
+    assert not any("proj" in name for name in kept - {"confidence_head.proj.weight"})
+    head.save_pretrained(tmp_path)
+    same_head(DSparkHead.from_pretrained(tmp_path), head)
+    hidden, _, block = block_of(case, head, 0, 5, numbers(case)["prompt0.features"])
+    assert hidden.dtype == torch.bfloat16 and block.confidence_logits.isfinite().all()
+
+
+def test_for_target(case):
+    """Of a model, of its folder and of a repository that is named like a published one."""
+    for found in (DSparkHead.for_target(target_of(case)), DSparkHead.for_target(case / STORED[0], dtype=torch.float32)):
+        same_head(found, head_of(case))
+
+
+def test_from_the_hub(case, hub):
+    """By the id of a published checkpoint, of which only config, index and the head's shards are there."""
+    name = "deepseek-ai/DeepSeek-V4-Flash-DSpark"
+    hub(name, case / STORED[1])
+    (snapshot,) = Path(huggingface_hub.constants.HF_HUB_CACHE).glob("models--*/snapshots/*")
+    for shard in target_shards(case / STORED[1]):
+        (snapshot / shard).unlink()
+    for head in (
+        DSparkHead.from_pretrained(name, dtype=torch.float32),
+        DSparkHead.for_target(name, dtype=torch.float32),
+    ):
+        same_head(head, head_of(case))
+        assert head.config._name_or_path == name
+    assert inspect_head(name).dialect == "deepseek_v4"
+
+
+def target_shards(folder: Path) -> set[str]:
+    """Files without a tensor of the head."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return set(index.values()) - {shard for name, shard in index.items() if name.startswith("mtp.")}
+
+
+def test_inspection(case):
+    found, head = inspect_head(str(case / STORED[1])), head_of(case)
+    assert (found.dialect, found.backbone, found.layers) == (
+        "deepseek_v4",
+        "deepseek_v4",
+        head.config.num_hidden_layers,
+    )
+    assert found.parameters == head.num_parameters() + sum(b.numel() for n, b in head.named_buffers() if "bias" in n)
+    assert found.borrowed == ["embed_tokens", "lm_head"] and not found.problems
+    assert found.dtypes == ["BF16", "F32", "F8_E4M3", "F8_E8M0", "I8"]
+    assert found.target == str(case / STORED[1]) and found.bytes < inspect_head(str(case / STORED[0])).bytes
+
+
+def test_publishing_writes_the_head_alone(case, tmp_path):
+    build(case / STORED[1], "someone/head", tmp_path, "someone/target")
+    same_head(DSparkHead.from_pretrained(tmp_path), DSparkHead.from_pretrained(case / STORED[1]))
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "dspark"
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        """vllm serve someone/target --speculative-config '{"method": "dspark", "num_speculative_tokens": 5}'""" in card
+    )
+
+
+def test_a_folder_of_the_target(case, tmp_path):
+    """A head in `dspark/` of its target's repository, where SGLang looks."""
+    target = tiny_target()
+    target.save_pretrained(tmp_path)
+    tiny_head(target).save_pretrained(tmp_path / "dspark")
+    expected = DSparkHead.from_pretrained(tmp_path / "dspark")
+    for head in (DSparkHead.from_pretrained(tmp_path), DSparkHead.for_target(tmp_path)):
+        same_head(head, expected)
+    same_head(DSparkHead.for_target(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
+    assert inspect_head(str(tmp_path)).layers == expected.config.num_hidden_layers
+
+
+# -- Malformed checkpoints ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(case, tmp_path) -> Path:
+    """A copy of the quantised checkpoint that may be changed."""
+    folder = tmp_path / "copy"
+    shutil.copytree(case / STORED[1], folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    return folder
+
+
+def rewritten(folder: Path, change) -> None:
+    """Change the tensors of the head's last shard."""
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    kept = {name: file for name, file in index["weight_map"].items() if file != shard.name}
+    index["weight_map"] = kept | dict.fromkeys(tensors, shard.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("mtp.2.attn.wo_a.scale"), "mtp.2.attn.wo_a.scale: found nothing, expected scales"),
+        (lambda t: t.pop("mtp.2.hc_head_fn"), "mtp.2.hc_head_fn: found no tensor"),
+        (lambda t: t.update({"mtp.2.markov_head.embed.weight": torch.ones(2)}), "embed.weight: found a tensor"),
+        (lambda t: t.update({"mtp.4.norm.weight": torch.ones(2)}), r"mtp.N of N in \['0', '1', '2', '4'\]"),
+        (lambda t: t.update({"mtp.2.norm.scale": torch.ones(2)}), "mtp.2.norm.scale: found a scale"),
+        (lambda t: t.update({"mtp.2.norm.weight": torch.ones(2)}), r"mtp.2.norm.weight: found shape \[2\]"),
+        (lambda t: t.update({"mtp.2.attn.wq_b.scale": t["mtp.2.attn.wq_b.scale"][:1]}), "one for 32x32"),
+    ],
+)
+def test_malformed_tensors(copy, change, message):
+    rewritten(copy, change)
+    with pytest.raises(CheckpointError, match=message):
+        DSparkHead.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("dspark_block_size"), "has no DSpark head"),
+        (lambda c: c.pop("dspark_markov_rank"), "dspark_markov_rank: found nothing"),
+        (lambda c: c.update(dspark_noise_token_id=9999), "dspark_noise_token_id: found 9999"),
+        (lambda c: c.update(dspark_target_layer_ids=[5, 6]), r"dspark_target_layer_ids: found \[5, 6\]"),
+        (lambda c: c["quantization_config"].update(weight_block_size=[32]), "weight_block_size: found"),
+        (lambda c: c.update(n_routed_experts=5), "ffn.experts.4.w1.weight: found no tensor"),
+        (lambda c: c.update(model_type="mistral_large4"), "mtp_dspark"),
+    ],
+)
+def test_malformed_configs(copy, change, message):
+    config = json.loads((copy / "config.json").read_text())
+    change(config)
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        DSparkHead.from_pretrained(copy)
 
 
 def test_only_shards_with_the_head_are_opened(case, monkeypatch):

@@ -52,9 +52,9 @@ def test_the_registry_is_sound():
     heads = published_heads()
     assert len({head.head for head in heads}) == len(heads) >= 20
     for head in heads:
-        assert head.method in ("dspark", "dflash") and head.dialect in set(DIALECT.values())
+        assert head.method in ("dspark", "dflash") and head.dialect in {*DIALECT.values(), "deepseek_v4"}
         assert head.head.count("/") == head.target.count("/") == 1
-        assert head.block_size is None or head.block_size >= 7
+        assert head.block_size is None or head.block_size >= (5 if head.head == head.target else 7)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,7 @@ def test_the_registry_is_sound():
         ("qwen/qwen3-8b", "deepseek-ai/dspark_qwen3_8b_block7"),
         ("Qwen/Qwen3-14B", "deepseek-ai/dspark_qwen3_14b_block7"),
         ("google/gemma-4-12B-it", "deepseek-ai/dspark_gemma4_12b_block7"),
+        ("deepseek-ai/DeepSeek-V4-Flash-0731", "deepseek-ai/DeepSeek-V4-Flash-0731"),
     ],
 )
 def test_the_preferred_head_of_a_target(target, head):

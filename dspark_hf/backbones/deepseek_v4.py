@@ -6,6 +6,7 @@ lie those of the context, which come from the projected target states, and the r
 are the values.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -30,14 +31,15 @@ def stage_config(config: DSparkConfig) -> DeepseekV4Config:
         "layer_types": ["sliding_attention"] * stages,
         "mlp_layer_types": ["moe"] * stages,
     }
-    made = DeepseekV4Config(**config.stage_config | own)
+    # A copy, as the config fills in what its parts leave out.
+    made = DeepseekV4Config(**copy.deepcopy(config.stage_config) | own)
     made._attn_implementation = made._experts_implementation = "eager"
     return made
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines [R, n, rotated / 2] each, of the target's sliding layers. transformers knows by its names how to
-    fill its buffers."""
+    """Cosines and sines [R, n, rotated / 2] each, of the target's sliding layers; named so that transformers knows how
+    to fill its buffers."""
 
     rope_type = "default"
 

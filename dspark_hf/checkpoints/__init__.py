@@ -20,6 +20,18 @@ __all__ = ["DIALECTS", "CannotExpress", "CheckpointError", "dialect_of", "read_c
 
 # In the order in which they are asked: class names are not unique, see each module.
 DIALECTS = (native, speculators, modelopt, specforge, dflash, deepspec, deepseek_v4)
+# Targets whose checkpoints hold a head that cannot be read, or may lack one: what is expected, and what to do.
+WITHOUT_A_HEAD = {
+    "deepseek_v4": (
+        "dspark_* keys beside it",
+        "This checkpoint has no DSpark head, or one of an earlier kind; deepseek-ai/DeepSeek-V4-Flash-DSpark has one.",
+    ),
+    "mistral_large4": (
+        "a head whose layout is known",
+        "What its tensors mtp_dspark.* mean is published nowhere that this project knows of. Train a head "
+        "(`dspark-hf train`), or use one in a layout that is known.",
+    ),
+}
 
 
 def dialect_of(published: dict[str, Any], source: str) -> ModuleType:
@@ -34,6 +46,9 @@ def dialect_of(published: dict[str, Any], source: str) -> ModuleType:
     for dialect in DIALECTS:
         if dialect.recognises(published):
             return dialect
+    known = WITHOUT_A_HEAD.get(published.get("model_type"))
+    if known is not None:
+        raise CheckpointError(config_file(source), "model_type", repr(published["model_type"]), *known)
     raise CheckpointError(
         config_file(source),
         "architectures",

@@ -8,10 +8,13 @@ block, experts FP4 with a scale for 32 columns; both are powers of two, so that 
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from .errors import CheckpointError, config_file
 from .headers import TensorHeader
 from .schema import expect, forbid_code, require
 from .stored import FP8, GROUP, PACKED_FP4, SCALE, Part, StoredWeight
+from .writing import CALIBRATION, CannotExpress, refuse
 
 NAME = "deepseek_v4"
 DESCRIPTION = "DeepSeek V4 (model_type 'deepseek_v4' with dspark_* keys, the head in its own checkpoint as mtp.*)"
@@ -89,11 +92,12 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     expect(published, "compress_ratios", ratios is None or isinstance(ratios, list), "a list", source)
     beyond = len(ratios or ()) - published["num_hidden_layers"]
     own = {key: value for key, value in published.items() if not key.startswith("dspark_")}
+    stage = {key: value for key, value in own.items() if key not in (*NOT_OF_A_STAGE, *CALIBRATION)}
     return {
         "model_type": "dspark",
         "architectures": ["DSparkHead"],
         "backbone": NAME,
-        "stage_config": {key: value for key, value in own.items() if key not in NOT_OF_A_STAGE},
+        "stage_config": stage,
         "block_size": published["dspark_block_size"],
         "mask_token_id": published["dspark_noise_token_id"],
         "target_layer_ids": published["dspark_target_layer_ids"],
@@ -109,7 +113,7 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
         "window_counted_from": "block",
         "sliding_is_causal": False,
         "dtype": published.get("dtype") or published.get("torch_dtype"),
-        **{key: own[key] for key in COMMON if own.get(key) is not None},
+        **{key: own[key] for key in (*COMMON, *CALIBRATION) if own.get(key) is not None},
         **_depth(beyond if beyond > 0 else STAGES),
     }
 
@@ -127,6 +131,29 @@ def _depth(stages: int) -> dict[str, Any]:
 def told_by(weights: dict[str, StoredWeight]) -> dict[str, Any]:
     """Keys of a `DSparkConfig` that the tensors tell: depth."""
     return _depth(len({name.split(".")[1] for name in weights if name.startswith("layers.")}))
+
+
+def write_config(native: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a `DSparkConfig` -> the target's `config.json`, with those of the head.
+
+    Raises:
+        CannotExpress: for a head of other layers.
+    """
+    if native["backbone"] != NAME:
+        raise CannotExpress(
+            "The DeepSeek V4 layout cannot express this head: its stages are layers of DeepSeek V4, but the head has "
+            f"backbone={native['backbone']!r}."
+        )
+    refuse("DeepSeek V4", native, draft_vocab_size=None, confidence_head_bias=False)
+    refuse("DeepSeek V4", native, window_counted_from="block", sliding_is_causal=False, sample_from_anchor=True)
+    return {
+        **native["stage_config"],
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        **{key: native[own] for own, key in NAMES.items() if key.startswith("dspark_")},
+        **{key: native[key] for key in CALIBRATION if native.get(key) is not None},
+        "torch_dtype": native["dtype"],
+    }
 
 
 # -- Tensors ----------------------------------------------------------------------------------------------------
@@ -168,6 +195,19 @@ def gather(stored: dict[str, TensorHeader], published: dict[str, Any], source: s
 
 
 ELSEWHERE = "Heads of DeepSeek V4 are known as in V4-Flash-DSpark and V4-Pro-DSpark; other releases name tensors anew."
+
+
+def scatter(tensors: dict[str, torch.Tensor], native: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Tensors by the file's names, in its parts, of those by this project's; the inverse of `gather`, unquantised."""
+    written = {}
+    for own, names in layout(native["num_hidden_layers"], native["stage_config"]["n_routed_experts"]):
+        tensor = tensors[own]
+        if own.endswith(tuple(EXPERTS)):
+            parts = [part.clone() for part in tensor.flatten(0, 1).chunk(len(names))]
+        else:
+            parts = [tensor]
+        written |= dict(zip(names, parts, strict=True))
+    return written
 
 
 def _stages(stored: dict[str, TensorHeader], source: str) -> int:

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from ..modeling_dspark import DSparkHead
 from ..scheduling.settings import DRAFT_SETTINGS
-from . import dialect_of, read_config
+from . import DIALECTS, dialect_of, read_config
 from .errors import CheckpointError, config_file
 from .headers import TensorHeader, find, read_headers
 from .stored import StoredWeight
@@ -26,6 +26,8 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 GENERATION_CONFIG = "generation_config.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
+# Folder of a target's repository in which its head may lie; SGLang looks there too.
+BUNDLED = "dspark"
 # Small tensors of the layouts that map a reduced draft vocabulary, and their type.
 MAPS = {"d2t": "I64", "t2d": "BOOL"}
 ELSEWHERE = "The file may belong to another head, or config.json to another layout."
@@ -37,8 +39,8 @@ class Checkpoint:
 
     source: folder or Hub id. dialect: module of `checkpoints`. published: its config.json. native: the keys of a
     `DSparkConfig`. tensors: headers by this project's names, and `published_names` what the file calls them. stored:
-    headers by the file's names. weights: of a head inside its target's checkpoint what its tensors are made of.
-    from_tensors: keys of `native` that the tensors tell.
+    headers by the file's names. from_tensors: keys of `native` that the tensors tell. subfolder: of the source, where
+    its files are. weights: of a head inside its target's checkpoint what its tensors are made of.
     """
 
     source: str
@@ -49,6 +51,7 @@ class Checkpoint:
     published_names: dict[str, str]
     stored: dict[str, TensorHeader]
     from_tensors: dict[str, Any]
+    subfolder: str = ""
     weights: dict[str, StoredWeight] | None = None
 
     @property
@@ -118,7 +121,7 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | os.PathLike, download: bool = True, **hub) -> Checkpoint:
-    """Look at the head in a folder or of a Hub id.
+    """Look at the head in a folder or of a Hub id; of a target's own, at the head that it brings.
 
     Args:
         download: whether weights that are on the Hub are fetched; otherwise only their headers are.
@@ -130,15 +133,15 @@ def open_checkpoint(source: str | os.PathLike, download: bool = True, **hub) -> 
     """
     source = os.fspath(source)
     check_source(source)
-    published = read_published(source, **hub)
-    dialect = dialect_of(published, source)
+    published, hub = _published_and_place(source, hub)
+    dialect, subfolder = dialect_of(published, source), hub.get("subfolder") or ""
     native = read_config(published, source)
     if hasattr(dialect, "gather"):
         stored = read_headers(source, download, hub, dialect.INSIDE)
         weights = dialect.gather(stored, published, source)
         told, tensors = dialect.told_by(weights), {name: weight.header for name, weight in weights.items()}
         names = {name: weight.name for name, weight in weights.items()}
-        return Checkpoint(source, dialect, published, native | told, tensors, names, stored, told, weights)
+        return Checkpoint(source, dialect, published, native | told, tensors, names, stored, told, subfolder, weights)
     stored = read_headers(source, download, hub)
     names = {_renamed(name, dialect): name for name in stored}
     tensors = {_renamed(name, dialect): header for name, header in stored.items()}
@@ -149,7 +152,30 @@ def open_checkpoint(source: str | os.PathLike, download: bool = True, **hub) -> 
             "borrow_lm_head": "lm_head.weight" not in tensors,
         }
     borrowed = {key: native[key] for key in ("borrow_embeddings", "borrow_lm_head") if key in native} | told
-    return Checkpoint(source, dialect, published, native | told, tensors, names, stored, borrowed)
+    return Checkpoint(source, dialect, published, native | told, tensors, names, stored, borrowed, subfolder)
+
+
+def _published_and_place(source: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config of a head and where it is: at the source, or in the folder that a target has for its head."""
+    published = read_published(source, **hub)
+    try:
+        dialect_of(published, source)
+    except CheckpointError:
+        if hub.get("subfolder") or not brings_head(source, **hub):
+            raise
+        hub = hub | {"subfolder": BUNDLED}
+        published = read_published(source, **hub)
+    return published, hub
+
+
+def brings_head(target: str, **hub) -> bool:
+    """Whether a target's folder or repository holds its head, among its own tensors or in a folder of it."""
+    try:
+        published = read_published(target, **hub)
+        inside = any(dialect.recognises(published) for dialect in DIALECTS if hasattr(dialect, "INSIDE"))
+        return inside or find(target, "config.json", hub | {"subfolder": BUNDLED}) is not None
+    except (OSError, CheckpointError):
+        return False
 
 
 def check_source(source: str | os.PathLike) -> None:

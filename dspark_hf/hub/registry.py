@@ -3,7 +3,8 @@
 The ids come from the tables in the READMEs of deepseek-ai/DeepSpec and z-lab/dflash, and from the model cards of
 RedHatAI, read in November 2026. z-lab and Red Hat also publish heads for targets with recurrent layers (Qwen3.5, 3.6
 and 3.8, Qwen3-Coder-Next) and with latent attention (Kimi, GLM, DeepSeek); these targets cannot roll back a rejected
-draft by length, so they are not listed. None of the listed heads ships with this package.
+draft by length, so they are not listed. None of the listed heads ships with this package. Heads of DeepSeek V4 lie in
+their targets' own checkpoints.
 """
 
 import json
@@ -18,8 +19,9 @@ FILE = Path(__file__).parent / "registry.json"
 class PublishedHead:
     """A head on the Hub.
 
-    head, target: Hub ids. dialect: name of the layout, a module of `checkpoints`. method: `"dspark"` or `"dflash"`.
-    block_size: rows of a block, `None` where the table that lists the head does not say. source: who trained it.
+    head, target: Hub ids, the same for a head inside its target's checkpoint. dialect: name of the layout, a module of
+    `checkpoints`. method: `"dspark"` or `"dflash"`. block_size: rows of a block, `None` where the table that lists the
+    head does not say. source: who trained it.
     """
 
     head: str
