@@ -12,11 +12,18 @@ from ..modeling_dspark import DSparkHead
 from ..pairing import doubts, misfits
 from .packing import implementation_of
 from .releases import CACHE
+from .states import KINDS
 
 logger = logging.get_logger(__name__)
 
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+# Layers that keep nothing are among them.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "moe", "mlp"}
 RECURRENT_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
+# Text configs of models whose recurrent and convolutional layers are known; see `states` and `recurrences`.
+HYBRIDS = {
+    "bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "nemotron_h", "olmo_hybrid",
+    "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next",
+}  # fmt: skip
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "dspark")
 # Inputs of `generate` that the rounds make themselves.
 HANDLED_INPUTS = {
@@ -45,22 +52,24 @@ def check_pair(target: PreTrainedModel, head: DSparkHead) -> None:
 
 
 def check_layers(target: PreTrainedModel) -> None:
-    """Raise for layers whose state is not a slot of keys and values a row, which a rollback by length needs."""
+    """Raise for layers that keep neither a slot of keys and values a row, which a rollback by length needs, nor a state
+    that we know how to take back."""
     name, text = type(target).__name__, target.config.get_text_config(decoder=True)
     types = set(getattr(text, "layer_types", None) or ())
     if getattr(text, "attention_chunk_size", None) is not None and not types:
         types = {"chunked_attention"}
+    if text.model_type in HYBRIDS:
+        types -= set(KINDS)
     others = types - ATTENTION_LAYERS
-    if others & RECURRENT_LAYERS or (target._is_stateful and not others):
+    if others & RECURRENT_LAYERS or (target._is_stateful and text.model_type not in HYBRIDS and not others):
         raise ValueError(
-            f"{name} has recurrent layers ({_listed(others & RECURRENT_LAYERS) or 'stateful'}), and their state cannot "
-            "be rolled back when a draft is rejected. DSpark heads draft for targets whose layers are full or sliding "
-            "attention; leave out `assistant_model`."
+            f"{name} has recurrent layers ({_listed(others & RECURRENT_LAYERS) or 'stateful'}), and how to take their "
+            f"state back when a draft is rejected is known of {_listed(HYBRIDS)} only. Leave out `assistant_model`."
         )
     if others:
         raise ValueError(
             f"{name} has layers of type {_listed(others)}. DSpark heads draft for targets whose layers are full or "
-            "sliding attention; leave out `assistant_model`."
+            "sliding attention, or recurrent ones that are known; leave out `assistant_model`."
         )
 
 
@@ -111,6 +120,15 @@ def check_mode(mode: GenerationMode, config: GenerationConfig) -> None:
         value = getattr(config, name, None)
         if value is not None and not (static and name != "prefill_chunk_size"):
             logger.warning_once(f"`{name}={value}` does nothing with a DSpark head, whose rounds keep their own cache.")
+
+
+def check_sequences(config: GenerationConfig) -> None:
+    """Raise for several texts of a prompt, as transformers does beside any assistant."""
+    if config.num_return_sequences > 1:
+        raise ValueError(
+            f"A DSpark head writes one text for each prompt, not num_return_sequences={config.num_return_sequences}. "
+            "Repeat the prompt in the batch, or leave out `assistant_model`."
+        )
 
 
 def check_inputs(model_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -17,16 +17,16 @@ from .drafting import Drafter
 from .releases import CACHE
 from .rows import Row
 
-States = list[tuple[torch.Tensor, torch.Tensor]]
+States = list[tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class RowPast:
     """What is cached of one row of n tokens.
 
-    target: keys and values [heads, n, head_dim] of every target layer. draft: the same of every draft layer, for the
-    first tokens, empty when it holds none. features: [t, m*d], target states of the other t tokens, which the head
-    has not seen yet.
+    target: keys and values [heads, n, head_dim] of every target layer, or what else it keeps, see `Slots.take`. draft:
+    the same of every draft layer, for the first tokens, empty when it holds none. features: [t, m*d], target states of
+    the other t tokens, which the head has not seen yet.
     """
 
     target: States
@@ -113,8 +113,8 @@ def take_row(slots: SlotCache, row: int, length: int, copy: bool) -> States:
     """The first `length` tokens of a row; copies, when its slot is to go."""
     if length == 0:
         return []
-    states = [(layer.keys[row, :, :length], layer.values[row, :, :length]) for layer in slots.layers]
-    return [(keys.clone(), values.clone()) for keys, values in states] if copy else states
+    states = [layer.take(row, length) for layer in slots.layers]
+    return [tuple(x.clone() for x in own) for own in states] if copy else states
 
 
 class Continuation:

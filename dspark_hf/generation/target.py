@@ -1,6 +1,8 @@
 """The target as a decoding round sees it: tokens in, logits and hidden states out, keys and values in a SlotCache."""
 
+import functools
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +12,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..tables import device_of
-from . import attention
+from . import attention, recurrences
 from .acceptance import Verdict
-from .cache import Placement, SlotCache, causal_mask
+from .cache import Placement, SlotCache, causal_mask, on_device
 from .hidden_states import indices_of, request_for
 from .packing import Packing, attention_of_rounds, implementation_of, our_pass
 from .releases import cache_argument
 from .rope import growing_modules, rereads_at, turned_as_in_plain
+from .states import is_stateful, kinds_of
 
 Mask = torch.Tensor | BlockMask
 
@@ -43,13 +46,15 @@ class Target:
     """Runs a stock transformers model over rows of different lengths.
 
     Args:
-        model: a decoder-only model whose layers are full or sliding attention.
+        model: a decoder-only model that `compatibility` lets through.
         layer_ids: layers whose outputs are captured; -1 is the embedding output.
         all_hidden_states, attentions: whether every pass returns them.
         options: scalars of the caller that every pass is given, as plain `generate` gives them.
 
     Attributes:
         captured: whether its passes are.
+        kinds: what its layers keep. is_stateful: whether for some that is a state of the whole row, so that rows of a
+            prompt's pass must be of one length, and padding or packing would be read.
         growing: its rotary embeddings that go by the length of the text. rereads_at: see `rope.rereads_at`.
         positions: those that its table of learned positions has, `None` where positions do not end.
     """
@@ -79,14 +84,18 @@ class Target:
         self.growing, self.rereads_at = growing_modules(model), rereads_at(model)
         self.positions = position_limit(self.config)
         self.captured = False
+        self.kinds = kinds_of(self.config)
+        self.is_stateful = is_stateful(self.kinds)
+        if self.is_stateful:
+            recurrences.install(model)
 
     def new_cache(self, rows: int, slots: int | None = None) -> SlotCache:
-        return SlotCache(self.config.num_hidden_layers, rows, self.device, slots)
+        return SlotCache(len(self.kinds), rows, self.device, slots, self.kinds)
 
     @property
     def packs(self) -> bool:
         """Whether rows of different lengths can share a pass without padding; see `packing`."""
-        wants_all = self.all_hidden_states or self.attentions
+        wants_all = self.all_hidden_states or self.attentions or self.is_stateful
         uses_interface = self.implementation in ("sdpa", attention.NAME) and self.model._supports_attention_backend
         return uses_interface and not wants_all and not self.captured and self.model._compiled_call_impl is None
 
@@ -101,14 +110,16 @@ class Target:
         """One pass that appends tokens [R, n] to every row, without committing them.
 
         Args:
-            keep: indices into the n tokens whose logits are wanted; all when `None`.
+            keep: of the tokens of a prompt, indices of those whose logits are wanted; of a block all are, `None`.
             lengths: [R, n], see `packing.Pass`; only for targets that are `growing`.
             rows: the R rows of the cache that take part when these are not all.
         """
         placement = cache.place(tokens.shape[1], rows=rows)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
-        with our_pass(placement.slots[:, 0], None, lengths):
+        with our_pass(placement.slots[:, 0], None, lengths, is_prompt=keep is not None):
             outputs = self._call(tokens, placement.slots, placement, cache, **kwargs)
+        if cache.replays:
+            cache.repeat = functools.partial(self._repeat, tokens, cache, lengths, rows)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
         return TargetPass(
             logits.to(tokens.device, torch.float32),
@@ -140,6 +151,23 @@ class Target:
             logits = logits[:, keep]
         logits = packing.unpack(logits) if keep is None else logits.transpose(0, 1)
         return TargetPass(logits, packing.unpack(self.features_of(outputs)), None, None)
+
+    def _repeat(
+        self,
+        tokens: torch.Tensor,
+        cache: SlotCache,
+        lengths: torch.Tensor | None,
+        places: list[int] | None,
+        rows: list[int],
+        count: int,
+    ) -> None:
+        """The pass over tokens [R, n] of the rows at `places` again, with the first `count` of some of them; see
+        `SlotCache.repeat`."""
+        lines = rows if places is None else [places.index(row) for row in rows]
+        index = on_device(lines, tokens.device)
+        lengths = None if lengths is None else lengths[index, :count]
+        self.forward(tokens[index, :count], cache, None, lengths, rows)
+        cache.commit([count] * len(rows), rows)
 
     def reread(self, tokens: torch.Tensor, cache: SlotCache, rows: torch.Tensor, lengths: torch.Tensor) -> None:
         """Write the keys and values of rows [k] anew, with tokens [k, n] as their first ones.
@@ -207,9 +235,31 @@ class Target:
         return torch.where(causal_mask(placement, window), self.seen, self.unseen)
 
 
+def side_by_side(passes: Sequence[TargetPass], order: list[int]) -> TargetPass:
+    """One pass [R, ...] of several over different rows and numbers of tokens, zero-padded to the longest; row i is the
+    one at order[i] of all in turn."""
+
+    def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        shape = torch.tensor([x.shape[1:] for x in tensors]).amax(dim=0).tolist()
+        whole = tensors[0].new_zeros(len(order), *shape)
+        first = 0
+        for x in tensors:
+            whole[(slice(first, first + len(x)), *map(slice, x.shape[1:]))] = x
+            first += len(x)
+        return whole[order]
+
+    def layers(name: str) -> tuple[torch.Tensor, ...] | None:
+        parts = [getattr(own, name) for own in passes]
+        return None if parts[0] is None else tuple(map(joined, zip(*parts, strict=True)))
+
+    logits, features = joined([own.logits for own in passes]), joined([own.features for own in passes])
+    return TargetPass(logits, features, layers("hidden_states"), layers("attentions"))
+
+
 def position_limit(config: PreTrainedConfig) -> int | None:
-    """Positions that a target of this text config knows; `None` for rotary ones, which do not end."""
-    if getattr(config, "rope_parameters", None):
+    """Positions that a target of this text config knows; `None` for rotary ones, which do not end, and for none."""
+    if getattr(config, "rope_parameters", None) or is_stateful(kinds_of(config)):
+        # Hybrid models without rotary positions have none at all.
         return None
     return getattr(config, "max_position_embeddings", None)
 
