@@ -18,6 +18,7 @@ from dspark_hf.checkpoints import CannotExpress, CheckpointError, deepseek_v4
 from dspark_hf.checkpoints.export import LAYOUTS, export
 from dspark_hf.generation.drafting import Drafter
 from dspark_hf.generation.processors import BlockProcessors
+from dspark_hf.generation.target import Target
 from dspark_hf.hub.inspection import inspect_head
 from dspark_hf.hub.publishing import build
 
@@ -40,8 +41,8 @@ def case(request) -> Path:
 
 
 @functools.cache
-def target_of(case: Path):
-    return AutoModelForCausalLM.from_pretrained(case / "checkpoint", dtype=torch.float32).eval()
+def target_of(case: Path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(case / "checkpoint", dtype=torch.float32, **kwargs).eval()
 
 
 @functools.cache
@@ -143,6 +144,68 @@ def test_context_in_pieces(case):
             tokens, seen = drafter.draft(anchors, head.config.gamma, SELECT).tokens, ends
             for i, end in enumerate(ends):
                 assert tokens[i].tolist() == block_of(case, head, i, end, features[i])[2].tokens[0].tolist()
+
+
+# -- Decoding -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_features_of_the_target(case):
+    """In one pass and in pieces, within what rounding explains."""
+    runner = Target(target_of(case), head_of(case).config.target_layer_ids)
+    for i, prompt in enumerate(prompts(case)):
+        ids, expected = torch.tensor([prompt["generate_ids"]]), numbers(case)[f"prompt{i}.features"]
+        for pieces in ([ids.shape[1]], [prompt["length"], 7, 1, ids.shape[1] - prompt["length"] - 8]):
+            cache, found = runner.new_cache(1), []
+            for piece in ids.split(pieces, dim=1):
+                found.append(runner.forward(piece, cache).features[0])
+                cache.commit([piece.shape[1]])
+            torch.testing.assert_close(torch.cat(found), expected, atol=5e-4, rtol=0)
+
+
+def decoded(target, head: DSparkHead, ids: list[list[int]], count: int, **kwargs):
+    """Greedy text of prompts, left-padded to one length."""
+    longest = max(map(len, ids))
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+    padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
+    settings = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    return target.generate(padded, attention_mask=mask, assistant_model=head, **settings | kwargs)
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_rounds_of_every_prompt(case, stored):
+    """Text and the length of every round, as recorded."""
+    head = head_of(case, stored)
+    for prompt in prompts(case):
+        output = decoded(target_of(case), head, [prompt["input_ids"]], 40 + 2 * head.config.block_size)
+        assert output.sequences[0, : len(prompt["generate_ids"])].tolist() == prompt["generate_ids"]
+        expected = prompt["acceptance_lengths"]
+        assert output.dspark.committed_lengths[0][: len(expected)] == expected
+
+
+def test_rounds_in_one_batch(case):
+    """Every row accepts what it accepts alone."""
+    head = head_of(case)
+    output = decoded(
+        target_of(case), head, [prompt["input_ids"] for prompt in prompts(case)], 40 + 2 * head.config.block_size
+    )
+    longest = max(prompt["length"] for prompt in prompts(case))
+    for row, prompt in enumerate(prompts(case)):
+        new = prompt["generate_ids"][prompt["length"] :]
+        assert output.sequences[row, longest:].tolist()[: len(new)] == new
+        expected = prompt["acceptance_lengths"]
+        assert output.dspark.committed_lengths[row][: len(expected)] == expected
+
+
+@pytest.mark.parametrize("size", [1, 5, 7])
+def test_a_long_text_is_that_of_plain_generate(case, size):
+    """300 tokens through windows and compressed entries. The indexer keeps all of these: where it has to choose, which of
+    two near ties it takes depends on how many tokens a pass has."""
+    target, ids = target_of(case, index_topk=128), prompts(case)[1]["input_ids"]
+    plain = target.generate(torch.tensor([ids]), max_new_tokens=300, do_sample=False, eos_token_id=None)
+    output = decoded(target, head_of(case, block_size=size), [ids], 300)
+    assert output.sequences.tolist() == plain.tolist()
+    assert len(set(output.dspark.committed_lengths[0])) > 1
 
 
 # -- Other ways in and out --------------------------------------------------------------------------------------------

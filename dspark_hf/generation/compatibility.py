@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
 from ..pairing import doubts, misfits
+from .compressed import FAMILIES
 from .packing import implementation_of
 from .releases import CACHE
 from .states import KINDS
@@ -58,6 +59,8 @@ def check_layers(target: PreTrainedModel) -> None:
     types = set(getattr(text, "layer_types", None) or ())
     if getattr(text, "attention_chunk_size", None) is not None and not types:
         types = {"chunked_attention"}
+    if text.model_type in FAMILIES:
+        return
     if text.model_type in HYBRIDS:
         types -= set(KINDS)
     others = types - ATTENTION_LAYERS

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from .cache import Kept, Placement, SlotLayer, Slots
+from .compressed import FAMILIES, kinds_of_rows
 from .packing import current_pass
 
 Behind = Callable[[torch.Tensor], torch.Tensor]
@@ -160,12 +161,14 @@ class MixedLayer(StateLayer, CacheLayerMixin):
 KINDS = {"linear_attention": StateLayer, "conv": StateLayer, "hybrid": MixedLayer}
 
 
-def kinds_of(config: PreTrainedConfig) -> list[type[Slots]]:
+def kinds_of(config: PreTrainedConfig) -> list[Callable[[int, int], Slots]]:
     """What the layers of a model with this text config keep."""
+    if config.model_type in FAMILIES:
+        return kinds_of_rows(config)
     types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
     return [KINDS.get(own, SlotLayer) for own in types]
 
 
-def is_stateful(kinds: Sequence[type[Slots]]) -> bool:
+def is_stateful(kinds: Sequence[Callable[[int, int], Slots]]) -> bool:
     """Whether some layers keep a state of the whole row."""
     return any(kind is not SlotLayer for kind in kinds)

@@ -15,7 +15,8 @@ from ..tables import device_of
 from . import attention, recurrences
 from .acceptance import Verdict
 from .cache import Placement, SlotCache, causal_mask, on_device
-from .hidden_states import indices_of, request_for
+from .compressed import FAMILIES, cache_of_row
+from .hidden_states import chosen_of, indices_of, last_layer_of, noting, request_for
 from .packing import Packing, attention_of_rounds, implementation_of, our_pass
 from .releases import cache_argument
 from .rope import growing_modules, rereads_at, turned_as_in_plain
@@ -53,6 +54,7 @@ class Target:
 
     Attributes:
         captured: whether its passes are.
+        row_by_row: whether rows go through it one after the other; see `compressed`. last_layer: see `hidden_states`.
         kinds: what its layers keep. is_stateful: whether for some that is a state of the whole row, so that rows of a
             prompt's pass must be of one length, and padding or packing would be read.
         growing: its rotary embeddings that go by the length of the text. rereads_at: see `rope.rereads_at`.
@@ -86,6 +88,8 @@ class Target:
         self.captured = False
         self.kinds = kinds_of(self.config)
         self.is_stateful = is_stateful(self.kinds)
+        self.row_by_row = self.config.model_type in FAMILIES
+        self.last_layer = last_layer_of(model, layer_ids)
         if self.is_stateful:
             recurrences.install(model)
 
@@ -114,16 +118,19 @@ class Target:
             lengths: [R, n], see `packing.Pass`; only for targets that are `growing`.
             rows: the R rows of the cache that take part when these are not all.
         """
+        if self.row_by_row and len(tokens) > 1:
+            return self._row_by_row(tokens, cache, keep, rows)
         placement = cache.place(tokens.shape[1], rows=rows)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
+        own = cache_of_row(cache, 0 if rows is None else rows[0]) if self.row_by_row else cache
         with our_pass(placement.slots[:, 0], None, lengths, is_prompt=keep is not None):
-            outputs = self._call(tokens, placement.slots, placement, cache, **kwargs)
+            outputs, features = self._call(tokens, placement.slots, placement, own, **kwargs)
         if cache.replays:
             cache.repeat = functools.partial(self._repeat, tokens, cache, lengths, rows)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
         return TargetPass(
             logits.to(tokens.device, torch.float32),
-            self.features_of(outputs),
+            features,
             outputs.hidden_states if self.all_hidden_states else None,
             outputs.attentions if self.attentions else None,
         )
@@ -145,12 +152,21 @@ class Target:
         placement = cache.place(tokens.shape[1], packing, rows)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
         with our_pass(placement.slots[:, 0], packing, None if lengths is None else packing.pack(lengths)):
-            outputs = self._call(packing.pack(tokens), packing.pack(placement.slots), placement, cache, **kwargs)
+            packed = packing.pack(tokens), packing.pack(placement.slots)
+            outputs, features = self._call(*packed, placement, cache, **kwargs)
         logits = outputs.logits.to(tokens.device, torch.float32)
         if keep is not None and not kwargs:
             logits = logits[:, keep]
         logits = packing.unpack(logits) if keep is None else logits.transpose(0, 1)
-        return TargetPass(logits, packing.unpack(self.features_of(outputs)), None, None)
+        return TargetPass(logits, packing.unpack(features), None, None)
+
+    def _row_by_row(
+        self, tokens: torch.Tensor, cache: SlotCache, keep: torch.Tensor | None, rows: list[int] | None
+    ) -> TargetPass:
+        """The pass in as many as there are rows, for models whose caches have all rows at one place."""
+        places = range(len(tokens)) if rows is None else rows
+        passes = [self.forward(own[None], cache, keep, rows=[row]) for own, row in zip(tokens, places, strict=True)]
+        return side_by_side(passes, list(range(len(passes))))
 
     def _repeat(
         self,
@@ -187,8 +203,10 @@ class Target:
         return attention_of_rounds(self.config)
 
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, placement: Placement, cache: SlotCache, **kwargs):
-        with turned_as_in_plain(self.growing), self.in_our_attention():
-            return self.run(tokens, positions, placement, cache, **kwargs)
+        """The model's outputs, and what the head reads of them."""
+        with turned_as_in_plain(self.growing), self.in_our_attention(), noting(self.last_layer) as noted:
+            outputs = self.run(tokens, positions, placement, cache, **kwargs)
+        return outputs, self.features_of(outputs, noted)
 
     def run(self, tokens: torch.Tensor, positions: torch.Tensor, placement: Placement, cache: SlotCache, **kwargs):
         """The model's outputs. Nothing here depends on values, so that a compiler can follow."""
@@ -197,7 +215,7 @@ class Target:
             positions = positions.clamp(max=self.positions - 1)
         return self.model(
             input_ids=tokens,
-            attention_mask=self._mask(placement),
+            attention_mask=None if self.row_by_row else self._mask(placement),
             position_ids=positions,
             use_cache=True,
             output_hidden_states=self.all_hidden_states or request_for(self.hidden_state_indices),
@@ -208,10 +226,10 @@ class Target:
             **{self.cache_argument: cache},
         )
 
-    def features_of(self, outputs) -> torch.Tensor:
-        """[R, n, m*d], the states that the head reads of a pass."""
-        chosen = [outputs.hidden_states[i] for i in self.hidden_state_indices]
-        return torch.cat([states.to(self.device) for states in chosen], dim=-1)
+    def features_of(self, outputs, noted: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """[R, n, m*d], the states that the head reads of a pass. noted: see `hidden_states.noting`."""
+        chosen = [states.to(self.device) for states in chosen_of(outputs, self.hidden_state_indices, noted)]
+        return torch.cat(chosen, dim=-1)
 
     def _mask(self, placement: Placement) -> Mask | dict[str, Mask]:
         """What the model takes as `attention_mask`: one mask, or one a layer type where it mixes types."""
