@@ -199,8 +199,8 @@ def test_rounds_in_one_batch(case):
 
 @pytest.mark.parametrize("size", [1, 5, 7])
 def test_a_long_text_is_that_of_plain_generate(case, size):
-    """300 tokens through windows and compressed entries. The indexer keeps all of these: where it has to choose, which of
-    two near ties it takes depends on how many tokens a pass has."""
+    """300 tokens through windows and compressed entries. The indexer keeps all of these here: where it has to choose,
+    which of two near ties it takes depends on how many tokens a pass has."""
     target, ids = target_of(case, index_topk=128), prompts(case)[1]["input_ids"]
     plain = target.generate(torch.tensor([ids]), max_new_tokens=300, do_sample=False, eos_token_id=None)
     output = decoded(target, head_of(case, block_size=size), [ids], 300)
