@@ -125,7 +125,6 @@ def compare(ours: dict, theirs: dict) -> None:
 
 def test_sampling():
     """The first two tokens are distributed as the target's own."""
-    from test_sampling import p_value
 
     target, prompt = tiny_v4((0, 1)), PROMPTS[1]
     with torch.no_grad():
