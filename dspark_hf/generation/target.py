@@ -1,6 +1,5 @@
 """The target as a decoding round sees it: tokens in, logits and hidden states out, keys and values in a SlotCache."""
 
-import functools
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..tables import device_of
 from . import attention, recurrences
 from .acceptance import Verdict
-from .cache import Placement, SlotCache, causal_mask, on_device
+from .cache import Placement, SlotCache, causal_mask
 from .hidden_states import indices_of, request_for
 from .packing import Packing, attention_of_rounds, implementation_of, our_pass
 from .releases import cache_argument
@@ -118,8 +117,6 @@ class Target:
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
         with our_pass(placement.slots[:, 0], None, lengths, is_prompt=keep is not None):
             outputs = self._call(tokens, placement.slots, placement, cache, **kwargs)
-        if cache.replays:
-            cache.repeat = functools.partial(self._repeat, tokens, cache, lengths, rows)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
         return TargetPass(
             logits.to(tokens.device, torch.float32),
@@ -151,23 +148,6 @@ class Target:
             logits = logits[:, keep]
         logits = packing.unpack(logits) if keep is None else logits.transpose(0, 1)
         return TargetPass(logits, packing.unpack(self.features_of(outputs)), None, None)
-
-    def _repeat(
-        self,
-        tokens: torch.Tensor,
-        cache: SlotCache,
-        lengths: torch.Tensor | None,
-        places: list[int] | None,
-        rows: list[int],
-        count: int,
-    ) -> None:
-        """The pass over tokens [R, n] of the rows at `places` again, with the first `count` of some of them; see
-        `SlotCache.repeat`."""
-        lines = rows if places is None else [places.index(row) for row in rows]
-        index = on_device(lines, tokens.device)
-        lengths = None if lengths is None else lengths[index, :count]
-        self.forward(tokens[index, :count], cache, None, lengths, rows)
-        cache.commit([count] * len(rows), rows)
 
     def reread(self, tokens: torch.Tensor, cache: SlotCache, rows: torch.Tensor, lengths: torch.Tensor) -> None:
         """Write the keys and values of rows [k] anew, with tokens [k, n] as their first ones.
