@@ -100,13 +100,9 @@ class Kept:
 class Slots:
     """What a layer of a model keeps of every row, the first `rows` of its slots.
 
-    A pass is announced by `place`, and ends with `commit`, which says how many of its tokens each row keeps. A layer
-    that can neither go back to a length nor tell what it was behind a token of the pass `replays`: its `commit`
-    restores, for rows that keep fewer tokens than the pass had, what it kept of them before. The cache then repeats
-    the pass with the tokens that they keep.
+    A pass is announced by `place`, and ends with `commit`, which says how many of its tokens each row keeps.
     """
 
-    replays = False
     # Tensors [slots, ...], allocated when they are first written.
     whole: tuple[torch.Tensor, ...] = ()
     placement: Placement | None = None
@@ -260,11 +256,7 @@ class SlotCache(Cache):
     Attributes:
         lengths: committed tokens of every row; where all layers keep keys and values the only thing a commit or a
             rollback changes.
-        repeat: for layers that replay, runs the last pass again with the first `count` tokens of the given rows, all of
-            which it commits; set by whoever makes the pass.
     """
-
-    repeat: Callable[[list[int], int], None] | None = None
 
     def __init__(
         self,
@@ -329,24 +321,14 @@ class SlotCache(Cache):
         kept = Kept(rows, counts, width, self.device)
         for layer in self.layers:
             layer.commit(kept)
-        replayed: dict[int, list[int]] = {}
         for row, count in zip(rows, counts, strict=True):
-            if self.replays and count < width:
-                replayed.setdefault(count, []).append(row)
-            else:
-                self.lengths[row] += count
-        for count, own in replayed.items():
-            self.repeat(own, count)
-
-    @property
-    def replays(self) -> bool:
-        """Whether any layer does; see [`Slots`]."""
-        return any(layer.replays for layer in self.layers)
+            self.lengths[row] += count
 
     def put(self, row: int, states: list[tuple[torch.Tensor, ...]], count: int) -> None:
         """Take over what every layer keeps of a row's first `count` tokens: keys and values [heads, n, head_dim]."""
         for layer, own in zip(self.layers, states, strict=False):
-            layer.put(row, *own)
+            if own:
+                layer.put(row, *own)
         self.lengths[row] = count
 
     def erase(self, row: int) -> None:

@@ -8,6 +8,7 @@ what it had before, to which the layer adds these alone, out of what was noted. 
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -87,9 +88,12 @@ class RowLayers(Slots):
             passed = self.passes.pop(row)
             self.held[row] = passed.whole() if count == kept.width else passed.first(count, self.held[row])
 
-    def take(self, row: int, length: int) -> tuple[torch.Tensor, ...]:
-        """Nothing: what is kept of a row is no tensor for each token."""
-        return ()
+    def take(self, row: int, length: int) -> tuple["HeldLayer"]:
+        """The layer of a row, for another cache of ours."""
+        return (HeldLayer(self.held[row]),)
+
+    def put(self, row: int, *tensors: "HeldLayer") -> None:
+        self.held[row] = copied(tensors[0].layer)
 
     def keep(self, rows: list[int]) -> None:
         self.held[: len(rows)] = [self.held[row] for row in rows]
@@ -108,6 +112,17 @@ class RowLayers(Slots):
     def clear(self) -> None:
         for row in range(self.slots):
             self.erase(row)
+
+
+@dataclass(frozen=True)
+class HeldLayer:
+    """A layer of a row where others have tensors of it."""
+
+    layer: CacheLayerMixin
+
+    def clone(self) -> "HeldLayer":
+        """Itself: nothing changes it."""
+        return self
 
 
 def copied(layer: CacheLayerMixin) -> CacheLayerMixin:

@@ -59,7 +59,9 @@ def generate(
     ids, wants = head.config.target_layer_ids, recorder.wants
     target = Target(model, ids, wants("hidden_states"), wants("attentions"), options)
     attention_mask = model_kwargs.get("attention_mask")
-    past = Continuation(model_kwargs.get(CACHE), config, input_ids, attention_mask, target.rereads_at)
+    past = Continuation(
+        model_kwargs.get(CACHE), config, input_ids, attention_mask, target.rereads_at, not target.row_by_row
+    )
     if not past.cached:
         check_positions(model_kwargs.get("position_ids"), attention_mask)
     processors, stopping = BlockProcessors(logits_processor, config.do_sample), Stopping(stopping_criteria)

@@ -1,6 +1,5 @@
 """The target as a decoding round sees it: tokens in, logits and hidden states out, keys and values in a SlotCache."""
 
-import functools
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..tables import device_of
 from . import attention, recurrences
 from .acceptance import Verdict
-from .cache import Placement, SlotCache, causal_mask, on_device
+from .cache import Placement, SlotCache, causal_mask
 from .compressed import FAMILIES, cache_of_row
 from .hidden_states import chosen_of, indices_of, last_layer_of, noting, request_for
 from .packing import Packing, attention_of_rounds, implementation_of, our_pass
@@ -125,8 +124,6 @@ class Target:
         own = cache_of_row(cache, 0 if rows is None else rows[0]) if self.row_by_row else cache
         with our_pass(placement.slots[:, 0], None, lengths, is_prompt=keep is not None):
             outputs, features = self._call(tokens, placement.slots, placement, own, **kwargs)
-        if cache.replays:
-            cache.repeat = functools.partial(self._repeat, tokens, cache, lengths, rows)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
         return TargetPass(
             logits.to(tokens.device, torch.float32),
@@ -167,23 +164,6 @@ class Target:
         places = range(len(tokens)) if rows is None else rows
         passes = [self.forward(own[None], cache, keep, rows=[row]) for own, row in zip(tokens, places, strict=True)]
         return side_by_side(passes, list(range(len(passes))))
-
-    def _repeat(
-        self,
-        tokens: torch.Tensor,
-        cache: SlotCache,
-        lengths: torch.Tensor | None,
-        places: list[int] | None,
-        rows: list[int],
-        count: int,
-    ) -> None:
-        """The pass over tokens [R, n] of the rows at `places` again, with the first `count` of some of them; see
-        `SlotCache.repeat`."""
-        lines = rows if places is None else [places.index(row) for row in rows]
-        index = on_device(lines, tokens.device)
-        lengths = None if lengths is None else lengths[index, :count]
-        self.forward(tokens[index, :count], cache, None, lengths, rows)
-        cache.commit([count] * len(rows), rows)
 
     def reread(self, tokens: torch.Tensor, cache: SlotCache, rows: torch.Tensor, lengths: torch.Tensor) -> None:
         """Write the keys and values of rows [k] anew, with tokens [k, n] as their first ones.
