@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import whole_blocks
 from scipy.stats import chi2
-from transformers import DynamicCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 from dspark_hf import DSparkConfig, DSparkHead
 from dspark_hf.checkpoints import deepseek_v4
@@ -190,3 +190,28 @@ def test_a_cache_of_the_caller_is_refused():
             assistant_model=head_for(target),
             max_new_tokens=4,
         )
+
+
+def test_requests_that_come_and_go():
+    """Of any length, also where prompts are read in pieces: each as alone."""
+    target, texts, head = pair((0, 1, 2, 1))
+    for piece in (512, 5):
+        config = ContinuousBatchingConfig(max_batch_tokens=piece, max_requests_per_batch=2)
+        results = target.generate_batch(
+            list(PROMPTS),
+            generation_config=GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=None),
+            continuous_batching_config=config,
+            assistant_model=head,
+        )
+        found = {tuple(result.prompt_ids): result.generated_tokens for result in results.values()}
+        assert [found[tuple(prompt)] for prompt in PROMPTS] == [text[:20] for text in texts]
+
+
+def test_no_cache_is_returned():
+    """transformers' has all rows at one place; ours does not."""
+    target, texts, head = pair((0, 1, 2, 1))
+    settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "assistant_model": head}
+    output = target.generate(**batch(PROMPTS), **settings)
+    assert (output.cache if hasattr(output, "cache") else output.past_key_values) is None
+    output = target.generate(**batch(PROMPTS[:1]), **settings, output_hidden_states=True, output_scores=True)
+    assert output.sequences[0, 3:].tolist() == texts[0][:8] and len(output.scores) == len(output.hidden_states) == 8
