@@ -64,10 +64,9 @@ def from_pretrained(
 
 def _from_weights(cls: type[DSparkHead], checkpoint: Checkpoint, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments for `from_pretrained` without a path: the head's own tensors alone are read, one after the other."""
-    config, dtype = (
-        kwargs.pop("config", None),
-        {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs},
-    )
+    config = kwargs.pop("config", None)
+    # Of weights, where a config takes it for a key of its own.
+    dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
     if config is None:
         load = cls.config_class.from_pretrained
         config, kwargs = load(checkpoint.source, return_unused_kwargs=True, **kwargs)

@@ -19,8 +19,8 @@ from ..configuration_dspark import DSparkConfig
 from .qwen3 import Rope
 
 RMSNorm = v4.DeepseekV4RMSNorm
-# Parts of names of what is computed in float32, whatever the type of the head.
-KEPT_IN_FLOAT32 = ["attn_hc", "ffn_hc", "hc_head", "sinks", "e_score_correction_bias", "norm", "confidence_head"]
+# Parts of names of what is computed in float32, whatever the type of the head: as the target, and the confidence.
+KEPT_IN_FLOAT32 = [*v4.DeepseekV4PreTrainedModel._keep_in_fp32_modules_strict, "confidence_head"]
 
 
 def stage_config(config: DSparkConfig) -> DeepseekV4Config:

@@ -19,8 +19,6 @@ from .cache import Kept, SlotCache, Slots
 
 # Text configs of the models whose layers these are.
 FAMILIES = {"deepseek_v4"}
-
-
 # How the model hands a layer what it makes of tokens: keys, what entries are made of, what a window leaves to the next,
 # and entries.
 METHODS = ("update", "store_compression_weights", "update_overlap_state", "update_compressor_states")

@@ -142,7 +142,8 @@ class Continuation:
         config: of the call; a cache is kept when it asks for outputs or a cache was given, unless `use_cache` is off.
         input_ids: [R, P], all tokens or only those that the cache does not hold. attention_mask: of all columns.
         rereads_at: see `rope.rereads_at`; plain decoding drops a cache that ends before it where the text does not.
-        returns: whether caches can be returned, which those of one row each cannot.
+        by_column: whether the target's caches can have rows at different places, by padding; those of targets that go
+            row by row are neither continued nor returned.
 
     Attributes:
         width: columns of cache and prompt together. cached: columns that the cache holds. given_in_part: whether
@@ -159,9 +160,14 @@ class Continuation:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         rereads_at: int | None = None,
-        returns: bool = True,
+        by_column: bool = True,
     ):
         self.given = given if getattr(given, "_is_user_defined", False) else None
+        if self.given is not None and not by_column:
+            raise ValueError(
+                f"A DSpark head cannot continue from a {type(self.given).__name__} where every row needs a cache of its "
+                f"own. Leave out `{CACHE}`."
+            )
         if self.given is not None:
             check_cache(self.given)
         # `generate` leaves the width of a mask that it dropped, as nothing in it was masked, here.
@@ -171,7 +177,7 @@ class Continuation:
         self.cached = self.given.get_seq_length() if self.given is not None else 0
         if rereads_at is not None and not self.given_in_part and self.cached <= rereads_at < self.width:
             self.cached = 0
-        self.is_kept = returns and config.use_cache and (config.return_dict_in_generate or self.given is not None)
+        self.is_kept = by_column and config.use_cache and (config.return_dict_in_generate or self.given is not None)
         self.ended: dict[int, RowPast] = {}
 
     def load(self, rows: Sequence[Row], places: Sequence[int], slots: SlotCache, drafter: Drafter) -> None:
