@@ -165,8 +165,8 @@ class Continuation:
         self.given = given if getattr(given, "_is_user_defined", False) else None
         if self.given is not None and not by_column:
             raise ValueError(
-                f"A DSpark head cannot continue from a {type(self.given).__name__} where every row needs a cache of its "
-                f"own. Leave out `{CACHE}`."
+                f"A DSpark head cannot continue from a {type(self.given).__name__} where every row needs a cache of "
+                f"its own. Leave out `{CACHE}`."
             )
         if self.given is not None:
             check_cache(self.given)
