@@ -3,6 +3,7 @@ changes none of the tokens. Logits are compared too: a state that is a little wr
 
 import functools
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import transformers
 from conftest import tiny_head
 from test_sampling import p_value
 from test_targets import EXPERTS, GROUPED, SIZES, VOCAB, bigram_head
-from transformers import ContinuousBatchingConfig
+from transformers import CompileConfig, ContinuousBatchingConfig
 
+from dspark_hf.generation import generate
+from dspark_hf.generation.hook import stock_loop
 from dspark_hf.generation.releases import CACHE
 
 NEW_TOKENS = 60
@@ -208,3 +211,37 @@ def test_outputs_of_prompts_of_several_lengths(family):
     real = prompts(9, 4, 6)["attention_mask"].bool()
     for a, b in zip(output.hidden_states[0], plain.hidden_states[0], strict=True):
         torch.testing.assert_close(a[real], b[real], atol=1e-3, rtol=1e-3)
+
+
+def test_static_caches():
+    """Rounds with states are not captured, and say so."""
+    target, head = pair("qwen3-next")
+    inputs = prompts(9) | {"max_new_tokens": 9, "do_sample": False}
+    static = {"cache_implementation": "static", "compile_config": CompileConfig()}
+    plain = target.generate(**inputs)
+    with mock.patch.object(generate.logger, "warning_once") as warning:
+        assert torch.equal(target.generate(**inputs, **static, assistant_model=head), plain)
+    assert any("recurrent state" in str(call) for call in warning.call_args_list)
+
+
+def test_the_stock_loop_refuses():
+    """It cannot take back what such layers have read."""
+    target, head = pair("qwen3-next")
+    with stock_loop(), pytest.raises(ValueError, match="stateful"):
+        target.generate(**prompts(9), max_new_tokens=9, assistant_model=head)
+
+
+def test_a_compiled_model_is_refused():
+    target = build("lfm2")
+    target.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"Lfm2ForCausalLM.*model\.compile"):
+        target.generate(**prompts(9), max_new_tokens=9, assistant_model=pair("lfm2")[1])
+
+
+def test_nothing_is_left_behind_in_a_model():
+    """Passes of others, also with a model whose recurrences are wrapped, are as they were."""
+    target = build("qwen3-next", seed=4)
+    inputs = prompts(9, 4) | {"max_new_tokens": 9, "do_sample": False}
+    before = target.generate(**inputs)
+    target.generate(**inputs, assistant_model=pair("qwen3-next")[1])
+    assert torch.equal(target.generate(**inputs), before)

@@ -63,6 +63,11 @@ def check_layers(target: PreTrainedModel) -> None:
         return
     if text.model_type in HYBRIDS:
         types -= set(KINDS)
+        if target._compiled_call_impl is not None:
+            raise ValueError(
+                f"{name} has recurrent layers, and what they keep cannot be told from a compiled model. Leave out "
+                "`model.compile()`, or `assistant_model`."
+            )
     others = types - ATTENTION_LAYERS
     if others & RECURRENT_LAYERS or (target._is_stateful and text.model_type not in HYBRIDS and not others):
         raise ValueError(

@@ -32,8 +32,7 @@ class StateLayer(Slots, LinearAttentionCacheLayerMixin):
 
     def place(self, placement: Placement) -> None:
         super().place(placement)
-        rows = slice(self.rows) if placement.rows is None else placement.rows
-        held = [x[rows] for x in self.whole] if placement.continues else []
+        held = [x[self._rows(x)] for x in self.whole] if placement.continues else []
         # The names under which models look for what their layers keep.
         self.conv_states[0], self.recurrent_states[0] = (*held, None, None)[:2]
         self.has_previous_state[0] = placement.continues
@@ -78,11 +77,15 @@ class StateLayer(Slots, LinearAttentionCacheLayerMixin):
         """Take over tensors [R, ...] of the rows that took part."""
         if not self.whole:
             self.whole = tuple(x.new_zeros(self.slots, *x.shape[1:]) for x in tensors)
-        rows = slice(self.rows) if self.placement.rows is None else self.placement.rows
         for whole, x in zip(self.whole, tensors, strict=True):
             # Passes over one token change in place what they were given.
             if x.data_ptr() != whole.data_ptr():
-                whole[rows] = x
+                whole[self._rows(whole)] = x.to(whole.dtype)
+
+    def _rows(self, x: torch.Tensor) -> slice | torch.Tensor:
+        """The rows of the pass among the slots of a tensor."""
+        rows = self.placement.rows
+        return slice(self.rows) if rows is None else rows.to(x.device)
 
     def take(self, row: int, length: int) -> tuple[torch.Tensor, ...]:
         """The inputs [channels, kernel size] and the state of a row."""

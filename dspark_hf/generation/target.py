@@ -98,9 +98,10 @@ class Target:
     @property
     def packs(self) -> bool:
         """Whether rows of different lengths can share a pass without padding; see `packing`."""
-        wants_all = self.all_hidden_states or self.attentions or self.is_stateful
+        wants_all = self.all_hidden_states or self.attentions
         uses_interface = self.implementation in ("sdpa", attention.NAME) and self.model._supports_attention_backend
-        return uses_interface and not wants_all and not self.captured and self.model._compiled_call_impl is None
+        is_plain = not self.captured and not self.is_stateful and self.model._compiled_call_impl is None
+        return uses_interface and not wants_all and is_plain
 
     def forward(
         self,
