@@ -216,3 +216,11 @@ def test_no_cache_is_returned():
     assert (output.cache if hasattr(output, "cache") else output.past_key_values) is None
     output = target.generate(**batch(PROMPTS[:1]), **settings, output_hidden_states=True, output_scores=True)
     assert output.sequences[0, 3:].tolist() == texts[0][:8] and len(output.scores) == len(output.hidden_states) == 8
+
+
+def test_a_compiled_model_is_refused():
+    target = tiny_v4((0, 1))
+    head = head_for(target)
+    target.compile(backend="eager")
+    with pytest.raises(ValueError, match="compressed layers"):
+        target.generate(**batch(PROMPTS[:1]), assistant_model=head, max_new_tokens=4)
