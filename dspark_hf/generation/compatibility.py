@@ -59,15 +59,16 @@ def check_layers(target: PreTrainedModel) -> None:
     types = set(getattr(text, "layer_types", None) or ())
     if getattr(text, "attention_chunk_size", None) is not None and not types:
         types = {"chunked_attention"}
-    if text.model_type in HYBRIDS | FAMILIES:
-        types -= set(KINDS) if text.model_type in HYBRIDS else types
-        if target._compiled_call_impl is not None:
-            raise ValueError(
-                f"{name} has recurrent or compressed layers, and what they keep cannot be told from a compiled model. Leave out "
-                "`model.compile()`, or `assistant_model`."
-            )
+    is_known = text.model_type in HYBRIDS | FAMILIES
+    if is_known and target._compiled_call_impl is not None:
+        raise ValueError(
+            f"{name} has recurrent or compressed layers, and what they keep cannot be told from a compiled model. "
+            "Leave out `model.compile()`, or `assistant_model`."
+        )
+    if is_known:
+        types -= set(KINDS if text.model_type in HYBRIDS else types)
     others = types - ATTENTION_LAYERS
-    if others & RECURRENT_LAYERS or (target._is_stateful and text.model_type not in HYBRIDS | FAMILIES and not others):
+    if others & RECURRENT_LAYERS or (target._is_stateful and not is_known and not others):
         raise ValueError(
             f"{name} has recurrent layers ({_listed(others & RECURRENT_LAYERS) or 'stateful'}), and how to take their "
             f"state back when a draft is rejected is known of {_listed(HYBRIDS)} only. Leave out `assistant_model`."
