@@ -33,7 +33,8 @@ def stage_config(config: DSparkConfig) -> DeepseekV4Config:
     }
     # A copy, as the config fills in what its parts leave out.
     made = DeepseekV4Config(**copy.deepcopy(config.stage_config) | own)
-    made._attn_implementation = made._experts_implementation = "eager"
+    # What V4 models have by default: its attention has no other, and these experts keep the host from waiting.
+    made._attn_implementation, made._experts_implementation = "eager", "grouped_mm"
     return made
 
 
