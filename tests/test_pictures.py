@@ -35,8 +35,9 @@ def qwen3():
 
 def gemma3():
     mixed = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    text = TEXT | mixed | {"query_pre_attn_scalar": 8, "initializer_range": 0.5}
     config = transformers.Gemma3Config(
-        text_config=TEXT | mixed | {"query_pre_attn_scalar": 8, "initializer_range": 0.5}, vision_config=VISION | SIGLIP | {"image_size": 16},
+        text_config=text, vision_config=VISION | SIGLIP | {"image_size": 16},
         mm_tokens_per_image=4, image_token_index=IMAGE, boi_token_index=VOCAB - 2, eoi_token_index=VOCAB - 3,
     )  # fmt: skip
     target = transformers.Gemma3ForConditionalGeneration(config)
