@@ -2,7 +2,7 @@
 in which rows keep different numbers of them, beside the same pass of the unchanged model with its own cache, which
 keeps all tokens and could not take one back.
 
-    python benchmarks/state_keeping.py [--batch-sizes 1,8] [--repeats 30] [--json costs.json]
+    python benchmarks/state_keeping.py [--batch-sizes 1,8] [--repeats 10] [--json costs.json]
 
 The models are of random weights: six layers of a gated delta rule (Qwen3-Next) or Mamba 2 (Bamba) and two of attention.
 """
@@ -113,6 +113,6 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-sizes", default="1,8")
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", help="where to write the figures")
     main(parser.parse_args())

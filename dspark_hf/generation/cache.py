@@ -55,6 +55,7 @@ class Placement:
         the write be one slice.
     view: slots 0..view-1 are handed to the attention.
     continues: whether any row has tokens already.
+    positions: [R, n], of the tokens; `None` where those are their slots.
     rows: [n] int64, the rows that take part when these are not all. lines: [n, 1], all that take part.
     packing: set when the pass holds only some of the R * n tokens, as one sequence.
     """
@@ -63,6 +64,7 @@ class Placement:
     start: int | None
     view: int
     continues: bool = True
+    positions: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     lines: torch.Tensor | None = None
     packing: Packing | None = None
@@ -256,6 +258,7 @@ class SlotCache(Cache):
     Attributes:
         lengths: committed tokens of every row; where all layers keep keys and values the only thing a commit or a
             rollback changes.
+        offsets: of every row how far positions lie from slots, as pictures before a text bring it about.
     """
 
     def __init__(
@@ -268,7 +271,7 @@ class SlotCache(Cache):
     ):
         slots = rows if slots is None else slots
         super().__init__(layers=[kind(rows, slots) for kind in kinds or [SlotLayer] * num_layers])
-        self.lengths = [0] * rows
+        self.lengths, self.offsets = [0] * rows, [0] * rows
         self.device = device
         self.all_lines = torch.arange(slots, device=device)[:, None]
         self.lines = self.all_lines[:rows]
@@ -285,14 +288,24 @@ class SlotCache(Cache):
         if rows is not None:
             starts = [self.lengths[row] for row in rows]
             slots = on_device(starts, self.device)[:, None] + torch.arange(count, device=self.device)
-            index, continues = on_device(rows, self.device), any(starts)
-            return self.place_at(slots, max(starts) + count, rows=index, packing=packing, continues=continues)
+            fields = {"rows": on_device(rows, self.device), "positions": self._positions(slots, rows)}
+            return self.place_at(slots, max(starts) + count, packing=packing, continues=any(starts), **fields)
         starts = self.lengths
         if len(set(starts)) == 1 and packing is None:
             row, start = torch.arange(starts[0], starts[0] + count, device=self.device), starts[0]
-            return self.place_at(row.expand(len(starts), -1), start + count, start, continues=start > 0)
+            slots = row.expand(len(starts), -1)
+            positions = self._positions(slots)
+            return self.place_at(slots, start + count, start, continues=start > 0, positions=positions)
         slots = on_device(starts, self.device)[:, None] + torch.arange(count, device=self.device)
-        return self.place_at(slots, max(starts) + count, packing=packing, continues=any(starts))
+        fields = {"packing": packing, "positions": self._positions(slots)}
+        return self.place_at(slots, max(starts) + count, continues=any(starts), **fields)
+
+    def _positions(self, slots: torch.Tensor, rows: list[int] | None = None) -> torch.Tensor | None:
+        """[R, n], of tokens that go to these slots of all or the given rows; `None` where they are the same."""
+        if not any(self.offsets):
+            return None
+        offsets = self.offsets if rows is None else [self.offsets[row] for row in rows]
+        return slots + on_device(offsets, self.device)[:, None]
 
     def place_at(self, slots: torch.Tensor, view: int, start: int | None = None, **fields) -> Placement:
         """The next pass writes to the given slots; see [`Placement`]."""
@@ -338,14 +351,14 @@ class SlotCache(Cache):
 
     def clear(self) -> None:
         """Forget all rows and what their slots hold: what nobody looks at still must not be NaN."""
-        self.lengths = []
+        self.lengths, self.offsets = [], []
         for layer in self.layers:
             layer.clear()
         self.show(0)
 
     def add(self, rows: int) -> None:
         """Give so many further rows a slot, without tokens."""
-        self.lengths = self.lengths + [0] * rows
+        self.lengths, self.offsets = self.lengths + [0] * rows, self.offsets + [0] * rows
         self.show(len(self.lengths))
 
     def keep(self, rows: list[int]) -> None:
@@ -353,6 +366,7 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.keep(rows)
         self.lengths = [self.lengths[row] for row in rows]
+        self.offsets = [self.offsets[row] for row in rows]
 
 
 def causal_mask(placement: Placement, window: int | None = None) -> torch.Tensor:

@@ -31,6 +31,12 @@ HANDLED_INPUTS = {
     "input_ids", "attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache", CACHE,
     "inputs_embeds", "output_attentions", "output_hidden_states", "inputs_tensor", "tokenizer", "assistant_tokenizer",
 }  # fmt: skip
+# Inputs that hold pictures, or since 5.18 what `generate` has made of them; and those that come with them.
+PICTURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+BESIDE_PICTURES = {
+    "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids", "token_type_ids", "image_sizes",
+    "pixel_attention_mask", "spatial_shapes", "image_position_ids", "video_position_ids",
+}  # fmt: skip
 # Architectures without `position_ids` whose position bias counts the cache's columns, which are each row's positions.
 POSITIONS_FROM_COLUMNS = {"mpt"}
 
@@ -179,12 +185,19 @@ def reason_for_plain(target: PreTrainedModel, input_ids: torch.Tensor, model_kwa
 
 def _unknown_input(inputs: dict[str, Any]) -> str | None:
     """The first of a step's inputs that the rounds neither make themselves nor forward."""
+    known = HANDLED_INPUTS | (BESIDE_PICTURES | set(PICTURES) if has_pictures(inputs) else set())
     for name, value in inputs.items():
         empty = value is None or (isinstance(value, (dict, list, tuple)) and not value)
         zeros = name.endswith("token_type_ids") and torch.is_tensor(value) and not value.any()
-        if not (empty or zeros or name in HANDLED_INPUTS or _is_scalar(value)):
+        if not (empty or zeros or name in known or _is_scalar(value)):
             return name
     return None
+
+
+def has_pictures(inputs: dict[str, Any]) -> bool:
+    """Whether the inputs of a call or a step hold pictures."""
+    # Of no pictures `generate` makes an empty dict.
+    return any(inputs.get(name) is not None and len(inputs[name]) for name in PICTURES)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -142,6 +142,7 @@ class Continuation:
         config: of the call; a cache is kept when it asks for outputs or a cache was given, unless `use_cache` is off.
         input_ids: [R, P], all tokens or only those that the cache does not hold. attention_mask: of all columns.
         rereads_at: see `rope.rereads_at`; plain decoding drops a cache that ends before it where the text does not.
+        offsets: see `SlotCache`.
         by_column: whether the target's caches can have rows at different places, by padding; those of targets that go
             row by row are neither continued nor returned.
 
@@ -160,8 +161,10 @@ class Continuation:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         rereads_at: int | None = None,
+        offsets: list[int] | None = None,
         by_column: bool = True,
     ):
+        self.offsets = offsets
         self.given = given if getattr(given, "_is_user_defined", False) else None
         if self.given is not None and not by_column:
             raise ValueError(
@@ -183,6 +186,8 @@ class Continuation:
     def load(self, rows: Sequence[Row], places: Sequence[int], slots: SlotCache, drafter: Drafter) -> None:
         """Fill the target's slots, and the head's with what it remembers if the cache is one that we returned. All rows
         of a call join at once."""
+        if self.offsets is not None:
+            slots.offsets = list(self.offsets)
         if self.cached == 0:
             return
         load(self.given, [row.prompt_columns[: row.cached] for row in rows], slots)

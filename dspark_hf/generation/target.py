@@ -124,7 +124,7 @@ class Target:
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
         own = cache_of_row(cache, 0 if rows is None else rows[0]) if self.row_by_row else cache
         with our_pass(placement.slots[:, 0], None, lengths, is_prompt=keep is not None):
-            outputs, features = self._call(tokens, placement.slots, placement, own, **kwargs)
+            outputs, features = self._call(tokens, positions_of(placement), placement, own, **kwargs)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
         return TargetPass(
             logits.to(tokens.device, torch.float32),
@@ -150,7 +150,7 @@ class Target:
         placement = cache.place(tokens.shape[1], packing, rows)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
         with our_pass(placement.slots[:, 0], packing, None if lengths is None else packing.pack(lengths)):
-            packed = packing.pack(tokens), packing.pack(placement.slots)
+            packed = packing.pack(tokens), packing.pack(positions_of(placement))
             outputs, features = self._call(*packed, placement, cache, **kwargs)
         logits = outputs.logits.to(tokens.device, torch.float32)
         if keep is not None and not kwargs:
@@ -232,6 +232,11 @@ class Target:
             # Rows of one length, and one token each: it sees all there is.
             return torch.zeros(rows, 1, 1, placement.view, dtype=self.dtype, device=placement.slots.device)
         return torch.where(causal_mask(placement, window), self.seen, self.unseen)
+
+
+def positions_of(placement: Placement) -> torch.Tensor:
+    """[R, n], where the tokens of a pass are for the model."""
+    return placement.slots if placement.positions is None else placement.positions
 
 
 def side_by_side(passes: Sequence[TargetPass], order: list[int]) -> TargetPass:
