@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-BACKBONES = ("qwen3", "gemma4")
+BACKBONES = ("qwen3", "gemma4", "deepseek_v4")
 SEQUENTIAL_HEADS = ("vanilla", "gated", "rnn")
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -18,6 +18,8 @@ class DSparkConfig(Qwen3Config):
 
     Args:
         backbone (`str`, defaults to `"qwen3"`): family of the draft layers, a module of `backbones`.
+        stage_config (`dict`, *optional*): keys of the target's own config, for a backbone of the target's own layers
+            (DeepSeek V4), which has more of them than there are here.
         block_size (`int`, defaults to 7): rows of a block: the anchor and `block_size - 1` mask tokens.
         sample_from_anchor (`bool`, defaults to `True`): whether the anchor's row is the first prediction. If not, as in
             z-lab's DFlash, `block_size - 1` tokens are drafted; see `gamma`.
@@ -29,6 +31,7 @@ class DSparkConfig(Qwen3Config):
         markov_head_type (`str`): `"vanilla"`, `"gated"` or `"rnn"`; ignored when `markov_rank` is 0.
         enable_confidence_head (`bool`): whether the head estimates the acceptance of its drafts.
         confidence_head_with_markov (`bool`): whether that estimate also sees the previous token's Markov embedding.
+        confidence_head_bias (`bool`, defaults to `True`): whether a number is added to it.
         confidence_temperatures, confidence_shifts (`list[float]`, *optional*): one of each a position; the logits of
             the confidence head are divided by the one, then the other is added. Written by `dspark-hf calibrate`.
         borrow_embeddings (`bool`): whether the checkpoint leaves the embedding and the LM head to the target.
@@ -56,6 +59,7 @@ class DSparkConfig(Qwen3Config):
     model_type = "dspark"
 
     backbone: str = "qwen3"
+    stage_config: dict | None = None
     block_size: int = 7
     sample_from_anchor: bool = True
     mask_token_id: int | None = None
@@ -65,6 +69,7 @@ class DSparkConfig(Qwen3Config):
     markov_head_type: str | None = "vanilla"
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
+    confidence_head_bias: bool = True
     confidence_temperatures: list[float] | None = None
     confidence_shifts: list[float] | None = None
     borrow_embeddings: bool = False
@@ -107,6 +112,11 @@ class DSparkConfig(Qwen3Config):
             raise ValueError(f"`block_size` must leave at least 1 draft, got {self.block_size}.")
         if self.backbone not in BACKBONES:
             raise ValueError(f"`backbone` must be one of {', '.join(BACKBONES)}, got {self.backbone!r}.")
+        if (self.backbone == "deepseek_v4") != (self.stage_config is not None):
+            raise ValueError(
+                f"`stage_config` holds the keys of a 'deepseek_v4' backbone and of no other, got {self.stage_config} "
+                f"with {self.backbone!r}."
+            )
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError(f"`layer_types` {self.layer_types} need a `sliding_window`.")
         if self.markov_rank < 0:

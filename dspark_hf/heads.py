@@ -11,7 +11,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .checkpoints import read_config, write_config
-from .checkpoints.files import GENERATION_CONFIG, HUB_ARGUMENTS, open_checkpoint, read_draft_settings
+from .checkpoints.files import (
+    GENERATION_CONFIG,
+    HUB_ARGUMENTS,
+    Checkpoint,
+    brings_head,
+    open_checkpoint,
+    read_draft_settings,
+)
 from .configuration_dspark import DSparkConfig
 from .hub.registry import head_for
 from .modeling_dspark import DSparkHead, default_settings
@@ -23,7 +30,8 @@ from .scheduling.settings import DRAFT_SETTINGS
 def from_pretrained(
     cls: type[DSparkHead], pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs
 ) -> DSparkHead:
-    """Load a head from a Hub id or a folder; arguments as in `PreTrainedModel.from_pretrained`.
+    """Load a head from a Hub id or a folder; arguments as in `PreTrainedModel.from_pretrained`. Those of a target do
+    where its checkpoint holds the head (DeepSeek V4), or its folder `dspark` does.
 
     Raises:
         CheckpointError: a `ValueError`, for an unknown layout, a config that contradicts itself, a damaged file, a
@@ -31,24 +39,53 @@ def from_pretrained(
             been loaded then. Code that comes with a head is never run.
         OSError: transformers' own, when the repository or its weights cannot be found.
     """
-    settings = {}
-    if pretrained_model_name_or_path is not None:
+    settings, source = {}, pretrained_model_name_or_path
+    if source is not None:
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        checkpoint = open_checkpoint(pretrained_model_name_or_path, **hub)
+        checkpoint = open_checkpoint(source, **hub)
         checkpoint.validate(cls)
         checkpoint.validate_maps()
-        kwargs = {"key_mapping": checkpoint.key_mapping} | kwargs | {"use_safetensors": True}
-        if kwargs.get("config") is None:
-            kwargs = checkpoint.borrowed | kwargs
+        if checkpoint.subfolder:
+            hub["subfolder"] = kwargs["subfolder"] = checkpoint.subfolder
         settings = read_draft_settings(checkpoint.source, **hub)
-    loaded = super(DSparkHead, cls).from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if kwargs.get("config") is None:
+            kwargs = checkpoint.from_tensors | kwargs
+        if checkpoint.weights is None:
+            kwargs = {"key_mapping": checkpoint.key_mapping} | kwargs | {"use_safetensors": True}
+        else:
+            source, kwargs = None, _from_weights(cls, checkpoint, kwargs)
+    loaded = super(DSparkHead, cls).from_pretrained(source, *model_args, **kwargs)
     head = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+    if source is None and pretrained_model_name_or_path is not None:
+        head.config._name_or_path = checkpoint.source
     head.generation_config.update(**settings)
     return loaded
 
 
+def _from_weights(cls: type[DSparkHead], checkpoint: Checkpoint, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for `from_pretrained` without a path: the head's own tensors alone are read, one after the other."""
+    config = kwargs.pop("config", None)
+    # Of weights, where a config takes it for a key of its own.
+    dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
+    if config is None:
+        load = cls.config_class.from_pretrained
+        config, kwargs = load(checkpoint.source, return_unused_kwargs=True, **kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
+    return kwargs | dtype | {"config": config, "state_dict": checkpoint.weights}
+
+
+def head_of(target: str, **hub) -> str:
+    """The folder or Hub id to load the head for a target from: its own where it brings one, inside its checkpoint or in
+    its folder `dspark`; else that of the registry.
+
+    Raises:
+        ValueError: when no head is known for the target.
+    """
+    return target if target and brings_head(target, **hub) else head_for(target).head
+
+
 def for_target(cls: type[DSparkHead], target: PreTrainedModel | str | os.PathLike, **kwargs) -> DSparkHead:
-    """Load the published head for a target, see `registry`.
+    """Load the head that a target brings, or the published one for it; see [`head_of`].
 
     Args:
         target: the model, or its Hub id. A model also gives the head its dtype and device.
@@ -57,9 +94,10 @@ def for_target(cls: type[DSparkHead], target: PreTrainedModel | str | os.PathLik
     Raises:
         ValueError: when no head is known for the target.
     """
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     if not isinstance(target, PreTrainedModel):
-        return cls.from_pretrained(head_for(os.fspath(target)).head, **kwargs)
-    head = cls.from_pretrained(head_for(target.config._name_or_path).head, **{"dtype": target.dtype} | kwargs)
+        return cls.from_pretrained(head_of(os.fspath(target), **hub), **kwargs)
+    head = cls.from_pretrained(head_of(target.config._name_or_path, **hub), **{"dtype": target.dtype} | kwargs)
     # Not by `device_map`, which needs accelerate.
     return head if "device_map" in kwargs else head.to(target.device)
 

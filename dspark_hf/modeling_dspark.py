@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
-from .backbones import gemma4, qwen3
+from .backbones import backbone_of
 from .backbones.mask import draft_mask
+from .confidence_head import ConfidenceHead
 from .configuration_dspark import DSparkConfig
 from .sequential_heads import OUTSIDE, VanillaHead, as_drafted, build_sequential_head
 from .tables import LMHead, Logits, Tables, is_plain, raw_rows, same, target_logits
@@ -19,8 +20,6 @@ from .tables import LMHead, Logits, Tables, is_plain, raw_rows, same, target_log
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 # A mask for all layers, or one a layer type.
 Masks = torch.Tensor | dict[str, torch.Tensor]
-
-BACKBONES = {"qwen3": qwen3, "gemma4": gemma4}
 
 
 @dataclass(frozen=True)
@@ -43,20 +42,6 @@ class DraftBlock:
             return None if x is None else x.new_zeros(count, *x.shape[1:]).index_copy_(0, rows, x)
 
         return DraftBlock(spread(self.tokens), spread(self.logits), spread(self.confidence_logits))
-
-
-class ConfidenceHead(nn.Module):
-    """c = sigmoid(w [h; W1[previous]] + b): the acceptance of a token given that those before it were accepted."""
-
-    def __init__(self, config: DSparkConfig):
-        super().__init__()
-        self.with_markov = config.confidence_head_with_markov
-        self.proj = nn.Linear(config.hidden_size + self.with_markov * config.markov_rank, 1)
-
-    def forward(self, hidden: torch.Tensor, embedded: torch.Tensor | None) -> torch.Tensor:
-        """Logits [...] from hidden states [..., d] and the Markov embeddings [..., r] of the previous tokens."""
-        features = torch.cat([hidden, embedded], dim=-1) if self.with_markov else hidden
-        return self.proj(features).squeeze(-1)
 
 
 class DSparkHead(PreTrainedModel):
@@ -97,13 +82,16 @@ class DSparkHead(PreTrainedModel):
                 "A DSparkConfig needs `target_layer_ids` and `mask_token_id`; "
                 "`DSparkConfig.from_target(target.config)` chooses both."
             )
-        family, width = BACKBONES[config.backbone], config.hidden_size
+        family, width = backbone_of(config), config.hidden_size
         draft_vocab_size = config.draft_vocab_size or config.vocab_size
         self.embed_tokens = None if config.borrow_embeddings else nn.Embedding(config.vocab_size, width)
         self.fc = nn.Linear(len(config.target_layer_ids) * width, width, bias=False)
         self.hidden_norm = family.RMSNorm(width, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(family.DraftLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = family.RMSNorm(width, eps=config.rms_norm_eps)
+        # Of a backbone of several streams a token.
+        self.hc_head = family.StreamHead(config) if hasattr(family, "StreamHead") else None
+        self._keep_in_fp32_modules_strict = getattr(family, "KEPT_IN_FLOAT32", None)
         self.rotary_emb = family.RotaryEmbedding(config)
         self.lm_head = None if config.borrow_lm_head else nn.Linear(width, draft_vocab_size, bias=False)
         if config.draft_vocab_size is not None:
@@ -178,7 +166,7 @@ class DSparkHead(PreTrainedModel):
         masks: Masks,
         cache: Cache | None = None,
     ) -> torch.Tensor:
-        """Hidden states [R, Q, d] after the final norm.
+        """Hidden states [R, Q, d] after the final norm; where the backbone has streams, these made one, before it.
 
         Args:
             block: embeddings of the block tokens, [R, Q, d].
@@ -187,9 +175,11 @@ class DSparkHead(PreTrainedModel):
             masks: bool, broadcastable to [R, 1, Q, keys]; keys are what the cache returns, or context then block.
         """
         rope = self.rotary_emb(block, positions)
+        if self.hc_head is not None:
+            block = self.hc_head.spread(block)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             block = layer(block, context, rope, masks if torch.is_tensor(masks) else masks[kind], cache)
-        return self.norm(block)
+        return self.norm(block) if self.hc_head is None else self.hc_head(block)
 
     def read(self, context: torch.Tensor, positions: torch.Tensor, cache: Cache) -> None:
         """Take projected context [R, C, d] at absolute positions [R, C] into the cache, without a block: its keys and
@@ -230,7 +220,8 @@ class DSparkHead(PreTrainedModel):
     def base_logits(self, hidden: torch.Tensor, tables: Tables) -> torch.Tensor:
         """Logits [..., V] of the parallel stage, before the sequential head: of the tokens of the draft vocabulary that
         the target has, all of its own if the head was made for as many."""
-        logits, cap = tables.logits(hidden).to(hidden.device), self.config.final_logit_softcapping
+        normed = hidden if self.hc_head is None else self.norm(hidden)
+        logits, cap = tables.logits(normed).to(hidden.device), self.config.final_logit_softcapping
         if self.config.draft_vocab_size in (None, logits.shape[-1]):
             logits = logits[..., : tables.shared]
         else:

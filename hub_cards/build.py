@@ -18,6 +18,7 @@ LAYOUTS = {
     "specforge": "SpecForge",
     "speculators": "speculators",
     "modelopt": "Model-Optimizer",
+    "deepseek_v4": "DeepSeek V4: mtp.* in the target's own checkpoint",
 }
 # DeepSpec's README, section on released checkpoints.
 DEEPSPEC_DATASETS = ["mlabonne/open-perfectblend"]
@@ -41,7 +42,7 @@ def cards() -> dict[str, str]:
 
 def published_card(head: PublishedHead, paper: dict) -> Card:
     from_paper = head.head in paper["heads"]
-    names, of_deepseek = paper["benchmarks"], head.source == "DeepSeek"
+    names, of_deepspec = paper["benchmarks"], head.dialect == "deepspec"
     numbers = zip(names, paper["heads"].get(head.head, ()), strict=False)
     return Card(
         name=head.head.rpartition("/")[2],
@@ -55,14 +56,14 @@ def published_card(head: PublishedHead, paper: dict) -> Card:
         },
         serving=serving(head),
         no_serving="Whether other engines serve DFlash heads in DeepSpec's layout is not documented.",
-        datasets=DEEPSPEC_DATASETS if of_deepseek else None,
+        datasets=DEEPSPEC_DATASETS if of_deepspec else None,
         paper={
             "settings": paper["settings"],
             "rows": [benchmark | {"accepted_length": number} for benchmark, number in numbers],
         }
         if from_paper
         else None,
-        limits=[*([DEEPSPEC_LIMIT] if of_deepseek else []), NOT_RUN, NO_LICENSE],
+        limits=[*([DEEPSPEC_LIMIT] if of_deepspec else []), NOT_RUN, NO_LICENSE],
     )
 
 
@@ -70,6 +71,8 @@ def serving(head: PublishedHead) -> str | None:
     """By layout: heads of speculators name their target; a z-lab block holds the anchor beside the drafts."""
     if head.dialect == "speculators":
         return f"vllm serve {head.head}"
+    if head.dialect == "deepseek_v4":
+        return vllm_command(head.target, None, head.method, head.block_size)
     if head.dialect == "deepspec":
         return vllm_command(head.target, head.head, "dspark", head.block_size) if head.method == "dspark" else None
     return vllm_command(head.target, head.head, "dflash", head.block_size and head.block_size - 1)

@@ -35,7 +35,7 @@ def after(token):
 
 
 class MockTarget:
-    device, growing, rereads_at, positions, packs = CPU, [], None, None, False
+    device, growing, rereads_at, positions, packs, is_stateful = CPU, [], None, None, False, False
     model = SimpleNamespace(tp_size=None)
 
     def new_cache(self, rows, slots):

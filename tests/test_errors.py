@@ -136,8 +136,8 @@ def test_positions_that_do_not_count_the_tokens():
 
 
 def test_inputs_that_would_be_lost():
-    with pytest.raises(ValueError, match="pixel_values"):
-        check_inputs({"pixel_values": torch.zeros(1, 3, 4, 4)})
+    with pytest.raises(ValueError, match="input_features"):
+        check_inputs({"input_features": torch.zeros(1, 3, 4)})
     with pytest.raises(ValueError, match="past_of_tomorrow"):
         check_inputs({"past_of_tomorrow": StaticCache(config=tiny_target().config, max_cache_len=8)})
     passed_on = check_inputs({"token_type_ids": torch.zeros(1, 3), "output_router_logits": True, "logits_to_keep": 1})

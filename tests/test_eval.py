@@ -27,6 +27,11 @@ from dspark_hf.generation.stats import DSparkStats
 def with_tokenizer(case: Case, folder: Path) -> Path:
     """The target of a fixture with a tokenizer that writes token 17 as "17"."""
     case.any_target().save_pretrained(folder)
+    return add_tokenizer(folder)
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """A folder of a model with a tokenizer that writes token 17 as "17"."""
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     words = ["<pad>", "<eos>", *map(str, range(2, vocab_size))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))

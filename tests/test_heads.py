@@ -53,7 +53,7 @@ def test_the_registry_is_sound():
     heads = published_heads()
     assert len({head.head for head in heads}) == len(heads) >= 20
     for head in heads:
-        assert head.method in ("dspark", "dflash") and head.dialect in set(DIALECT.values())
+        assert head.method in ("dspark", "dflash") and head.dialect in {*DIALECT.values(), "deepseek_v4"}
         assert head.head.count("/") == head.target.count("/") == 1
         assert head.block_size is None or head.block_size >= 3
         assert head.seen in ("table", "card") and (head.taps is None or list(head.taps) == sorted(set(head.taps)))
@@ -72,6 +72,7 @@ def test_every_head_of_which_more_is_known_is_in_the_file_of_sources():
         ("qwen/qwen3-8b", "deepseek-ai/dspark_qwen3_8b_block7"),
         ("Qwen/Qwen3-14B", "deepseek-ai/dspark_qwen3_14b_block7"),
         ("google/gemma-4-12B-it", "deepseek-ai/dspark_gemma4_12b_block7"),
+        ("deepseek-ai/DeepSeek-V4-Flash-0731", "deepseek-ai/DeepSeek-V4-Flash-0731"),
     ],
 )
 def test_the_preferred_head_of_a_target(target, head):

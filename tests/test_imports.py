@@ -18,7 +18,7 @@ LAYERS = (
     ("evaluation",),
     ("checkpoints", "generation"),
     ("modeling_dspark", "pairing", "scheduling"),
-    ("backbones", "sequential_heads", "tables"),
+    ("backbones", "confidence_head", "sequential_heads", "tables"),
     ("configuration_dspark", "version"),
     ("dspark_kernels",),
 )

@@ -12,6 +12,8 @@ import torch
 from conftest import FixedCosts, shuffled_scheduler, tiny_head, tiny_target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_hybrids import KINDS
+from test_hybrids import build as hybrid
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -39,8 +41,14 @@ SIZES = {
 }
 
 
+# Beside those of attention one of each kind of recurrent or convolutional layer.
+FAMILIES = ["qwen3", "llama", "mistral", "gpt-neox", *KINDS]
+
+
 @functools.cache
 def target_of(family: str):
+    if family in KINDS:
+        return hybrid(family, vocab_size=VOCABULARY)
     torch.manual_seed(3)
     if family == "qwen3":
         return tiny_target(vocab_size=VOCABULARY, sharpness=3)
@@ -120,7 +128,7 @@ SCHEDULES = [nullcontext, shuffled, load, load_that_pays, functools.partial(load
     suppress_health_check=list(HealthCheck),
 )
 def test_a_head_changes_nothing(data):
-    family = data.draw(st.sampled_from(["qwen3", "llama", "mistral", "gpt-neox"]))
+    family = data.draw(st.sampled_from(FAMILIES))
     head_type = data.draw(st.sampled_from(["vanilla", "gated", "rnn", None]))
     target, head = target_of(family), head_of(family, head_type, data.draw(st.integers(1, 8)))
     lengths = data.draw(st.lists(st.integers(2, 10), min_size=1, max_size=5))

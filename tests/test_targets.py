@@ -166,32 +166,20 @@ def test_flash_attention_is_refused():
     )
 
 
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
-MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 8}
 REFUSED = {
-    "qwen3-next": ("Qwen3Next", GROUPED | EXPERTS | LINEAR | HYBRID | {"shared_expert_intermediate_size": 32}),
-    "qwen3.5": ("Qwen3_5", GROUPED | LINEAR | HYBRID),
-    "nemotron-h": (
-        "NemotronH",
-        GROUPED | MAMBA | {"layer_types": ["linear_attention", "full_attention", "moe", "linear_attention"]},
-    ),
     "mamba": ("Mamba", {}),
     "llama4": ("Llama4", GROUPED | {"num_local_experts": 2, "intermediate_size_mlp": 64}),
     "bart": ("Bart", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}),
     "bloom": ("Bloom", {}),
     "falcon-alibi": ("Falcon", {"alibi": True}),
 }
-CONFIGS |= {"Qwen3_5": "Qwen3_5TextConfig", "Llama4": "Llama4TextConfig"}
+CONFIGS |= {"Llama4": "Llama4TextConfig"}
 
 
 @pytest.mark.parametrize(
     "family, reasons",
     [
-        ("qwen3-next", ["Qwen3NextForCausalLM", "recurrent layers (linear_attention)", "rolled back"]),
-        ("qwen3.5", ["Qwen3_5ForCausalLM", "recurrent layers (linear_attention)", "rolled back"]),
-        ("nemotron-h", ["NemotronHForCausalLM", "recurrent layers (linear_attention)", "rolled back"]),
-        ("mamba", ["MambaForCausalLM", "recurrent layers", "rolled back"]),
+        ("mamba", ["MambaForCausalLM", "recurrent layers", "qwen3_next"]),
         ("llama4", ["Llama4ForCausalLM", "chunked_attention"]),
         ("bart", ["BartForCausalLM", "position_ids"]),
         ("bloom", ["BloomForCausalLM", "position_ids"]),
@@ -210,6 +198,9 @@ def test_unknown_layer_type_is_named():
     target.config.layer_types = ["full_attention", "indexed_attention"] * 2
     message = refusal(target, head)
     assert "Qwen3ForCausalLM" in message and "indexed_attention" in message
+    target.config.layer_types = ["full_attention", "linear_attention"] * 2
+    message = refusal(target, head)
+    assert "recurrent layers (linear_attention)" in message and "qwen3_next" in message
 
 
 # -- Positions ---------------------------------------------------------------------------------------------------------

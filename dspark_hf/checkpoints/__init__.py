@@ -1,7 +1,9 @@
 """Published layouts ("dialects") of draft heads: recognise, read, write. The rest of the project knows one config.
 
 A dialect is a module with `recognises` (of a published config), `names` (what it calls our keys), `read_config`,
-`write_config` and `PREFIXES` (of tensor names, where they differ from ours).
+`write_config` and `PREFIXES` (of tensor names, where they differ from ours). One whose head lies inside its target's
+checkpoint also has `INSIDE` (how its tensor names begin), `gather` (what our tensors are made of) and `told_by` (keys
+that the tensors tell).
 """
 
 import dataclasses
@@ -9,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ..configuration_dspark import DSparkConfig
-from . import deepspec, dflash, modelopt, native, specforge, speculators
+from . import deepseek_v4, deepspec, dflash, modelopt, native, specforge, speculators
 from .errors import CheckpointError, config_file
 from .schema import check
 from .writing import CannotExpress
@@ -17,7 +19,19 @@ from .writing import CannotExpress
 __all__ = ["DIALECTS", "CannotExpress", "CheckpointError", "dialect_of", "read_config", "write_config"]
 
 # In the order in which they are asked: class names are not unique, see each module.
-DIALECTS = (native, speculators, modelopt, specforge, dflash, deepspec)
+DIALECTS = (native, speculators, modelopt, specforge, dflash, deepspec, deepseek_v4)
+# Targets whose checkpoints hold a head that cannot be read, or may lack one: what is expected, and what to do.
+WITHOUT_A_HEAD = {
+    "deepseek_v4": (
+        "dspark_* keys beside it",
+        "This checkpoint has no DSpark head, or one of an earlier kind; deepseek-ai/DeepSeek-V4-Flash-DSpark has one.",
+    ),
+    "mistral_large4": (
+        "a head whose layout is known",
+        "What its tensors mtp_dspark.* mean is published nowhere that this project knows of. Train a head "
+        "(`dspark-hf train`), or use one in a layout that is known.",
+    ),
+}
 
 
 def dialect_of(published: dict[str, Any], source: str) -> ModuleType:
@@ -32,6 +46,9 @@ def dialect_of(published: dict[str, Any], source: str) -> ModuleType:
     for dialect in DIALECTS:
         if dialect.recognises(published):
             return dialect
+    known = WITHOUT_A_HEAD.get(published.get("model_type"))
+    if known is not None:
+        raise CheckpointError(config_file(source), "model_type", repr(published["model_type"]), *known)
     raise CheckpointError(
         config_file(source),
         "architectures",

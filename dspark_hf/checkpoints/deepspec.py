@@ -44,6 +44,8 @@ UNSAID = (
     "target_name_or_path",
     "target_architectures",
     "borrow_lm_head",
+    "stage_config",
+    "confidence_head_bias",
 )
 UNSAID_OF_QWEN3 = ("attention_k_eq_v", "final_logit_softcapping")
 UNSAID_OF_GEMMA4 = ("hidden_act", "max_window_layers", "use_sliding_window")
@@ -105,7 +107,7 @@ def write_config(native: dict[str, Any]) -> dict[str, Any]:
         CannotExpress: for what only other layouts know.
     """
     native = {"num_anchors": NUM_ANCHORS} | native
-    refuse("DeepSpec", native, sample_from_anchor=True, draft_vocab_size=None)
+    refuse("DeepSpec", native, sample_from_anchor=True, draft_vocab_size=None, confidence_head_bias=True)
     refuse("DeepSpec", native, borrow_lm_head=native["borrow_embeddings"])
     refuse("DeepSpec", native, layer_types=["full_attention"] * native["num_hidden_layers"])
     if native["backbone"] == "gemma4":

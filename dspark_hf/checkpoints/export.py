@@ -12,10 +12,10 @@ from transformers import __version__ as transformers_version
 from ..modeling_dspark import DSparkHead
 from ..pairing import misfits, vocabulary_difference
 from ..tables import scales_logits
-from . import CannotExpress, deepspec, modelopt, specforge, speculators
+from . import CannotExpress, deepseek_v4, deepspec, modelopt, specforge, speculators
 from .files import TABLES
 
-LAYOUTS = {layout.NAME: layout for layout in (deepspec, speculators, specforge, modelopt)}
+LAYOUTS = {layout.NAME: layout for layout in (deepspec, speculators, specforge, modelopt, deepseek_v4)}
 # Layouts that hold the target's embedding and LM head; in the others the target's own are used.
 HOLDS_TABLES = ("deepspec", "speculators")
 
@@ -26,7 +26,7 @@ def export(
     """Write `head` as another trainer would have.
 
     Args:
-        to: `"deepspec"`, `"speculators"`, `"specforge"` or `"modelopt"`.
+        to: `"deepspec"`, `"speculators"`, `"specforge"`, `"modelopt"` or `"deepseek_v4"`.
         folder: for config.json and model.safetensors.
         target: what the head was made for. With it, layouts that hold copies of its embedding and LM head get them, and
             those that leave them to the target are refused where the head's own differ.
@@ -61,7 +61,11 @@ def export(
         published["transformers_version"] = transformers_version
     else:
         published.pop("transformers_version", None)
-    _write(Path(folder), published, {_published_name(name, layout): tensor for name, tensor in tensors.items()})
+    if to == "deepseek_v4":
+        written = deepseek_v4.scatter(tensors, native)
+    else:
+        written = {_published_name(name, layout): tensor for name, tensor in tensors.items()}
+    _write(Path(folder), published, written)
     return {name: "in the file" if name in tensors else "left to the target" for name in TABLES}
 
 

@@ -9,52 +9,30 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from huggingface_hub import get_safetensors_metadata
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    NotASafetensorsRepoError,
-    SafetensorsParsingError,
-    StrictDataclassError,
-)
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from transformers.utils import cached_file
 
 from ..modeling_dspark import DSparkHead
 from ..scheduling.settings import DRAFT_SETTINGS
-from . import dialect_of, read_config
+from . import DIALECTS, dialect_of, read_config
 from .errors import CheckpointError, config_file
+from .headers import TensorHeader, find, find_file, read_headers
+from .stored import StoredWeight
 
 # Arguments of `from_pretrained` that say where files come from.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # What a head may borrow from its target.
 TABLES = ("embed_tokens.weight", "lm_head.weight")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
 # What `dspark-hf eval` wrote, where a head was published with it.
 RESULTS = "eval_results.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin", "model.pt", "model.pth")
 FLOATS = ("F64", "F32", "F16", "BF16")
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# Folder of a target's repository in which its head may lie; SGLang looks there too.
+BUNDLED = "dspark"
 # Small tensors of the layouts that map a reduced draft vocabulary, and their type.
 MAPS = {"d2t": "I64", "t2d": "BOOL"}
 ELSEWHERE = "The file may belong to another head, or config.json to another layout."
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a header says of a tensor. file: that it is in. dtype: as safetensors calls it. shape: of the tensor."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    @property
-    def bytes(self) -> int:
-        return self.count * BYTES.get(self.dtype, 1)
 
 
 @dataclass(frozen=True)
@@ -62,7 +40,9 @@ class Checkpoint:
     """A head that was looked at.
 
     source: folder or Hub id. dialect: module of `checkpoints`. published: its config.json. native: the keys of a
-    `DSparkConfig`. tensors: headers by this project's names, and `published_names` what the file calls them.
+    `DSparkConfig`. tensors: headers by this project's names, and `published_names` what the file calls them. stored:
+    headers by the file's names. from_tensors: keys of `native` that the tensors tell. subfolder: of the source, where
+    its files are. weights: of a head inside its target's checkpoint what its tensors are made of.
     """
 
     source: str
@@ -71,17 +51,16 @@ class Checkpoint:
     native: dict[str, Any]
     tensors: dict[str, TensorHeader]
     published_names: dict[str, str]
+    stored: dict[str, TensorHeader]
+    from_tensors: dict[str, Any]
+    subfolder: str = ""
+    weights: dict[str, StoredWeight] | None = None
 
     @property
     def key_mapping(self) -> dict[str, str]:
         """As `from_pretrained` of transformers takes it: patterns of the file's tensor names to ours."""
         renamed = {old: new for new, old in self.published_names.items() if old != new}
         return {f"^{old}$".replace(".", r"\."): new for old, new in renamed.items()}
-
-    @property
-    def borrowed(self) -> dict[str, bool]:
-        """Config keys: whether the embedding and the LM head are the target's."""
-        return {key: self.native[key] for key in ("borrow_embeddings", "borrow_lm_head") if key in self.native}
 
     def build(self, head_class: type[DSparkHead]) -> DSparkHead:
         """The head on the meta device, without weights."""
@@ -144,7 +123,7 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | os.PathLike, download: bool = True, **hub) -> Checkpoint:
-    """Look at the head in a folder or of a Hub id.
+    """Look at the head in a folder or of a Hub id; of a target's own, at the head that it brings.
 
     Args:
         download: whether weights that are on the Hub are fetched; otherwise only their headers are.
@@ -156,18 +135,49 @@ def open_checkpoint(source: str | os.PathLike, download: bool = True, **hub) -> 
     """
     source = os.fspath(source)
     check_source(source)
-    published = read_published(source, **hub)
-    dialect = dialect_of(published, source)
+    published, hub = _published_and_place(source, hub)
+    dialect, subfolder = dialect_of(published, source), hub.get("subfolder") or ""
     native = read_config(published, source)
-    found = _headers(source, download, hub)
-    published_names = {_renamed(name, dialect): name for name in found}
-    tensors = {_renamed(name, dialect): header for name, header in found.items()}
+    if hasattr(dialect, "gather"):
+        stored = read_headers(source, download, hub, dialect.INSIDE)
+        weights = dialect.gather(stored, published, source)
+        told, tensors = dialect.told_by(weights), {name: weight.header for name, weight in weights.items()}
+        names = {name: weight.name for name, weight in weights.items()}
+        return Checkpoint(source, dialect, published, native | told, tensors, names, stored, told, subfolder, weights)
+    stored = read_headers(source, download, hub)
+    names = {_renamed(name, dialect): name for name in stored}
+    tensors = {_renamed(name, dialect): header for name, header in stored.items()}
+    told = {}
     if getattr(dialect, "MAY_LACK_TABLES", False):
-        native |= {
+        told = {
             "borrow_embeddings": "embed_tokens.weight" not in tensors,
             "borrow_lm_head": "lm_head.weight" not in tensors,
         }
-    return Checkpoint(source, dialect, published, native, tensors, published_names)
+    borrowed = {key: native[key] for key in ("borrow_embeddings", "borrow_lm_head") if key in native} | told
+    return Checkpoint(source, dialect, published, native | told, tensors, names, stored, borrowed, subfolder)
+
+
+def _published_and_place(source: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config of a head and where it is: at the source, or in the folder that a target has for its head."""
+    published = read_published(source, **hub)
+    try:
+        dialect_of(published, source)
+    except CheckpointError:
+        if hub.get("subfolder") or not brings_head(source, **hub):
+            raise
+        hub = hub | {"subfolder": BUNDLED}
+        published = read_published(source, **hub)
+    return published, hub
+
+
+def brings_head(target: str, **hub) -> bool:
+    """Whether a target's folder or repository holds its head, among its own tensors or in a folder of it."""
+    try:
+        published = read_published(target, **hub)
+        inside = any(dialect.recognises(published) for dialect in DIALECTS if hasattr(dialect, "INSIDE"))
+        return inside or find(target, "config.json", hub | {"subfolder": BUNDLED}) is not None
+    except (OSError, CheckpointError):
+        return False
 
 
 def check_source(source: str | os.PathLike) -> None:
@@ -213,112 +223,3 @@ def read_draft_settings(source: str, **hub) -> dict[str, Any]:
         return {key: said[key] for key in DRAFT_SETTINGS if said.get(key) is not None}
     except (ValueError, AttributeError) as error:
         raise CheckpointError(path, "the file", f"no JSON object ({error})", "a JSON object") from error
-
-
-# -- Headers ----------------------------------------------------------------------------------------------------
-
-
-def _headers(source: str, download: bool, hub: dict[str, Any]) -> dict[str, TensorHeader]:
-    """Headers by the file's own names."""
-    if not (download or os.path.isdir(source) or _is_cached(source, hub)):
-        return _remote_headers(source, hub)
-    path = _find(source, WEIGHTS, hub)
-    if path is not None:
-        return read_header(path)
-    index = _find(source, INDEX, hub)
-    if index is None:
-        _refuse_pickles(source, hub)
-        raise OSError(
-            f"{source} has no file named {WEIGHTS} or {INDEX}. Check the path or the repository id; heads are loaded "
-            "from safetensors only."
-        )
-    headers: dict[str, TensorHeader] = {}
-    for shard, names in _shards(index).items():
-        path = _find(source, shard, hub)
-        if path is None:
-            raise CheckpointError(index, "weight_map", f"the file {shard}", "files that are there")
-        own = read_header(path)
-        for name in names:
-            if name not in own:
-                raise CheckpointError(path, name, "nothing", f"a tensor, as {INDEX} says")
-        headers |= own
-    return headers
-
-
-def _is_cached(source: str, hub: dict[str, Any]) -> bool:
-    try:
-        return _find(source, WEIGHTS, hub | {"local_files_only": True}) is not None
-    except OSError:
-        return False
-
-
-def find_file(source: str, name: str, **hub) -> str | None:
-    """The path of a file, `None` where a folder or repository does not have it or cannot be asked."""
-    try:
-        return _find(source, name, hub)
-    except OSError:
-        return None
-
-
-def _find(source: str, name: str, hub: dict[str, Any]) -> str | None:
-    """The path of a file, `None` where a folder or repository does not have it."""
-    return cached_file(source, name, **hub, _raise_exceptions_for_missing_entries=False)
-
-
-def _shards(index: str) -> dict[str, list[str]]:
-    """File names of an index and the tensors in each."""
-    try:
-        mapped = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        items = list(mapped.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(index, "weight_map", f"{type(error).__name__}", "an object of file names") from error
-    shards: dict[str, list[str]] = {}
-    for name, file in items:
-        if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
-            raise CheckpointError(index, "weight_map", repr(file), "the name of a .safetensors file beside it")
-        shards.setdefault(file, []).append(name)
-    return shards
-
-
-def read_header(path: str) -> dict[str, TensorHeader]:
-    """Names, types and shapes of a safetensors file; its size is checked, no tensor is read.
-
-    Raises:
-        CheckpointError: for a file that is damaged, cut short or of another format.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            return {
-                name: TensorHeader(path, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
-            }
-    except SafetensorError as error:
-        fix = "The file is damaged, cut short or of another format. Download it again."
-        raise CheckpointError(path, "header", f"{error}", "a whole safetensors file", fix) from error
-
-
-def _remote_headers(source: str, hub: dict[str, Any]) -> dict[str, TensorHeader]:
-    """Of a repository whose weights are not here: the first bytes of each file."""
-    options = {key: hub[key] for key in ("revision", "token") if key in hub}
-    try:
-        metadata = get_safetensors_metadata(source, **options)
-    except NotASafetensorsRepoError as error:
-        _refuse_pickles(source, hub)
-        raise OSError(f"{source} has no safetensors: {error}") from error
-    except SafetensorsParsingError as error:
-        raise CheckpointError(f"{source}/{WEIGHTS}", "header", str(error), "a safetensors header") from error
-    except HfHubHTTPError as error:
-        raise OSError(f"The headers of {source} cannot be read: {error}") from error
-    return {
-        name: TensorHeader(f"{source}/{file}", tensor.dtype, tuple(tensor.shape))
-        for file, part in metadata.files_metadata.items()
-        for name, tensor in part.tensors.items()
-    }
-
-
-def _refuse_pickles(source: str, hub: dict[str, Any]) -> None:
-    for name in PICKLES:
-        path = os.path.join(source, name) if os.path.isdir(source) else _find(source, name, hub)
-        if path is not None and os.path.exists(path):
-            fix = "Pickles can run code and are not opened; convert the weights to safetensors."
-            raise CheckpointError(path, "format", "a pickle", WEIGHTS, fix)

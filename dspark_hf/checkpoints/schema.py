@@ -236,6 +236,12 @@ RULES: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
     ),
     (("enable_confidence_head",), _boolean, "true or false"),
     (("confidence_head_with_markov",), _boolean, "true or false"),
+    (("confidence_head_bias",), _boolean, "true or false"),
+    (
+        ("stage_config", "backbone"),
+        lambda stage, backbone: isinstance(stage, dict) == (backbone == "deepseek_v4"),
+        "the target's config for a deepseek_v4 backbone, and nothing for others",
+    ),
     (
         ("draft_vocab_size", "vocab_size"),
         lambda size, whole: _whole(1)(size) and size <= whole,
@@ -252,7 +258,7 @@ RULES: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
     (("target_name_or_path",), _text, "a text"),
 ]
 # Without a value unless another key asks for one.
-NEEDED_BY_OTHERS = {"sliding_window", "markov_head_type"}
+NEEDED_BY_OTHERS = {"sliding_window", "markov_head_type", "stage_config"}
 MAY_BE_NONE = NEEDED_BY_OTHERS | {
     "borrow_lm_head",
     "num_target_layers",

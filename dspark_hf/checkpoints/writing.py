@@ -36,6 +36,7 @@ REASONS = {
     "borrow_lm_head": "it has both of embedding and LM head in the file, or neither",
     "markov_rank": "it always has a sequential head",
     "confidence_head_with_markov": "its confidence head always sees the previous token",
+    "confidence_head_bias": "its confidence head always adds a number",
     "enable_confidence_head": "it has no confidence head",
 }
 

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .. import DSparkHead, __version__
 from ..checkpoints.files import check_source
 from ..embedded import embedded_pair
-from ..hub.registry import head_for
+from ..heads import head_of
 
 app = typer.Typer(
     help="DSpark speculative decoding for transformers: faster generate, same tokens.",
@@ -88,7 +88,7 @@ def load(model: str | None, head: str | None, dtype: str, needs_head: bool = Tru
         if source is not None:
             check_source(source)
     if head is None and needs_head:
-        head = head_for(model).head
+        head = head_of(model)
         note(f"head: {head}")
     # Not by `device_map`, which needs accelerate.
     target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)

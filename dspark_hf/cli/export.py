@@ -17,6 +17,7 @@ class Layout(StrEnum):
     speculators = "speculators"
     specforge = "specforge"
     modelopt = "modelopt"
+    deepseek_v4 = "deepseek_v4"
 
 
 @app.command()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints.files import RESULTS, find_file
+from ..checkpoints.files import RESULTS
+from ..checkpoints.headers import find_file
 from ..modeling_dspark import DSparkHead
 from ..pairing import doubts
 from .results import fingerprint, read_results

@@ -3,9 +3,13 @@
 Token i of a row lies at index i of the row's slot, whatever its neighbours hold. New tokens are written behind the
 row's length; committing them raises the length, rejecting them leaves it as it is, and what lies behind a length is
 never seen and later overwritten. So a rollback costs nothing.
+
+Layers that keep something else hide behind the same methods; see [`Slots`] and `states`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import Cache
@@ -50,6 +54,8 @@ class Placement:
     start: the common first index when every row writes n consecutive tokens from the same place, else `None`; lets
         the write be one slice.
     view: slots 0..view-1 are handed to the attention.
+    continues: whether any row has tokens already.
+    positions: [R, n], of the tokens; `None` where those are their slots.
     rows: [n] int64, the rows that take part when these are not all. lines: [n, 1], all that take part.
     packing: set when the pass holds only some of the R * n tokens, as one sequence.
     """
@@ -57,23 +63,103 @@ class Placement:
     slots: torch.Tensor
     start: int | None
     view: int
+    continues: bool = True
+    positions: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     lines: torch.Tensor | None = None
     packing: Packing | None = None
 
 
-class SlotLayer(CacheLayerMixin):
-    """Keys and values of one model layer: [R, heads, capacity, head_dim], the first R of all slots; allocated at the
-    first write."""
+@dataclass(frozen=True)
+class Kept:
+    """What becomes of a pass over n tokens a row.
 
-    is_croppable = True
+    rows: those that took part. counts: of its tokens each of them keeps the first so many. width: n. device: of what
+    is made of these.
+    """
+
+    rows: Sequence[int]
+    counts: Sequence[int]
+    width: int
+    device: torch.device
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows keep all tokens."""
+        return min(self.counts) == self.width
+
+    @cached_property
+    def ends(self) -> torch.Tensor:
+        """[R], the counts."""
+        return on_device(list(self.counts), self.device)
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """[R, n], which tokens are kept."""
+        return torch.arange(self.width, device=self.device) < self.ends[:, None]
+
+
+class Slots:
+    """What a layer of a model keeps of every row, the first `rows` of its slots.
+
+    A pass is announced by `place`, and ends with `commit`, which says how many of its tokens each row keeps.
+    """
+
+    # Tensors [slots, ...], allocated when they are first written.
+    whole: tuple[torch.Tensor, ...] = ()
+    placement: Placement | None = None
+    expected: int | None = None
+    is_static = False
 
     def __init__(self, rows: int, slots: int):
         super().__init__()
         self.rows, self.slots = rows, slots
-        self.expected: int | None = None
-        self.is_static = False
-        self.placement: Placement | None = None
+
+    def place(self, placement: Placement) -> None:
+        """The next pass is laid out like this."""
+        self.placement = placement
+
+    def commit(self, kept: Kept) -> None:
+        """What rows keep of the last pass is this."""
+
+    def take(self, row: int, length: int) -> tuple[torch.Tensor, ...]:
+        """What is kept of a row of `length` tokens, as `put` takes it."""
+        raise NotImplementedError
+
+    def put(self, row: int, *tensors: torch.Tensor) -> None:
+        """Take over what was kept of a row."""
+        raise NotImplementedError
+
+    def fill(self, *tensors: torch.Tensor) -> None:
+        """The same of all rows, [R, ...]."""
+        raise NotImplementedError
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other rows, and move those kept; see `compact`."""
+        for x in self.whole:
+            compact(x, rows)
+        self.resize(len(rows))
+
+    def resize(self, rows: int) -> None:
+        """Give the first `rows` slots to rows."""
+        self.rows = rows
+
+    def erase(self, row: int) -> None:
+        """Make zeros of what a row's slot holds."""
+        for x in self.whole:
+            x[row] = 0
+
+    def clear(self) -> None:
+        """Make zeros of what all slots hold."""
+        for x in self.whole:
+            x.zero_()
+
+
+class SlotLayer(Slots, CacheLayerMixin):
+    """Keys and values of one model layer: [R, heads, capacity, head_dim], the first R of all slots; allocated at the
+    first write."""
+
+    is_croppable = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         capacity = self._capacity_for(self.placement.view)
@@ -107,6 +193,10 @@ class SlotLayer(CacheLayerMixin):
         larger = self._capacity_for(view) - self.keys.shape[2]
         self._hold(*(torch.nn.functional.pad(x, (0, 0, 0, larger)) for x in self.whole))
 
+    def take(self, row: int, length: int) -> tuple[torch.Tensor, ...]:
+        """Keys and values [heads, length, head_dim] of a row; nothing where the layer keeps none."""
+        return (self.keys[row, :, :length], self.values[row, :, :length]) if self.is_initialized else ()
+
     def fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take over [R, heads, n, head_dim] as the first n tokens of every row."""
         room, free = self._capacity_for(max(keys.shape[2], 1)) - keys.shape[2], self.slots - len(keys)
@@ -122,15 +212,8 @@ class SlotLayer(CacheLayerMixin):
         for stored, new in zip(self.whole, (keys, values), strict=True):
             stored[row, :, :count] = new
 
-    def keep(self, rows: list[int]) -> None:
-        if self.is_initialized:
-            for x in self.whole:
-                compact(x, rows)
-        self.resize(len(rows))
-
     def resize(self, rows: int) -> None:
-        """Give the first `rows` slots to rows."""
-        self.rows = rows
+        super().resize(rows)
         if self.is_initialized:
             self._hold(*self.whole)
 
@@ -170,15 +253,25 @@ class SlotCache(Cache):
         rows: sequences that it holds.
         device: where masks and slot indices are built.
         slots: sequences that it has memory for; as many as rows by default.
+        kinds: of every layer what makes its [`Slots`] of (rows, slots); keys and values by default.
 
     Attributes:
-        lengths: committed tokens of every row; the only thing a commit or a rollback changes.
+        lengths: committed tokens of every row; where all layers keep keys and values the only thing a commit or a
+            rollback changes.
+        offsets: of every row how far positions lie from slots, as pictures before a text bring it about.
     """
 
-    def __init__(self, num_layers: int, rows: int, device: torch.device, slots: int | None = None):
+    def __init__(
+        self,
+        num_layers: int,
+        rows: int,
+        device: torch.device,
+        slots: int | None = None,
+        kinds: Sequence[Callable[[int, int], Slots]] | None = None,
+    ):
         slots = rows if slots is None else slots
-        super().__init__(layers=[SlotLayer(rows, slots) for _ in range(num_layers)])
-        self.lengths = [0] * rows
+        super().__init__(layers=[kind(rows, slots) for kind in kinds or [SlotLayer] * num_layers])
+        self.lengths, self.offsets = [0] * rows, [0] * rows
         self.device = device
         self.all_lines = torch.arange(slots, device=device)[:, None]
         self.lines = self.all_lines[:rows]
@@ -195,13 +288,24 @@ class SlotCache(Cache):
         if rows is not None:
             starts = [self.lengths[row] for row in rows]
             slots = on_device(starts, self.device)[:, None] + torch.arange(count, device=self.device)
-            return self.place_at(slots, max(starts) + count, rows=on_device(rows, self.device), packing=packing)
+            fields = {"rows": on_device(rows, self.device), "positions": self._positions(slots, rows)}
+            return self.place_at(slots, max(starts) + count, packing=packing, continues=any(starts), **fields)
         starts = self.lengths
         if len(set(starts)) == 1 and packing is None:
-            row = torch.arange(starts[0], starts[0] + count, device=self.device)
-            return self.place_at(row.expand(len(starts), -1), starts[0] + count, starts[0])
+            row, start = torch.arange(starts[0], starts[0] + count, device=self.device), starts[0]
+            slots = row.expand(len(starts), -1)
+            positions = self._positions(slots)
+            return self.place_at(slots, start + count, start, continues=start > 0, positions=positions)
         slots = on_device(starts, self.device)[:, None] + torch.arange(count, device=self.device)
-        return self.place_at(slots, max(starts) + count, packing=packing)
+        fields = {"packing": packing, "positions": self._positions(slots)}
+        return self.place_at(slots, max(starts) + count, continues=any(starts), **fields)
+
+    def _positions(self, slots: torch.Tensor, rows: list[int] | None = None) -> torch.Tensor | None:
+        """[R, n], of tokens that go to these slots of all or the given rows; `None` where they are the same."""
+        if not any(self.offsets):
+            return None
+        offsets = self.offsets if rows is None else [self.offsets[row] for row in rows]
+        return slots + on_device(offsets, self.device)[:, None]
 
     def place_at(self, slots: torch.Tensor, view: int, start: int | None = None, **fields) -> Placement:
         """The next pass writes to the given slots; see [`Placement`]."""
@@ -211,7 +315,7 @@ class SlotCache(Cache):
         lines = self.lines if rows is None else rows[:, None]
         placement = Placement(slots, start, view, lines=lines, **fields)
         for layer in self.layers:
-            layer.placement = placement
+            layer.place(placement)
         return placement
 
     def show(self, slots: int) -> None:
@@ -224,34 +328,37 @@ class SlotCache(Cache):
 
     def commit(self, counts: list[int], rows: list[int] | None = None) -> None:
         """Make the first `counts[r]` tokens of the last pass part of row r, or of the given ones."""
-        for row, count in zip(range(len(self.lengths)) if rows is None else rows, counts, strict=True):
+        rows = list(range(len(self.lengths))) if rows is None else rows
+        placement = self.layers[0].placement
+        width = max(counts) if placement is None else placement.slots.shape[1]
+        kept = Kept(rows, counts, width, self.device)
+        for layer in self.layers:
+            layer.commit(kept)
+        for row, count in zip(rows, counts, strict=True):
             self.lengths[row] += count
 
-    def put(self, row: int, states: list[tuple[torch.Tensor, torch.Tensor]], count: int) -> None:
-        """Take over keys and values [heads, n, head_dim] of every layer as the first `count` tokens of a row."""
+    def put(self, row: int, states: list[tuple[torch.Tensor, ...]], count: int) -> None:
+        """Take over what every layer keeps of a row's first `count` tokens: keys and values [heads, n, head_dim]."""
         for layer, own in zip(self.layers, states, strict=False):
-            layer.put(row, *own)
+            if own:
+                layer.put(row, *own)
         self.lengths[row] = count
 
     def erase(self, row: int) -> None:
         """Make zeros of what a row's slot holds: what nobody looks at still must not be NaN."""
         for layer in self.layers:
-            if layer.is_initialized:
-                for x in layer.whole:
-                    x[row] = 0
+            layer.erase(row)
 
     def clear(self) -> None:
         """Forget all rows and what their slots hold: what nobody looks at still must not be NaN."""
-        self.lengths = []
+        self.lengths, self.offsets = [], []
         for layer in self.layers:
-            if layer.is_initialized:
-                for x in layer.whole:
-                    x.zero_()
+            layer.clear()
         self.show(0)
 
     def add(self, rows: int) -> None:
         """Give so many further rows a slot, without tokens."""
-        self.lengths = self.lengths + [0] * rows
+        self.lengths, self.offsets = self.lengths + [0] * rows, self.offsets + [0] * rows
         self.show(len(self.lengths))
 
     def keep(self, rows: list[int]) -> None:
@@ -259,6 +366,7 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.keep(rows)
         self.lengths = [self.lengths[row] for row in rows]
+        self.offsets = [self.offsets[row] for row in rows]
 
 
 def causal_mask(placement: Placement, window: int | None = None) -> torch.Tensor:

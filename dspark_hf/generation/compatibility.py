@@ -10,18 +10,32 @@ from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
 from ..pairing import doubts, misfits
+from .compressed import FAMILIES
 from .packing import implementation_of
 from .releases import CACHE
+from .states import KINDS
 
 logger = logging.get_logger(__name__)
 
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+# Layers that keep nothing are among them.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "moe", "mlp"}
 RECURRENT_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
+# Text configs of models whose recurrent and convolutional layers are known; see `states` and `recurrences`.
+HYBRIDS = {
+    "bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "nemotron_h", "olmo_hybrid",
+    "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next",
+}  # fmt: skip
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "dspark")
 # Inputs of `generate` that the rounds make themselves.
 HANDLED_INPUTS = {
     "input_ids", "attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache", CACHE,
     "inputs_embeds", "output_attentions", "output_hidden_states", "inputs_tensor", "tokenizer", "assistant_tokenizer",
+}  # fmt: skip
+# Inputs that hold pictures, or since 5.18 what `generate` has made of them; and those that come with them.
+PICTURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+BESIDE_PICTURES = {
+    "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids", "token_type_ids", "image_sizes",
+    "pixel_attention_mask", "spatial_shapes", "image_position_ids", "video_position_ids",
 }  # fmt: skip
 # Architectures without `position_ids` whose position bias counts the cache's columns, which are each row's positions.
 POSITIONS_FROM_COLUMNS = {"mpt"}
@@ -45,22 +59,30 @@ def check_pair(target: PreTrainedModel, head: DSparkHead) -> None:
 
 
 def check_layers(target: PreTrainedModel) -> None:
-    """Raise for layers whose state is not a slot of keys and values a row, which a rollback by length needs."""
+    """Raise for layers that keep neither a slot of keys and values a row, which a rollback by length needs, nor a state
+    that we know how to take back."""
     name, text = type(target).__name__, target.config.get_text_config(decoder=True)
     types = set(getattr(text, "layer_types", None) or ())
     if getattr(text, "attention_chunk_size", None) is not None and not types:
         types = {"chunked_attention"}
-    others = types - ATTENTION_LAYERS
-    if others & RECURRENT_LAYERS or (target._is_stateful and not others):
+    is_known = text.model_type in HYBRIDS | FAMILIES
+    if is_known and target._compiled_call_impl is not None:
         raise ValueError(
-            f"{name} has recurrent layers ({_listed(others & RECURRENT_LAYERS) or 'stateful'}), and their state cannot "
-            "be rolled back when a draft is rejected. DSpark heads draft for targets whose layers are full or sliding "
-            "attention; leave out `assistant_model`."
+            f"{name} has recurrent or compressed layers, and what they keep cannot be told from a compiled model. "
+            "Leave out `model.compile()`, or `assistant_model`."
+        )
+    if is_known:
+        types -= set(KINDS if text.model_type in HYBRIDS else types)
+    others = types - ATTENTION_LAYERS
+    if others & RECURRENT_LAYERS or (target._is_stateful and not is_known and not others):
+        raise ValueError(
+            f"{name} has recurrent layers ({_listed(others & RECURRENT_LAYERS) or 'stateful'}), and how to take their "
+            f"state back when a draft is rejected is known of {_listed(HYBRIDS)} only. Leave out `assistant_model`."
         )
     if others:
         raise ValueError(
             f"{name} has layers of type {_listed(others)}. DSpark heads draft for targets whose layers are full or "
-            "sliding attention; leave out `assistant_model`."
+            "sliding attention, or recurrent ones that are known; leave out `assistant_model`."
         )
 
 
@@ -113,6 +135,15 @@ def check_mode(mode: GenerationMode, config: GenerationConfig) -> None:
             logger.warning_once(f"`{name}={value}` does nothing with a DSpark head, whose rounds keep their own cache.")
 
 
+def check_sequences(config: GenerationConfig) -> None:
+    """Raise for several texts of a prompt, as transformers does beside any assistant."""
+    if config.num_return_sequences > 1:
+        raise ValueError(
+            f"A DSpark head writes one text for each prompt, not num_return_sequences={config.num_return_sequences}. "
+            "Repeat the prompt in the batch, or leave out `assistant_model`."
+        )
+
+
 def check_inputs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The scalars among the inputs of a call, which every pass of the target is given.
 
@@ -154,12 +185,19 @@ def reason_for_plain(target: PreTrainedModel, input_ids: torch.Tensor, model_kwa
 
 def _unknown_input(inputs: dict[str, Any]) -> str | None:
     """The first of a step's inputs that the rounds neither make themselves nor forward."""
+    known = HANDLED_INPUTS | (BESIDE_PICTURES | set(PICTURES) if has_pictures(inputs) else set())
     for name, value in inputs.items():
         empty = value is None or (isinstance(value, (dict, list, tuple)) and not value)
         zeros = name.endswith("token_type_ids") and torch.is_tensor(value) and not value.any()
-        if not (empty or zeros or name in HANDLED_INPUTS or _is_scalar(value)):
+        if not (empty or zeros or name in known or _is_scalar(value)):
             return name
     return None
+
+
+def has_pictures(inputs: dict[str, Any]) -> bool:
+    """Whether the inputs of a call or a step hold pictures."""
+    # Of no pictures `generate` makes an empty dict.
+    return any(inputs.get(name) is not None and len(inputs[name]) for name in PICTURES)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -90,6 +90,7 @@ def reason_for_eager(
         f"{', '.join(foreign)} look at more than logits": bool(foreign),
         "there is no limit to the length of the text": stopping.max_length is None,
         "the rotary embedding goes by the length of the text": bool(target.growing),
+        "its layers keep a recurrent state": target.is_stateful,
         f"attention is {target.implementation!r}": target.implementation == "flex_attention",
         "the model is compiled already": model._compiled_call_impl is not None,
         "the model is split over processes": (model.tp_size or 1) > 1,

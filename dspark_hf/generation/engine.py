@@ -127,8 +127,11 @@ class Engine:
             if self.compiled is not None and self.compiled.captured:
                 planner.last = None
         with clock.part("other"):
-            rounds.commit(state, passed.features, list(map(len, host.tokens)), next_tokens)
-            return self._settle(CommittedRound(rows, host, passed, logits, load, plan, survival))
+            done = CommittedRound(rows, host, passed, logits, load, plan, survival)
+            ends = self._decide(done)
+            # Of a row that ends in the middle of a block no more than its text: a state cannot be cut back later.
+            rounds.commit(state, passed.features, [max(len(kept), 1) for kept in done.kept], next_tokens)
+            return self._settle(done, ends)
 
     # -- Rows come and go ---------------------------------------------------------------------------------------
 
@@ -163,10 +166,11 @@ class Engine:
             self.drafter.read(places, passed.features, counts)
         else:
             self.drafter.append(passed.features, counts)
-        return self._settle(CommittedRound(joining, host, passed, logits))
+        done = CommittedRound(joining, host, passed, logits)
+        return self._settle(done, self._decide(done))
 
-    def _settle(self, done: CommittedRound) -> list[Row]:
-        """Give the rows what they commit, up to their ends; drop those that ended, which are returned."""
+    def _decide(self, done: CommittedRound) -> list[bool]:
+        """Note what the rows keep of a round, up to their ends. Returns which of them end."""
         host = done.host
         decided = host.stops or [None] * len(done.rows)
         device = self.state.anchors.device
@@ -178,9 +182,13 @@ class Engine:
             # Criteria may look at a clock.
             stops = self.planner.ranks.agreed(lambda: stops)
         done.kept = [kept for kept, _ in stops]
+        return [ended for _, ended in stops]
+
+    def _settle(self, done: CommittedRound, ends: list[bool]) -> list[Row]:
+        """Give the rows what they keep; drop those that ended, which are returned."""
         for observer in self.observers:
             observer.on_round(done)
-        for row, (kept, ended) in zip(done.rows, stops, strict=True):
+        for row, kept, ended in zip(done.rows, done.kept, ends, strict=True):
             row.committed += kept
             row.ended = ended
         staying = [r for r, row in enumerate(self.rows) if not row.ended]

@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
 from ..scheduling.scheduler import LoadSchedule
-from .compatibility import check_inputs, check_positions, check_prompt
+from .compatibility import check_inputs, check_positions, check_prompt, has_pictures
 from .compiled import CompiledPasses, compile_options, reason_for_eager
 from .drafting import Drafter
 from .engine import Engine, longest_of
@@ -19,6 +19,7 @@ from .modules import is_private
 from .observers import Observer, OutputObserver, StatsObserver, StreamObserver, UseObserver
 from .outputs import Recorder
 from .past import Continuation
+from .pictures import check_pictures, offsets_of, read_pictures
 from .processors import BlockProcessors
 from .ranks import Ranks, any_busy
 from .releases import CACHE
@@ -48,7 +49,7 @@ def generate(
         input_ids: [R, P], left-padded where prompts differ in length.
         model_kwargs: of these `attention_mask` [R, P], `None` for no padding; `position_ids` [R, P], which must count
             the tokens; the cache to continue, which is brought up to date (`generate` passes an empty one otherwise);
-            and scalars, which every pass of the target is given. Anything else is refused.
+            pictures, see there; and scalars, which every pass of the target is given. Anything else is refused.
 
     Returns:
         sequences [R, P + new tokens], right-padded where rows ended early, or with `return_dict_in_generate` a
@@ -58,8 +59,12 @@ def generate(
     recorder, options = Recorder(config, size), check_inputs(model_kwargs)
     ids, wants = head.config.target_layer_ids, recorder.wants
     target = Target(model, ids, wants("hidden_states"), wants("attentions"), options)
-    attention_mask = model_kwargs.get("attention_mask")
-    past = Continuation(model_kwargs.get(CACHE), config, input_ids, attention_mask, target.rereads_at)
+    attention_mask, pictures = model_kwargs.get("attention_mask"), has_pictures(model_kwargs)
+    if pictures:
+        check_pictures(config, model_kwargs)
+        model_kwargs[CACHE] = read_pictures(target, head, input_ids, model_kwargs)
+    given, offsets, by_column = model_kwargs.get(CACHE), offsets_of(model_kwargs), not target.row_by_row
+    past = Continuation(given, config, input_ids, attention_mask, target.rereads_at, offsets, by_column)
     if not past.cached:
         check_positions(model_kwargs.get("position_ids"), attention_mask)
     processors, stopping = BlockProcessors(logits_processor, config.do_sample), Stopping(stopping_criteria)
@@ -71,7 +76,7 @@ def generate(
     if is_needed(size, logits_processor, stopping):
         ends, ranks = bool(stopping.eos_ids), Ranks(model)
         lockstep = Lockstep(input_ids, logits_processor, stopping_criteria, pad, ends, wants("scores"), ranks)
-    options = compile_options(config, target.device)
+    options = None if pictures else compile_options(config, target.device)
     drafter = Drafter(head, model, size, None if options is None else power_of_two(size))
     compiled = None
     if options is not None:

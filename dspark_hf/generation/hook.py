@@ -12,6 +12,7 @@ from contextvars import ContextVar
 
 import transformers
 from transformers import GenerationMixin
+from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
@@ -20,7 +21,7 @@ from ..scheduling.settings import DRAFT_SETTINGS
 from ..version import __version__
 from . import attention, packing
 from .candidate_generator import DSparkCandidateGenerator
-from .compatibility import check_inputs, check_mode, check_pair, reason_for_plain
+from .compatibility import check_inputs, check_mode, check_pair, check_sequences, reason_for_plain
 from .generate import generate
 from .releases import RELIED_ON, TESTED, differences
 
@@ -127,6 +128,11 @@ def _wrap_validation(stock):
             check_mode(generation_mode, generation_config)
             # Of two vocabularies of different sizes the stock check would ask for tokenizers; ours has compared them.
             rest = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
+            if not _stock_loop.get():
+                # The stock loop cannot take back what recurrent layers have read; ours can.
+                check_sequences(generation_config)
+                sampled = generation_config.do_sample
+                generation_mode = GenerationMode.SAMPLE if sampled else GenerationMode.GREEDY_SEARCH
             return stock(self, generation_mode, generation_config, rest)
         return stock(self, generation_mode, generation_config, generation_mode_kwargs)
 

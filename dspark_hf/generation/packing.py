@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -57,10 +58,20 @@ class Pass:
 
     starts: [R], slot of each row's first token. packing: when it is packed. lengths: for targets whose rotary
     embedding goes by it, of every token the length of the text when plain decoding reads it, [R, n] ([1, B] packed).
+    is_prompt: whether it reads tokens that plain decoding reads in one pass too, all of which rows keep.
+    recurrence: the layer of the cache whose recurrence is run next; see `recurrences`.
     """
 
-    def __init__(self, starts: torch.Tensor, packing: Packing | None, lengths: torch.Tensor | None = None):
-        self.starts, self.packing, self.lengths = starts, packing, lengths
+    recurrence: Any = None
+
+    def __init__(
+        self,
+        starts: torch.Tensor,
+        packing: Packing | None,
+        lengths: torch.Tensor | None = None,
+        is_prompt: bool = False,
+    ):
+        self.starts, self.packing, self.lengths, self.is_prompt = starts, packing, lengths, is_prompt
         self.masks: dict[tuple[int, int], torch.Tensor] = {}
 
     def counts(self, width: int) -> torch.Tensor:
@@ -82,10 +93,13 @@ MOST_GROUPED = 16
 
 @contextmanager
 def our_pass(
-    starts: torch.Tensor, packing: Packing | None = None, lengths: torch.Tensor | None = None
+    starts: torch.Tensor,
+    packing: Packing | None = None,
+    lengths: torch.Tensor | None = None,
+    is_prompt: bool = False,
 ) -> Iterator[None]:
     """Within this context the attention of models takes its queries as our rounds lay them out; see [`Pass`]."""
-    token = _pass.set(Pass(starts, packing, lengths))
+    token = _pass.set(Pass(starts, packing, lengths, is_prompt))
     try:
         yield
     finally:

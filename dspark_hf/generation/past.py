@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from ..modeling_dspark import DSparkHead
 from .cache import SlotCache
@@ -17,16 +18,16 @@ from .drafting import Drafter
 from .releases import CACHE
 from .rows import Row
 
-States = list[tuple[torch.Tensor, torch.Tensor]]
+States = list[tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class RowPast:
     """What is cached of one row of n tokens.
 
-    target: keys and values [heads, n, head_dim] of every target layer. draft: the same of every draft layer, for the
-    first tokens, empty when it holds none. features: [t, m*d], target states of the other t tokens, which the head
-    has not seen yet.
+    target: keys and values [heads, n, head_dim] of every target layer, or what else it keeps, see `Slots.take`. draft:
+    the same of every draft layer, for the first tokens, empty when it holds none. features: [t, m*d], target states of
+    the other t tokens, which the head has not seen yet.
     """
 
     target: States
@@ -52,11 +53,18 @@ class DraftPast:
         return self.head() is head and known == list(lengths)
 
 
+KNOWN_LAYERS = {
+    "DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer",
+    "DummyLayer",
+}  # fmt: skip
+
+
 def check_cache(past: Cache) -> None:
     """Raise for caches whose contents cannot be moved into slots."""
     for layer in past.layers:
-        dynamic = type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer")
-        if not dynamic and (type(layer).__name__ != "StaticLayer" or past.get_seq_length()):
+        if type(layer).__name__ not in KNOWN_LAYERS and (
+            type(layer).__name__ != "StaticLayer" or past.get_seq_length()
+        ):
             raise ValueError(
                 f"A DSpark head cannot continue from a {type(past).__name__} with {type(layer).__name__} layers. "
                 f"Pass a DynamicCache, or leave out `{CACHE}`."
@@ -72,10 +80,19 @@ def load(past: Cache, columns: list[list[int]], slots: SlotCache) -> None:
     length = past.get_seq_length()
     slots.lengths = [len(own) for own in columns]
     for source, layer in zip(past.layers, slots.layers, strict=True):
-        stored = source.keys.shape[2]
-        # A sliding layer has dropped its oldest columns; nobody looks at their slots.
-        kept = [[(slot, c - length + stored) for slot, c in enumerate(own) if c >= length - stored] for own in columns]
-        layer.fill(*(_gathered(x, kept, max(slots.lengths)) for x in (source.keys, source.values)))
+        tensors = []
+        if getattr(source, "keys", None) is not None:
+            stored = source.keys.shape[2]
+            # A sliding layer has dropped its oldest columns; nobody looks at their slots.
+            first = length - stored
+            kept = [[(slot, c - first) for slot, c in enumerate(own) if c >= first] for own in columns]
+            tensors += [_gathered(x, kept, max(slots.lengths)) for x in (source.keys, source.values)]
+        if isinstance(source, LinearAttentionCacheLayerMixin):
+            # Of the whole rows, whatever their columns.
+            states = source.conv_states[0], source.recurrent_states[0]
+            tensors += [x for x in states if x is not None]
+        if tensors:
+            layer.fill(*tensors)
 
 
 def _gathered(x: torch.Tensor, pairs: list[list[tuple[int, int]]], width: int) -> torch.Tensor:
@@ -113,8 +130,8 @@ def take_row(slots: SlotCache, row: int, length: int, copy: bool) -> States:
     """The first `length` tokens of a row; copies, when its slot is to go."""
     if length == 0:
         return []
-    states = [(layer.keys[row, :, :length], layer.values[row, :, :length]) for layer in slots.layers]
-    return [(keys.clone(), values.clone()) for keys, values in states] if copy else states
+    states = [layer.take(row, length) for layer in slots.layers]
+    return [tuple(x.clone() for x in own) for own in states] if copy else states
 
 
 class Continuation:
@@ -125,6 +142,9 @@ class Continuation:
         config: of the call; a cache is kept when it asks for outputs or a cache was given, unless `use_cache` is off.
         input_ids: [R, P], all tokens or only those that the cache does not hold. attention_mask: of all columns.
         rereads_at: see `rope.rereads_at`; plain decoding drops a cache that ends before it where the text does not.
+        offsets: see `SlotCache`.
+        by_column: whether the target's caches can have rows at different places, by padding; those of targets that go
+            row by row are neither continued nor returned.
 
     Attributes:
         width: columns of cache and prompt together. cached: columns that the cache holds. given_in_part: whether
@@ -141,8 +161,16 @@ class Continuation:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         rereads_at: int | None = None,
+        offsets: list[int] | None = None,
+        by_column: bool = True,
     ):
+        self.offsets = offsets
         self.given = given if getattr(given, "_is_user_defined", False) else None
+        if self.given is not None and not by_column:
+            raise ValueError(
+                f"A DSpark head cannot continue from a {type(self.given).__name__} where every row needs a cache of "
+                f"its own. Leave out `{CACHE}`."
+            )
         if self.given is not None:
             check_cache(self.given)
         # `generate` leaves the width of a mask that it dropped, as nothing in it was masked, here.
@@ -152,12 +180,14 @@ class Continuation:
         self.cached = self.given.get_seq_length() if self.given is not None else 0
         if rereads_at is not None and not self.given_in_part and self.cached <= rereads_at < self.width:
             self.cached = 0
-        self.is_kept = config.use_cache and (config.return_dict_in_generate or self.given is not None)
+        self.is_kept = by_column and config.use_cache and (config.return_dict_in_generate or self.given is not None)
         self.ended: dict[int, RowPast] = {}
 
     def load(self, rows: Sequence[Row], places: Sequence[int], slots: SlotCache, drafter: Drafter) -> None:
         """Fill the target's slots, and the head's with what it remembers if the cache is one that we returned. All rows
         of a call join at once."""
+        if self.offsets is not None:
+            slots.offsets = list(self.offsets)
         if self.cached == 0:
             return
         load(self.given, [row.prompt_columns[: row.cached] for row in rows], slots)
@@ -215,8 +245,15 @@ class KeptCache(DynamicCache):
         if self.parts is not None:
             rows, columns, width = self.parts
             self.parts = None
-            for i in range(len(rows[0].target)):
-                self.update(*(_in_columns([row.target[i][part] for row in rows], columns, width) for part in (0, 1)), i)
+            for i, layer in enumerate(self._layers):
+                parts = list(zip(*(row.target[i] for row in rows), strict=True))
+                if parts and isinstance(layer, CacheLayerMixin):
+                    layer.update(*(_in_columns(part, columns, width) for part in parts[:2]))
+                    parts = parts[2:]
+                if parts:
+                    layer.update_conv_state(torch.stack(parts[0]))
+                for state in parts[1:]:
+                    layer.update_recurrent_state(torch.stack(state))
         return self._layers
 
     @layers.setter
@@ -224,7 +261,7 @@ class KeptCache(DynamicCache):
         self._layers = layers
 
 
-def _in_columns(states: list[torch.Tensor], columns: list[list[int]], width: int) -> torch.Tensor:
+def _in_columns(states: Sequence[torch.Tensor], columns: list[list[int]], width: int) -> torch.Tensor:
     """[R, heads, width, head_dim] from the rows' [heads, n, head_dim]; zeros where no token is."""
     x = states[0].new_zeros(len(states), states[0].shape[0], width, states[0].shape[2])
     for r, (own, at) in enumerate(zip(states, columns, strict=True)):

@@ -19,7 +19,7 @@ from .cache import SlotCache, on_device
 from .drafting import Drafter
 from .packing import Packing
 from .processors import BlockProcessors, Prefixes
-from .target import Target, TargetPass
+from .target import Target, TargetPass, side_by_side
 
 
 @dataclass
@@ -92,6 +92,8 @@ def prefill(
             where others are active.
     """
     counts, device = [len(prompt) for prompt in prompts], target.device
+    if target.is_stateful and len(set(counts)) > 1:
+        return prefill_by_length(state, target, prompts, lengths, joining)
     longest = max(counts)
     # Filled with a token that any target knows; what padding is called may be none.
     tokens = on_device([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device)
@@ -109,6 +111,22 @@ def prefill(
         passed = replace(passed, logits=last)
     state.cache.commit(counts, joining)
     return passed
+
+
+def prefill_by_length(
+    state: RoundState, target: Target, prompts: list[list[int]], lengths: list[int], joining: list[int] | None
+) -> TargetPass:
+    """`prefill` of targets whose layers would read what fills shorter prompts up: a pass for each length."""
+    places = list(range(len(prompts))) if joining is None else joining
+    groups: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt), []).append(i)
+    passes = []
+    for own in groups.values():
+        parts = ([part[i] for i in own] for part in (prompts, lengths, places))
+        passes.append(prefill(state, target, *parts))
+    order = [i for own in groups.values() for i in own]
+    return side_by_side(passes, [order.index(i) for i in range(len(prompts))])
 
 
 def draft(state: RoundState, plan: Plan, select: Select) -> DraftBlock | None:

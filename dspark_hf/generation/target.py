@@ -1,6 +1,7 @@
 """The target as a decoding round sees it: tokens in, logits and hidden states out, keys and values in a SlotCache."""
 
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,15 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..tables import device_of
-from . import attention
+from . import attention, recurrences
 from .acceptance import Verdict
 from .cache import Placement, SlotCache, causal_mask
-from .hidden_states import indices_of, request_for
+from .compressed import FAMILIES, cache_of_row
+from .hidden_states import chosen_of, indices_of, last_layer_of, noting, request_for
 from .packing import Packing, attention_of_rounds, implementation_of, our_pass
 from .releases import cache_argument
 from .rope import growing_modules, rereads_at, turned_as_in_plain
+from .states import is_stateful, kinds_of
 
 Mask = torch.Tensor | BlockMask
 
@@ -43,13 +46,16 @@ class Target:
     """Runs a stock transformers model over rows of different lengths.
 
     Args:
-        model: a decoder-only model whose layers are full or sliding attention.
+        model: a decoder-only model that `compatibility` lets through.
         layer_ids: layers whose outputs are captured; -1 is the embedding output.
         all_hidden_states, attentions: whether every pass returns them.
         options: scalars of the caller that every pass is given, as plain `generate` gives them.
 
     Attributes:
         captured: whether its passes are.
+        row_by_row: whether rows go through it one after the other; see `compressed`. last_layer: see `hidden_states`.
+        kinds: what its layers keep. is_stateful: whether for some that is a state of the whole row, so that rows of a
+            prompt's pass must be of one length, and padding or packing would be read.
         growing: its rotary embeddings that go by the length of the text. rereads_at: see `rope.rereads_at`.
         positions: those that its table of learned positions has, `None` where positions do not end.
     """
@@ -79,16 +85,23 @@ class Target:
         self.growing, self.rereads_at = growing_modules(model), rereads_at(model)
         self.positions = position_limit(self.config)
         self.captured = False
+        self.kinds = kinds_of(self.config)
+        self.is_stateful = is_stateful(self.kinds)
+        self.row_by_row = self.config.model_type in FAMILIES
+        self.last_layer = last_layer_of(model, layer_ids)
+        if self.is_stateful:
+            recurrences.install(model)
 
     def new_cache(self, rows: int, slots: int | None = None) -> SlotCache:
-        return SlotCache(self.config.num_hidden_layers, rows, self.device, slots)
+        return SlotCache(len(self.kinds), rows, self.device, slots, self.kinds)
 
     @property
     def packs(self) -> bool:
         """Whether rows of different lengths can share a pass without padding; see `packing`."""
         wants_all = self.all_hidden_states or self.attentions
         uses_interface = self.implementation in ("sdpa", attention.NAME) and self.model._supports_attention_backend
-        return uses_interface and not wants_all and not self.captured and self.model._compiled_call_impl is None
+        is_plain = not self.captured and not self.is_stateful and self.model._compiled_call_impl is None
+        return uses_interface and not wants_all and is_plain
 
     def forward(
         self,
@@ -101,18 +114,21 @@ class Target:
         """One pass that appends tokens [R, n] to every row, without committing them.
 
         Args:
-            keep: indices into the n tokens whose logits are wanted; all when `None`.
+            keep: of the tokens of a prompt, indices of those whose logits are wanted; of a block all are, `None`.
             lengths: [R, n], see `packing.Pass`; only for targets that are `growing`.
             rows: the R rows of the cache that take part when these are not all.
         """
+        if self.row_by_row and len(tokens) > 1:
+            return self._row_by_row(tokens, cache, keep, rows)
         placement = cache.place(tokens.shape[1], rows=rows)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
-        with our_pass(placement.slots[:, 0], None, lengths):
-            outputs = self._call(tokens, placement.slots, placement, cache, **kwargs)
+        own = cache_of_row(cache, 0 if rows is None else rows[0]) if self.row_by_row else cache
+        with our_pass(placement.slots[:, 0], None, lengths, is_prompt=keep is not None):
+            outputs, features = self._call(tokens, positions_of(placement), placement, own, **kwargs)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
         return TargetPass(
             logits.to(tokens.device, torch.float32),
-            self.features_of(outputs),
+            features,
             outputs.hidden_states if self.all_hidden_states else None,
             outputs.attentions if self.attentions else None,
         )
@@ -134,12 +150,21 @@ class Target:
         placement = cache.place(tokens.shape[1], packing, rows)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
         with our_pass(placement.slots[:, 0], packing, None if lengths is None else packing.pack(lengths)):
-            outputs = self._call(packing.pack(tokens), packing.pack(placement.slots), placement, cache, **kwargs)
+            packed = packing.pack(tokens), packing.pack(positions_of(placement))
+            outputs, features = self._call(*packed, placement, cache, **kwargs)
         logits = outputs.logits.to(tokens.device, torch.float32)
         if keep is not None and not kwargs:
             logits = logits[:, keep]
         logits = packing.unpack(logits) if keep is None else logits.transpose(0, 1)
-        return TargetPass(logits, packing.unpack(self.features_of(outputs)), None, None)
+        return TargetPass(logits, packing.unpack(features), None, None)
+
+    def _row_by_row(
+        self, tokens: torch.Tensor, cache: SlotCache, keep: torch.Tensor | None, rows: list[int] | None
+    ) -> TargetPass:
+        """The pass in as many as there are rows, for models whose caches have all rows at one place."""
+        places = range(len(tokens)) if rows is None else rows
+        passes = [self.forward(own[None], cache, keep, rows=[row]) for own, row in zip(tokens, places, strict=True)]
+        return side_by_side(passes, list(range(len(passes))))
 
     def reread(self, tokens: torch.Tensor, cache: SlotCache, rows: torch.Tensor, lengths: torch.Tensor) -> None:
         """Write the keys and values of rows [k] anew, with tokens [k, n] as their first ones.
@@ -159,8 +184,10 @@ class Target:
         return attention_of_rounds(self.config)
 
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, placement: Placement, cache: SlotCache, **kwargs):
-        with turned_as_in_plain(self.growing), self.in_our_attention():
-            return self.run(tokens, positions, placement, cache, **kwargs)
+        """The model's outputs, and what the head reads of them."""
+        with turned_as_in_plain(self.growing), self.in_our_attention(), noting(self.last_layer) as noted:
+            outputs = self.run(tokens, positions, placement, cache, **kwargs)
+        return outputs, self.features_of(outputs, noted)
 
     def run(self, tokens: torch.Tensor, positions: torch.Tensor, placement: Placement, cache: SlotCache, **kwargs):
         """The model's outputs. Nothing here depends on values, so that a compiler can follow."""
@@ -169,7 +196,7 @@ class Target:
             positions = positions.clamp(max=self.positions - 1)
         return self.model(
             input_ids=tokens,
-            attention_mask=self._mask(placement),
+            attention_mask=None if self.row_by_row else self._mask(placement),
             position_ids=positions,
             use_cache=True,
             output_hidden_states=self.all_hidden_states or request_for(self.hidden_state_indices),
@@ -180,10 +207,10 @@ class Target:
             **{self.cache_argument: cache},
         )
 
-    def features_of(self, outputs) -> torch.Tensor:
-        """[R, n, m*d], the states that the head reads of a pass."""
-        chosen = [outputs.hidden_states[i] for i in self.hidden_state_indices]
-        return torch.cat([states.to(self.device) for states in chosen], dim=-1)
+    def features_of(self, outputs, noted: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """[R, n, m*d], the states that the head reads of a pass. noted: see `hidden_states.noting`."""
+        chosen = [states.to(self.device) for states in chosen_of(outputs, self.hidden_state_indices, noted)]
+        return torch.cat(chosen, dim=-1)
 
     def _mask(self, placement: Placement) -> Mask | dict[str, Mask]:
         """What the model takes as `attention_mask`: one mask, or one a layer type where it mixes types."""
@@ -207,9 +234,36 @@ class Target:
         return torch.where(causal_mask(placement, window), self.seen, self.unseen)
 
 
+def positions_of(placement: Placement) -> torch.Tensor:
+    """[R, n], where the tokens of a pass are for the model."""
+    return placement.slots if placement.positions is None else placement.positions
+
+
+def side_by_side(passes: Sequence[TargetPass], order: list[int]) -> TargetPass:
+    """One pass [R, ...] of several over different rows and numbers of tokens, zero-padded to the longest; row i is the
+    one at order[i] of all in turn."""
+
+    def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        shape = torch.tensor([x.shape[1:] for x in tensors]).amax(dim=0).tolist()
+        whole = tensors[0].new_zeros(len(order), *shape)
+        first = 0
+        for x in tensors:
+            whole[(slice(first, first + len(x)), *map(slice, x.shape[1:]))] = x
+            first += len(x)
+        return whole[order]
+
+    def layers(name: str) -> tuple[torch.Tensor, ...] | None:
+        parts = [getattr(own, name) for own in passes]
+        return None if parts[0] is None else tuple(map(joined, zip(*parts, strict=True)))
+
+    logits, features = joined([own.logits for own in passes]), joined([own.features for own in passes])
+    return TargetPass(logits, features, layers("hidden_states"), layers("attentions"))
+
+
 def position_limit(config: PreTrainedConfig) -> int | None:
-    """Positions that a target of this text config knows; `None` for rotary ones, which do not end."""
-    if getattr(config, "rope_parameters", None):
+    """Positions that a target of this text config knows; `None` for rotary ones, which do not end, and for none."""
+    if getattr(config, "rope_parameters", None) or is_stateful(kinds_of(config)):
+        # Hybrid models without rotary positions have none at all.
         return None
     return getattr(config, "max_position_embeddings", None)
 

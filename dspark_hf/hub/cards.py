@@ -141,7 +141,10 @@ def card_of(
         method=method,
         details=_details(head),
         own=own,
-        serving=vllm_command(target, repository, method, config.gamma) if target else None,
+        # vLLM takes a head of V4 from its target's checkpoint.
+        serving=vllm_command(target, None if config.stage_config else repository, method, config.gamma)
+        if target
+        else None,
         no_serving="" if target else "Serving it beside its target with another engine takes the target's repository.",
         license=as_license(license),
         datasets=datasets,
@@ -166,7 +169,10 @@ def _details(head: DSparkHead) -> dict[str, Any]:
     }
 
 
-def vllm_command(target: str, head: str, method: str, drafts: int | None) -> str:
-    """How vLLM serves a target with a head of `drafts` tokens a round (`None` leaves them to vLLM)."""
-    config = {"method": method, "model": head} | ({"num_speculative_tokens": drafts} if drafts else {})
+def vllm_command(target: str, head: str | None, method: str, drafts: int | None) -> str:
+    """How vLLM serves a target with a head (`None` for one in the target's checkpoint) of `drafts` tokens a round
+    (`None` leaves them to vLLM)."""
+    config = (
+        {"method": method} | ({"model": head} if head else {}) | ({"num_speculative_tokens": drafts} if drafts else {})
+    )
     return f"vllm serve {target} --speculative-config '{json.dumps(config)}'"

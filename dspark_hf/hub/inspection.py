@@ -76,9 +76,9 @@ def inspect_head(source: str, target: str | None = None, **hub) -> Inspection:
         draft_vocabulary=config.draft_vocab_size or config.vocab_size,
         rope_theta=config.rope_parameters["rope_theta"],
         parameters=sum(header.count for name, header in tensors.items() if name not in ("d2t", "t2d")),
-        bytes=sum(header.bytes for header in tensors.values()),
+        bytes=sum(header.bytes for header in checkpoint.stored.values()),
         table_bytes=sum(tensors[name].bytes for name in TABLES if name in tensors),
-        dtypes=sorted({header.dtype for name, header in tensors.items() if name not in ("d2t", "t2d")}),
+        dtypes=sorted({header.dtype for name, header in checkpoint.stored.items() if name not in ("d2t", "t2d")}),
         borrowed=[name.removesuffix(".weight") for name in TABLES if name not in tensors],
         problems=problems,
     )
@@ -90,6 +90,9 @@ def problems_beside(config: PreTrainedConfig, target: PreTrainedConfig) -> list[
 
 
 def _target_of(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.weights is not None:
+        # The head is part of its target.
+        return checkpoint.source
     said = checkpoint.native.get("target_name_or_path")
     listed = [head.target for head in published_heads() if head.head.lower() == checkpoint.source.lower()]
     return said or next(iter(listed), None)

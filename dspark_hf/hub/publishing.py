@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..checkpoints.files import RESULTS
+from ..checkpoints.files import RESULTS, open_checkpoint
 from ..configuration_dspark import DSparkConfig
 from ..modeling_dspark import DSparkHead
 from . import licenses
@@ -86,7 +86,11 @@ def build(
     _check_id(target, "The target's id, which the card and its snippets name (--model),")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        _copy_head(source, folder)
+        if open_checkpoint(source).weights is None:
+            _copy_head(source, folder)
+        else:
+            # Of a checkpoint that is its target's too the head alone.
+            head.save_pretrained(folder)
         _write_custom_generate(folder, repository)
         if found is not None:
             (folder / RESULTS).write_text(json.dumps(found, indent=2) + "\n")

@@ -1,7 +1,8 @@
 """Published heads and the targets they were made for: `registry.json` and how to ask it.
 
 Where each entry comes from, and which heads are not listed and why, is in `registry.md`. None of the heads ships with
-this package.
+this package. Heads of
+DeepSeek V4 lie in their targets' own checkpoints.
 """
 
 import json
@@ -16,10 +17,11 @@ FILE = Path(__file__).parent / "registry.json"
 class PublishedHead:
     """A head on the Hub.
 
-    head, target: Hub ids. dialect: name of the layout, a module of `checkpoints`. method: `"dspark"` or `"dflash"`.
-    block_size: rows of a block. source: who trained it. taps: the target's layers that feed it, counted as its card
-    does. licence: as the Hub calls it. seen: where all this was read, in a `"table"` of heads or on the head's own
-    `"card"`; neither means that the head was loaded. Fields of which that says nothing are `None`.
+    head, target: Hub ids, the same for a head inside its target's checkpoint. dialect: name of the layout, a module of
+    `checkpoints`. method: `"dspark"` or `"dflash"`. block_size: rows of a block. source: who trained it. taps: the
+    target's layers that feed it, counted as its card does. licence: as the Hub calls it. seen: where all this was read,
+    in a `"table"` of heads or on the head's own `"card"`; neither means that the head was loaded. Fields of which that
+    says nothing are `None`.
     """
 
     head: str

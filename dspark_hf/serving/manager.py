@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..generation.cache import capacity_for
 from ..generation.compatibility import check_pair, check_prompt
 from ..generation.rope import growing_modules
+from ..generation.states import is_stateful, kinds_of
 from ..modeling_dspark import DSparkHead
 from ..scheduling.settings import DRAFT_SETTINGS
 from .loop import IDLE, BatchLoop
@@ -83,7 +84,11 @@ class DSparkBatchingManager:
         self.budget = tokens_that_fit(model, head, self.config)
         # Where keys depend on the length of the whole text, another text's are of no use, nor are those of a part.
         whole = bool(growing_modules(model))
-        texts = KeptTexts(0 if whole or not self.config.allow_block_sharing else int(KEPT * self.budget))
+        # A state sums up a whole text, and is none of its beginning.
+        shares = self.config.allow_block_sharing and not (
+            whole or is_stateful(kinds_of(model.config.get_text_config()))
+        )
+        texts = KeptTexts(int(KEPT * self.budget) if shares else 0)
         piece = None if whole else self.config.max_batch_tokens or PIECE
         self.kinds, self.counter = Kinds(), itertools.count()
         self.loop = BatchLoop(model, head, self.defaults, self.slots, texts, piece)

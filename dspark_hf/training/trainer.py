@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel
 
 from ..generation.compatibility import check_pair
-from ..generation.hidden_states import indices_of, request_for
+from ..generation.hidden_states import chosen_of, indices_of, last_layer_of, noting, request_for
 from ..modeling_dspark import DSparkHead
 from ..tables import Tables, target_logits
 from .blocks import attention_mask, labels_and_weights, sample_blocks
@@ -82,10 +82,10 @@ def target_states(
     """Context features [b, T, m*d] and the last hidden states after the final norm [b, T, d]."""
     last = target.config.get_text_config(decoder=True).num_hidden_layers
     indices = indices_of(layer_ids)
-    states = target(
-        input_ids=input_ids, use_cache=False, output_hidden_states=request_for([*indices, last]), logits_to_keep=1
-    ).hidden_states
-    return torch.cat([states[i] for i in indices], dim=-1), states[last]
+    request = request_for([*indices, last])
+    with noting(last_layer_of(target, layer_ids)) as noted:
+        outputs = target(input_ids=input_ids, use_cache=False, output_hidden_states=request, logits_to_keep=1)
+    return torch.cat(chosen_of(outputs, indices, noted), dim=-1), outputs.hidden_states[last]
 
 
 def training_step(
