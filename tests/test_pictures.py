@@ -39,6 +39,7 @@ def gemma3():
     config = transformers.Gemma3Config(
         text_config=text, vision_config=VISION | SIGLIP | {"image_size": 16},
         mm_tokens_per_image=4, image_token_index=IMAGE, boi_token_index=VOCAB - 2, eoi_token_index=VOCAB - 3,
+        tie_word_embeddings=False,
     )  # fmt: skip
     target = transformers.Gemma3ForConditionalGeneration(config)
     # Untrained it lets nothing of a picture through.
@@ -112,7 +113,9 @@ def test_family(family, rows):
     output = target.generate(**inputs, assistant_model=head)
     assert output.sequences.tolist() == plain.sequences.tolist()
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(plain.logits), atol=1e-3, rtol=1e-3)
-    assert 0 < sum(output.dspark.accepted) < sum(output.dspark.verified)
+    accepted, verified = sum(output.dspark.accepted), sum(output.dspark.verified)
+    # A single text may repeat itself so that all drafts are right.
+    assert accepted > 0 and (rows == 1 or accepted < verified)
     blind = target.generate(**inputs | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}, assistant_model=head)
     assert blind.sequences.tolist() != plain.sequences.tolist(), "the text must depend on the picture"
 
