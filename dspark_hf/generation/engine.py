@@ -193,14 +193,13 @@ class Engine:
             row.ended = ended
         staying = [r for r, row in enumerate(self.rows) if not row.ended]
         ended = [(r, row) for r, row in enumerate(self.rows) if row.ended]
+        copies = bool(staying or self.queue or self.compiled)
         for r, row in ended:
             if row.error is not None:
                 self.state.cache.erase(r)
                 self.drafter.cache.erase(r)
             if self.past is not None:
-                self.past.keep_row(
-                    r, row, self.state.cache, self.drafter, copy=bool(staying or self.queue or self.compiled)
-                )
+                self.past.keep_row(r, row, self.state.cache, self.drafter, copies)
         for observer in self.observers:
             observer.on_commit()
         self._keep(staying)
