@@ -122,7 +122,9 @@ def test_family(family, lengths):
     [[1], [1, 2, 3, 4, 5], [CHUNK - 1, CHUNK, CHUNK + 1], [63, 64, 65], [70, 2, 70]],
     ids=str,
 )
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize(
+    "family", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_prompts_on_both_sides_of_kernels_and_chunks(family, lengths):
     check_same(*pair(family), prompts(*lengths), max_new_tokens=20)
 

@@ -47,6 +47,19 @@ def gemma3():
     return target
 
 
+def gemma4():
+    mixed = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_hidden_layers": 6}
+    # Tables of every layer, and two layers that read the keys of those before.
+    own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 2}
+    config = transformers.Gemma4Config(
+        text_config=TEXT | mixed | own | {"global_head_dim": 16, "use_bidirectional_attention": "vision"},
+        vision_config=VISION | SIGLIP | {"num_key_value_heads": 2, "head_dim": 8, "pooling_kernel_size": 2},
+        boi_token_id=VOCAB - 3, eoi_token_id=VOCAB - 4, image_token_id=IMAGE, video_token_id=VOCAB - 2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.Gemma4ForConditionalGeneration(config)
+
+
 def lfm2():
     types = ["conv", "full_attention", "conv", "conv"]
     config = transformers.Lfm2VlConfig(
@@ -69,6 +82,12 @@ def of_gemma(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(len(ids), 3, 16, 16), "token_type_ids": (ids == IMAGE).long()}
 
 
+def of_gemma4(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1).expand(len(ids), -1, -1)
+    pixels = torch.randn(len(ids), 16, 3 * 4 * 4)
+    return {"pixel_values": pixels, "image_position_ids": places, "mm_token_type_ids": (ids == IMAGE).int()}
+
+
 def of_lfm(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     rows = len(ids)
     shapes, mask = torch.tensor([[4, 4]] * rows), torch.ones(rows, 16, dtype=torch.long)
@@ -79,6 +98,7 @@ FAMILIES = {
     "qwen2.5-vl": (qwen2_5, of_qwen),
     "qwen3-vl": (qwen3, of_qwen),
     "gemma3": (gemma3, of_gemma),
+    "gemma4": (gemma4, of_gemma4),
     "lfm2-vl": (lfm2, of_lfm),
 }
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import signal
 import socket
+import string
 import subprocess
 import sys
 import threading
@@ -16,7 +17,10 @@ import pytest
 import torch
 import uvicorn
 from test_batching import alone
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from test_hybrids import pair
+from test_targets import VOCAB
+from tokenizers import Tokenizer, decoders, models
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerFast
 
 import dspark_hf
 from dspark_hf.serving.app import Limits, Service, build
@@ -275,6 +279,43 @@ def test_other_paths_and_methods(url):
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)):
         response = httpx.request(method, url + path)
         assert response.status_code == status and path in response.json()["error"]["message"]
+
+
+# -- Targets with recurrent states -----------------------------------------------------------------------------------
+
+
+def letters():
+    """A tokenizer of tiny targets: every token is a letter, that of padding aside, and a chat is its first message."""
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(("_" + string.ascii_letters)[:VOCAB])}, []))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template="{{ messages[0]['content'] }}")
+
+
+@pytest.mark.parametrize("family", ["qwen3-next", "lfm2"])
+def test_a_hybrid_answers(family):
+    """Chats and completions at once, as plain `generate` of each prompt alone."""
+    target, head = pair(family)
+    tokenizer, prompts = letters(), ["dspark", "b", "aHybridTarget"]
+    settings = ContinuousBatchingConfig(max_requests_per_batch=2)
+    service = Service(
+        target.init_continuous_batching(GenerationConfig(), settings, assistant_model=head), tokenizer, NAME
+    )
+    with serving(service) as (address, _):
+
+        async def answers():
+            async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as own:
+                fields = {"model": NAME, "max_tokens": 40, "temperature": 0}
+                texts = (own.completions.create(prompt=prompt, **fields) for prompt in prompts)
+                messages = ([{"role": "user", "content": prompt}] for prompt in prompts)
+                chats = (own.chat.completions.create(messages=message, **fields) for message in messages)
+                return await asyncio.gather(*texts), await asyncio.gather(*chats)
+
+        completions, chats = asyncio.run(answers())
+    for prompt, text, chat in zip(prompts, completions, chats, strict=True):
+        plain = tokenizer.decode(alone(target, tokenizer(prompt)["input_ids"], max_new_tokens=40))
+        assert text.choices[0].text == chat.choices[0].message.content == plain
+    drafts = [answer.usage.dspark for answer in (*completions, *chats)]
+    assert 0 < sum(own["accepted"] for own in drafts) < sum(own["verified"] for own in drafts)
 
 
 # -- Around ----------------------------------------------------------------------------------------------------------
