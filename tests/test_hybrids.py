@@ -215,6 +215,19 @@ def test_outputs_of_prompts_of_several_lengths(family):
         torch.testing.assert_close(a[real], b[real], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("hidden", [3, [7, 8]], ids=["inside", "right"])
+def test_padding_elsewhere_than_on_the_left_is_refused(hidden):
+    """Also where `generate` takes a token of the prompt for padding."""
+    target, head = pair("lfm2")
+    inputs = prompts(9)
+    inputs["attention_mask"][:, hidden] = 0
+    ids = inputs["input_ids"] * inputs["attention_mask"]
+    for given in (inputs, {"input_ids": ids}):
+        with pytest.raises(ValueError, match=r"hides column \d of row 0.*padding_side"):
+            target.generate(**given, max_new_tokens=9, assistant_model=head)
+    check_same(target, head, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, max_new_tokens=20)
+
+
 def test_static_caches():
     """Rounds with states are not captured, and say so."""
     target, head = pair("qwen3-next")

@@ -223,6 +223,22 @@ def check_positions(position_ids: torch.Tensor | None, attention_mask: torch.Ten
         )
 
 
+def check_padding(target: PreTrainedModel, attention_mask: torch.Tensor | None) -> None:
+    """Raise for a mask [R, P] that hides a token behind one that it shows: attention leaves it out, but what a state
+    that goes from token to token makes of it is each layer's own."""
+    if attention_mask is None:
+        return
+    hidden = (attention_mask[:, 1:].bool() < attention_mask[:, :-1].bool()).nonzero()
+    if len(hidden):
+        row, column = hidden[0].tolist()
+        raise ValueError(
+            f"The attention mask hides column {column + 1} of row {row}, which follows a token that it shows. "
+            f"{type(target).__name__} keeps states of whole texts (recurrent, convolutional or compressed), with which "
+            'DSpark decoding takes padding on the left only: set `tokenizer.padding_side = "left"`. If the prompt '
+            "holds the pad token, pass its `attention_mask`; or leave out `assistant_model`."
+        )
+
+
 def check_prompt(target: PreTrainedModel, limit: int | None, length: int) -> None:
     """Raise when `length` tokens of a row are more than the `limit` positions that the target has a table of."""
     if limit is not None and length > limit:

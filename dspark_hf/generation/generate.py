@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
 from ..scheduling.scheduler import LoadSchedule
-from .compatibility import check_inputs, check_positions, check_prompt, has_pictures
+from .compatibility import check_inputs, check_padding, check_positions, check_prompt, has_pictures
 from .compiled import CompiledPasses, compile_options, reason_for_eager
 from .drafting import Drafter
 from .engine import Engine, longest_of
@@ -67,6 +67,8 @@ def generate(
     past = Continuation(given, config, input_ids, attention_mask, target.rereads_at, offsets, by_column)
     if not past.cached:
         check_positions(model_kwargs.get("position_ids"), attention_mask)
+        if target.is_stateful:
+            check_padding(model, attention_mask)
     processors, stopping = BlockProcessors(logits_processor, config.do_sample), Stopping(stopping_criteria)
     rows = read_rows(input_ids, attention_mask, past.cached, past.width, processors, stopping)
     check_prompt(model, target.positions, max(len(row.prompt_columns) for row in rows))
