@@ -7,7 +7,7 @@ PROMPT ?= Natalia has 24 marbles. She buys 3 bags with 12 marbles each and gives
 
 # Tests that touch transformers, which run with more than one release of it.
 RELEASE_TESTS := $(patsubst %,tests/test_%.py,\
-	hook past outputs errors processors stopping callers targets parity tensor_parallel compiled batching private)
+	hook past outputs errors processors stopping callers targets parity tensor_parallel compiled batching private hybrids)
 # What pip is asked for there. The oldest release is what pyproject.toml says; the hub client is the last that it takes.
 oldest := transformers==$(shell sed -n 's/.*"transformers>=\(.*\)".*/\1/p' pyproject.toml) huggingface_hub==1.33.0
 newest := --upgrade transformers

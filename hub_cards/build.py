@@ -68,14 +68,17 @@ def published_card(head: PublishedHead, paper: dict) -> Card:
 
 
 def serving(head: PublishedHead) -> str | None:
-    """By layout: heads of speculators name their target; a z-lab block holds the anchor beside the drafts."""
+    """By layout: heads of speculators name their target; a z-lab block holds the anchor beside the drafts; the class of
+    SpecForge's means another model to vLLM."""
     if head.dialect == "speculators":
         return f"vllm serve {head.head}"
     if head.dialect == "deepseek_v4":
         return vllm_command(head.target, None, head.method, head.block_size)
     if head.dialect == "deepspec":
         return vllm_command(head.target, head.head, "dspark", head.block_size) if head.method == "dspark" else None
-    return vllm_command(head.target, head.head, "dflash", head.block_size and head.block_size - 1)
+    if head.dialect == "dflash":
+        return vllm_command(head.target, head.head, "dflash", head.block_size and head.block_size - 1)
+    return None
 
 
 def embedded_card() -> Card:
