@@ -104,6 +104,14 @@ def test_prompt_without_tokens():
     assert "Prompt 1" in message_of(target, tiny_head(target), input_ids=ids, attention_mask=mask)
 
 
+def test_padding_on_the_right():
+    """Plain `generate` goes on behind the padding, with a warning."""
+    target = tiny_target()
+    ids, mask = torch.tensor([[3, 4, 5], [3, 4, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    message = message_of(target, tiny_head(target), input_ids=ids, attention_mask=mask)
+    assert "Prompt 1" in message and "padding_side" in message
+
+
 def test_a_cache_that_cannot_be_continued():
     target = tiny_target()
     cache = StaticCache(config=target.config, max_cache_len=32)

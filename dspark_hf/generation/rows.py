@@ -114,7 +114,7 @@ def read_rows(
             cache holds. width: columns of cache and prompt together; equal to P unless only new tokens were passed.
 
     Raises:
-        ValueError: when a row has no token to go on from.
+        ValueError: when a row has no token to go on from, or that is not in the last column.
     """
     offset = width - input_ids.shape[1]
     masks: Sequence[list[int]] = [[1] * width] * len(input_ids) if attention_mask is None else attention_mask.tolist()
@@ -126,6 +126,11 @@ def read_rows(
             raise ValueError(
                 f"Prompt {index} of the batch has no tokens to go on from: its attention mask lets through "
                 f"{len(columns)}, of which {known} are in `{CACHE}` already."
+            )
+        if columns[-1] != width - 1:
+            raise ValueError(
+                f"Prompt {index} of the batch is padded on the right, and plain `generate` would go on behind the "
+                'padding. Set `tokenizer.padding_side = "left"`.'
             )
         prompt = [given[c - offset] for c in columns[known:]]
         rows.append(Row(index, given, prompt, columns, known, width, processors, stopping))
