@@ -77,7 +77,11 @@ def pair():
     return target, tiny_head(target)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+# Of one prompt, below, all settings are tried.
+@pytest.mark.parametrize(
+    "setting",
+    ["temperature 0.7", "top-p 0.8", *(pytest.param(s, marks=pytest.mark.slow) for s in ("temperature 1", "top-k 5"))],
+)
 def test_rows_of_a_batch(pair, setting):
     target, head = pair
     kwargs, warpers = SETTINGS[setting]
