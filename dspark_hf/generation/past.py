@@ -79,7 +79,8 @@ def load(past: Cache, columns: list[list[int]], slots: SlotCache) -> None:
     """
     length = past.get_seq_length()
     slots.lengths = [len(own) for own in columns]
-    for source, layer in zip(past.layers, slots.layers, strict=True):
+    # Layers that share the keys of others come last, and caches of some releases have none for them.
+    for source, layer in zip(past.layers, slots.layers, strict=False):
         tensors = []
         if getattr(source, "keys", None) is not None:
             stored = source.keys.shape[2]
