@@ -5,6 +5,7 @@ import queue
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -492,6 +493,8 @@ class Odd(LogitsProcessor):
         ({"num_assistant_tokens": 3}, "num_assistant_tokens"),
         ({"max_new_tokens": 5000}, "memory"),
         ({"seed": -1}, "seed"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask"),
+        ({"streamer": mock.Mock()}, "streamer"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_before_anything_runs(pair, settings, message):

@@ -1,9 +1,14 @@
 """Prompts with pictures: targets of image and text, untrained and tiny, write with a head what they write without."""
 
+from unittest import mock
+
 import pytest
 import torch
 import transformers
 from test_targets import GROUPED, SIZES, VOCAB, bigram_head
+from transformers import CompileConfig
+
+from dspark_hf.generation import generate
 
 NEW_TOKENS = 40
 IMAGE = VOCAB - 1
@@ -168,3 +173,17 @@ def test_what_does_not_go_with_pictures():
         target.generate(
             **inputs, max_new_tokens=4, return_dict_in_generate=True, output_hidden_states=True, assistant_model=head
         )
+    pictures = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match="pixel_values"):
+        target.generate_batch(inputs["input_ids"].tolist(), assistant_model=head, max_new_tokens=4, **pictures)
+
+
+def test_static_caches():
+    """Rounds behind pictures are not captured, and say so."""
+    target, inputs = build("qwen2.5-vl"), prompts("qwen2.5-vl", 1) | {"max_new_tokens": 9, "do_sample": False}
+    plain = target.generate(**inputs)
+    head = bigram_head(target, plain[:, 12:])
+    static = {"cache_implementation": "static", "compile_config": CompileConfig()}
+    with mock.patch.object(generate.logger, "warning_once") as warning:
+        assert torch.equal(target.generate(**inputs, **static, assistant_model=head), plain)
+    assert any("pictures" in str(call) for call in warning.call_args_list)

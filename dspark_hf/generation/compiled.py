@@ -75,12 +75,18 @@ def compile_options(config: GenerationConfig, device: torch.device) -> dict[str,
 
 
 def reason_for_eager(
-    target: Target, drafter: Drafter, processors: LogitsProcessorList, lockstep: bool, records: bool, stopping: Stopping
+    target: Target,
+    drafter: Drafter,
+    processors: LogitsProcessorList,
+    stopping: Stopping,
+    lockstep: bool,
+    records: bool,
+    pictures: bool,
 ) -> str | None:
     """Why the rounds of a call cannot be captured, a clause; `None` if they can.
 
     Args:
-        lockstep: see there. records: whether outputs are recorded.
+        lockstep: see there. records: whether outputs are recorded. pictures: whether the prompts hold any.
     """
     model, foreign = target.model, [type(p).__name__ for p in processors if type(p) not in OF_LOGITS - NOT_CAPTURED]
     quantizer, places = getattr(model, "hf_quantizer", None), set(getattr(model, "hf_device_map", {}).values())
@@ -91,6 +97,7 @@ def reason_for_eager(
         "there is no limit to the length of the text": stopping.max_length is None,
         "the rotary embedding goes by the length of the text": bool(target.growing),
         "its layers keep a recurrent state": target.is_stateful,
+        "positions behind pictures do not count tokens": pictures,
         f"attention is {target.implementation!r}": target.implementation == "flex_attention",
         "the model is compiled already": model._compiled_call_impl is not None,
         "the model is split over processes": (model.tp_size or 1) > 1,

@@ -78,11 +78,12 @@ def generate(
     if is_needed(size, logits_processor, stopping):
         ends, ranks = bool(stopping.eos_ids), Ranks(model)
         lockstep = Lockstep(input_ids, logits_processor, stopping_criteria, pad, ends, wants("scores"), ranks)
-    options = None if pictures else compile_options(config, target.device)
+    options = compile_options(config, target.device)
     drafter = Drafter(head, model, size, None if options is None else power_of_two(size))
     compiled = None
     if options is not None:
-        reason = reason_for_eager(target, drafter, logits_processor, lockstep is not None, recorder.active, stopping)
+        others = lockstep is not None, recorder.active, pictures
+        reason = reason_for_eager(target, drafter, logits_processor, stopping, *others)
         if reason is None:
             longest = max(longest_of(rows), getattr(config, "max_cache_len", None) or 0)
             compiled = CompiledPasses(options, target, drafter, logits_processor, config.do_sample, size, longest)

@@ -37,6 +37,13 @@ class RequestOutput(GenerationOutput):
     accepted: int = 0
 
 
+# Arguments of `generate` beside settings of a config that are in processors and criteria when it comes to decode.
+IN_PROCESSORS = {
+    "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "negative_prompt_ids",
+    "negative_prompt_attention_mask", "use_model_defaults",
+}  # fmt: skip
+
+
 @dataclass(eq=False)
 class Request:
     """What `add_request` was asked for.
@@ -120,6 +127,12 @@ def prepare(
     ids = torch.tensor([list(input_ids)], dtype=torch.long, device=model.device)
     prepared: Prepared = model.generate(ids, generation_config=config, custom_generate=_decoding, **settings)
     check_mode(prepared.config.get_generation_mode(head), prepared.config)
+    unread = sorted(name for name, value in settings.items() if value is not None and name not in IN_PROCESSORS)
+    if unread:
+        raise ValueError(
+            f"{', '.join(unread)}: a request is tokens, and settings of how to go on from them. Inputs of the model, "
+            "such as masks and pictures, and streamers are for `generate`."
+        )
     foreign = [type(own).__name__ for own in prepared.processors if not is_pure(own)]
     foreign += [type(own).__name__ for own in Stopping(prepared.criteria).foreign]
     if foreign:
