@@ -2,8 +2,8 @@
 
 A dialect is a module with `recognises` (of a published config), `names` (what it calls our keys), `read_config`,
 `write_config` and `PREFIXES` (of tensor names, where they differ from ours). One whose head lies inside its target's
-checkpoint also has `INSIDE` (how its tensor names begin), `gather` (what our tensors are made of) and `told_by` (keys
-that the tensors tell).
+checkpoint also has `INSIDE` (how its tensor names begin), `gather` (what our tensors are made of) with its inverse
+`scatter`, and `told_by` (keys that the tensors tell).
 """
 
 import dataclasses

@@ -61,8 +61,8 @@ def export(
         published["transformers_version"] = transformers_version
     else:
         published.pop("transformers_version", None)
-    if to == "deepseek_v4":
-        written = deepseek_v4.scatter(tensors, native)
+    if hasattr(layout, "scatter"):
+        written = layout.scatter(tensors, native)
     else:
         written = {_published_name(name, layout): tensor for name, tensor in tensors.items()}
     _write(Path(folder), published, written)

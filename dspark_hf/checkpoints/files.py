@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from transformers.utils import cached_file
 
 from ..modeling_dspark import DSparkHead
 from ..scheduling.settings import DRAFT_SETTINGS
@@ -196,7 +195,7 @@ def _renamed(name: str, dialect: ModuleType) -> str:
 
 def read_published(source: str, **hub) -> dict[str, Any]:
     """The `config.json` of a folder or repository, as it is."""
-    path = cached_file(source, "config.json", **hub, _raise_exceptions_for_missing_entries=False)
+    path = find(source, "config.json", hub)
     if path is None:
         raise OSError(f"There is no config.json in {source!r}. Check the path or the repository id.")
     try:

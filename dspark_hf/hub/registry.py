@@ -1,8 +1,7 @@
 """Published heads and the targets they were made for: `registry.json` and how to ask it.
 
 Where each entry comes from, and which heads are not listed and why, is in `registry.md`. None of the heads ships with
-this package. Heads of
-DeepSeek V4 lie in their targets' own checkpoints.
+this package. Heads of DeepSeek V4 lie in their targets' own checkpoints.
 """
 
 import json
