@@ -329,7 +329,6 @@ class DSparkHead(PreTrainedModel):
 
     def _sample_fused(self, passed, hidden, base_logits, anchors, select) -> DraftBlock:
         """`sample_block` with few launches a position, for the vanilla head one."""
-        options = {"temperature": select.temperature, "return_logits": select.sample}
         count, head = base_logits.shape[1], self.markov_head
 
         def seeds() -> torch.Tensor | None:
@@ -337,14 +336,14 @@ class DSparkHead(PreTrainedModel):
 
         w1, w2 = head.markov_w1.weight, head.markov_w2.weight
         if type(head) is VanillaHead:
-            tokens, logits, _ = dspark_kernels.sample_block(base_logits, w1, w2, anchors, seeds(), **options)
+            tokens, logits = dspark_kernels.sample_block(base_logits, w1, w2, anchors, seeds(), select.temperature)
         else:
             previous, state, found = anchors, None, []
             for k in range(count):
                 embedded = head.embed(previous)
                 state = self._initial_state(passed, embedded) if k == 0 else state
                 mixed, state = head.mix(hidden[:, k], embedded, state)
-                token, of, _ = dspark_kernels.sample_position(base_logits[:, k], mixed, w2, seeds(), **options)
+                token, of = dspark_kernels.sample_position(base_logits[:, k], mixed, w2, seeds(), select.temperature)
                 previous = token.clamp(min=0)
                 found.append((token, of))
             tokens = torch.stack([token for token, _ in found], dim=1)

@@ -17,38 +17,37 @@ from triton.compiler import ASTSource
 
 # Of a block on that GPU.
 SHARED_MEMORY = 227 * 1024
-FLOATS = {"best", "tops", "sums", "logits", "mixed", "totals", "sinks"}
+FLOATS = {"best", "m_parts", "l_parts", "acc_parts", "logits", "sinks"}
 INT32 = {"index", "valid"}
 INT64 = {"lengths", "drafts", "accepted", "next_tokens", "seeds", "keys", "anchors", "tokens", "starts", "counts"}
 # The user's dtype.
 OPEN = {"target", "draft", "base", "w1", "w2", "query", "key", "value", "output"}
 
 CASES = [
-    (verify._largest_kernel, {"SLICE": 16384, "TILE": 4096}, {"logits"}),
+    (verify._argmax_kernel, {"SLICE": 16384, "TILE": 4096}, {"logits"}),
     (verify._greedy_kernel, {"POSITIONS": 8, "SLICES": 16}, set()),
-    (verify._totals_kernel, {"SLICE": 16384, "TILE": 4096}, set()),
+    (verify._log_sum_exp_kernel, {"SLICE": 16384, "TILE": 4096}, set()),
     (verify._race_kernel, {"POSITIONS": 8, "SLICES": 16, "SLICE": 4096, "TILE": 1024}, set()),
-    (verify._finish_kernel, {"PARTS": 16}, set()),
+    (verify._race_winner_kernel, {"PARTS": 16}, set()),
     *(
         (
             sequential._position_kernel,
-            {"LOOKUP": lookup, "SAMPLE": sample, "WRITE": sample, "TOTALS": sample}
-            | {"ROWS": 32, "RANK": 256, "TILE": 64, "WIDEN": False},
+            {"LOOKUP": lookup, "SAMPLE": sample, "ROWS": 32, "RANK": 256, "TILE": 64, "WIDEN": False},
             set(),
         )
         for lookup in (False, True)
         for sample in (False, True)
     ),
-    (sequential._tokens_kernel, {"TOTALS": True, "TILES": 1024}, set()),
+    (sequential._tokens_kernel, {}, set()),
     *(
         (
-            attention._slice_kernel,
+            attention._split_kv_kernel,
             {"WINDOW": window, "QUERIES": 32, "WIDTH": 128, "DIM": 128, "SLICE": 256, "TILE": 64, "WIDEN": False},
             set(),
         )
         for window in (False, True)
     ),
-    (attention._join_kernel, {"SINKS": True, "QUERIES": 32, "SLICES": 32, "WIDTH": 128, "DIM": 128}, set()),
+    (attention._combine_kernel, {"SINKS": True, "QUERIES": 32, "SLICES": 32, "WIDTH": 128, "DIM": 128}, set()),
 ]
 
 

@@ -45,7 +45,6 @@ def verify_sampled(
     draft_tokens: torch.Tensor,
     lengths: torch.Tensor,
     seeds: torch.Tensor,
-    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Accept draft x with probability min(1, p(x)/q(x)); after a rejection draw from norm(max(p - q, 0)), else from p,
     so that committed tokens are distributed as sampled from p (speculative sampling).
@@ -54,14 +53,13 @@ def verify_sampled(
         target_logits: [R, L+1, V] of p, any strides. draft_logits: [R, L, V] of q, what the drafts were drawn from.
         draft_tokens: [R, L] int64. lengths: [R] int64, as in `verify_greedy`.
         seeds: [R] int64; the same seeds, logits and drafts give the same tokens.
-        temperature: divides both logits.
 
     Returns:
         as `verify_greedy`; a row is also invalid where a position of the draft, or +inf, makes no distribution.
     """
     problem = _block_problem(target_logits, draft_logits)
     module = _module("verify", verify_reference, problem, target_logits, draft_logits)
-    return module.verify_sampled(target_logits, draft_logits, draft_tokens, lengths, seeds, temperature)
+    return module.verify_sampled(target_logits, draft_logits, draft_tokens, lengths, seeds)
 
 
 def sample_block(
@@ -71,9 +69,7 @@ def sample_block(
     anchors: torch.Tensor,
     seeds: torch.Tensor | None = None,
     temperature: float = 1.0,
-    return_logits: bool = False,
-    return_totals: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Draft a block with the vanilla Markov head: logits are the base logits plus W1[token before] W2.
 
     Args:
@@ -81,12 +77,12 @@ def sample_block(
         seeds: [R] int64 to sample; `None` for the argmax. temperature: divides the logits.
 
     Returns:
-        tokens [R, L] int64, `INVALID` from the first position of a row that holds NaN or nothing but -inf; the logits
-        divided by the temperature [R, L, V] float32 and their log-sum-exps [R, L] float32, or `None` unless wanted.
+        tokens [R, L] int64, `INVALID` from the first position of a row that holds NaN or nothing but -inf; and what
+        they were sampled from, the logits divided by the temperature [R, L, V] float32, `None` for the argmax.
     """
     problem = _block_problem(base_logits) or _head_problem(w1, w2)
     module = _module("sequential", sequential_reference, problem, base_logits, w1, w2)
-    return module.sample_block(base_logits, w1, w2, anchors, seeds, temperature, return_logits, return_totals)
+    return module.sample_block(base_logits, w1, w2, anchors, seeds, temperature)
 
 
 def sample_position(
@@ -95,20 +91,18 @@ def sample_position(
     w2: torch.Tensor,
     seeds: torch.Tensor | None = None,
     temperature: float = 1.0,
-    return_logits: bool = False,
-    return_totals: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One position of any sequential head, once its input to W2 is known: see `sample_block`.
 
     Args:
         base_logits: [R, V]. embedded: [R, n], what W2 is multiplied by: a W1 row, gated, or the output of the RNN.
 
     Returns:
-        tokens [R], logits [R, V] and log-sum-exps [R].
+        tokens [R], and the logits [R, V].
     """
     problem = _block_problem(base_logits[:, None]) or _head_problem(embedded, w2)
     module = _module("sequential", sequential_reference, problem, base_logits, embedded, w2)
-    return module.sample_position(base_logits, embedded, w2, seeds, temperature, return_logits, return_totals)
+    return module.sample_position(base_logits, embedded, w2, seeds, temperature)
 
 
 def ragged_attention(

@@ -38,86 +38,69 @@ def _token(key):
 
 @triton.jit
 def _position_kernel(
-    base, w1, w2, anchors, seeds, keys, logits, tops, sums,
+    base, w1, w2, anchors, seeds, keys, logits,
     base_row_stride, base_position_stride, base_stride, w1_stride, w2_stride,
-    rows, rank, vocabulary, quarter, position, positions, tiles, scale,
-    LOOKUP: tl.constexpr, SAMPLE: tl.constexpr, WRITE: tl.constexpr, TOTALS: tl.constexpr,
+    rows, rank, vocabulary, quarter, position, positions, scale,
+    LOOKUP: tl.constexpr, SAMPLE: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Logits of a tile of the vocabulary for all rows, and the best of them into `keys` [L, R].
 
     LOOKUP: w1 [V, n] is indexed by the token before, else it holds the embedded rows [R, n] themselves.
-    SAMPLE: best by exponential race, else by size. WRITE: logits [R, L, V] float32, scaled. TOTALS: of each tile the
-    largest scaled logit and the sum of exp(x - largest), [R, L, tiles]. WIDEN: products in float32 whatever the dtype,
-    as Triton's interpreter knows none of bfloat16.
+    SAMPLE: best by exponential race, and the scaled logits [R, L, V] float32 are written; else best by size.
+    WIDEN: products in float32 whatever the dtype, as Triton's interpreter knows none of bfloat16.
     """
     tile = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    real = row < rows
+    mask_rows = row < rows
     if LOOKUP:
         if position == 0:
-            line = tl.load(anchors + row, real, 0)
+            w1_row = tl.load(anchors + row, mask_rows, 0)
         else:
-            line = _token(tl.load(keys + (position - 1) * rows + row, real, 0))
+            w1_row = _token(tl.load(keys + (position - 1) * rows + row, mask_rows, 0))
         # A row without a token goes on from the first; it stays invalid.
-        line = tl.maximum(line, 0)
+        w1_row = tl.maximum(w1_row, 0)
     else:
-        line = row.to(tl.int64)
+        w1_row = row.to(tl.int64)
     i = tl.arange(0, RANK)
-    embedded = tl.load(w1 + line[:, None] * w1_stride + i[None, :], real[:, None] & (i < rank)[None, :], 0.0)
+    embedded = tl.load(w1 + w1_row[:, None] * w1_stride + i[None, :], mask_rows[:, None] & (i < rank)[None, :], 0.0)
     counter = tile * TILE + tl.arange(0, TILE)
     if SAMPLE:
-        seed = tl.load(seeds + row, real, 0)
+        seed = tl.load(seeds + row, mask_rows, 0)
         drawn = numbers(seed[:, None], counter[None, :] + (row * 0)[:, None], RACE + 2 + position)
     best = tl.full((ROWS,), -9223372036854775808, tl.int64)
-    top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     for lane in tl.static_range(4):
         tokens = lane * quarter + counter
-        here = (counter < quarter) & (tokens < vocabulary)
-        both = real[:, None] & here[None, :]
+        mask_tokens = (counter < quarter) & (tokens < vocabulary)
+        mask = mask_rows[:, None] & mask_tokens[None, :]
         weights = tl.load(
-            w2 + tokens.to(tl.int64)[:, None] * w2_stride + i[None, :], here[:, None] & (i < rank)[None, :], 0.0
+            w2 + tokens.to(tl.int64)[:, None] * w2_stride + i[None, :], mask_tokens[:, None] & (i < rank)[None, :], 0.0
         )
         at = row.to(tl.int64)[:, None] * base_row_stride + position * base_position_stride
-        x = tl.load(base + at + tokens.to(tl.int64)[None, :] * base_stride, both, 0.0).to(tl.float32)
+        x = tl.load(base + at + tokens.to(tl.int64)[None, :] * base_stride, mask, 0.0).to(tl.float32)
         if WIDEN:
             embedded, weights = embedded.to(tl.float32), weights.to(tl.float32)
         x += tl.dot(embedded, tl.trans(weights), input_precision="ieee")
-        x = tl.where(both, x * scale, float("-inf"))
-        if WRITE:
+        x = tl.where(mask, x * scale, float("-inf"))
+        score = x
+        if SAMPLE:
             out = (row.to(tl.int64)[:, None] * positions + position) * vocabulary + tokens[None, :]
-            tl.store(logits + out, x, both)
-        if TOTALS:
-            raised = tl.maximum(top, tl.max(x, 1))
-            safe = tl.where(raised == float("-inf"), 0.0, raised)
-            total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
-            top = raised
-        score = x - tl.log(exponential(drawn[lane])) if SAMPLE else x
-        score = tl.where(both, score, float("-inf"))
+            tl.store(logits + out, x, mask)
+            score = x - tl.log(exponential(drawn[lane]))
+        score = tl.where(mask, score, float("-inf"))
         best = tl.maximum(best, tl.max(_key(score, tokens[None, :] + (row * 0)[:, None]), 1))
-    tl.atomic_max(keys + position * rows + row, best, real)
-    if TOTALS:
-        out = (row * positions + position) * tiles + tile
-        tl.store(tops + out, top, real)
-        tl.store(sums + out, total, real)
+    tl.atomic_max(keys + position * rows + row, best, mask_rows)
 
 
 @triton.jit
-def _tokens_kernel(keys, tokens, tops, sums, totals, rows, positions, tiles, TOTALS: tl.constexpr, TILES: tl.constexpr):
-    """Tokens [R, L] of the keys [L, R], and log-sum-exps [R, L]. A row stays without a token from its first on."""
+def _tokens_kernel(keys, tokens, rows, positions):
+    """Tokens [R, L] of the keys [L, R]. A row stays without a token from its first on."""
     row = tl.program_id(0)
     valid = True
     for position in range(positions):
         token = _token(tl.load(keys + position * rows + row))
         valid = valid & (token >= 0)
         tl.store(tokens + row * positions + position, tl.where(valid, token, INVALID))
-        if TOTALS:
-            tile = tl.arange(0, TILES)
-            at = (row * positions + position) * tiles + tile
-            top = tl.load(tops + at, tile < tiles, float("-inf"))
-            highest = tl.max(top, 0)
-            total = tl.sum(tl.load(sums + at, tile < tiles, 0.0) * tl.exp(top - highest), 0)
-            tl.store(totals + row * positions + position, highest + tl.log(total))
 
 
 def sample_block(
@@ -127,12 +110,10 @@ def sample_block(
     anchors: torch.Tensor,
     seeds: torch.Tensor | None = None,
     temperature: float = 1.0,
-    return_logits: bool = False,
-    return_totals: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `dspark_kernels.sample_block`. A launch a position, one before and one after."""
     rows, positions, vocabulary = base_logits.shape
-    found, anchors = _Outputs(base_logits, return_logits, return_totals), anchors.contiguous()
+    found, anchors = _Outputs(base_logits, seeds is not None), anchors.contiguous()
     if rows == 0:
         return found.of()
     for k in range(positions):
@@ -146,40 +127,31 @@ def sample_position(
     w2: torch.Tensor,
     seeds: torch.Tensor | None = None,
     temperature: float = 1.0,
-    return_logits: bool = False,
-    return_totals: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `dspark_kernels.sample_position`. Three launches."""
-    found = _Outputs(base_logits[:, None], return_logits, return_totals)
+    found = _Outputs(base_logits[:, None], seeds is not None)
     if len(base_logits):
         _launch(found, base_logits[:, None], embedded, w2, embedded, seeds, temperature, 0, lookup=False)
-    tokens, logits, totals = found.of()
-    return tokens[:, 0], None if logits is None else logits[:, 0], None if totals is None else totals[:, 0]
+    tokens, logits = found.of()
+    return tokens[:, 0], None if logits is None else logits[:, 0]
 
 
 class _Outputs:
     """What the launches over base logits [R, L, V] write."""
 
-    def __init__(self, base_logits: torch.Tensor, logits: bool, totals: bool):
+    def __init__(self, base_logits: torch.Tensor, samples: bool):
         self.rows, self.positions, vocabulary = base_logits.shape
         new = base_logits.new_empty
         self.tiles = triton.cdiv(triton.cdiv(vocabulary, 4), TILE)
         self.keys = new(self.positions, self.rows, dtype=torch.int64).fill_(SMALLEST_KEY)
         self.tokens = new(self.rows, self.positions, dtype=torch.int64)
-        self.logits = new(base_logits.shape, dtype=torch.float32) if logits else None
-        partial = (self.rows, self.positions, self.tiles) if totals else 0
-        self.tops, self.sums = (new(partial, dtype=torch.float32) for _ in range(2))
-        self.totals = new(self.rows, self.positions, dtype=torch.float32) if totals else None
+        self.logits = new(base_logits.shape, dtype=torch.float32) if samples else None
 
-    def of(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Tokens, logits and log-sum-exps, once everything is launched."""
+    def of(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens and logits, once everything is launched."""
         if self.rows and self.positions:
-            wanted = self.totals is not None
-            _tokens_kernel[self.rows,](
-                self.keys, self.tokens, self.tops, self.sums, self.totals if wanted else self.sums,
-                self.rows, self.positions, self.tiles, TOTALS=wanted, TILES=triton.next_power_of_2(self.tiles),
-            )  # fmt: skip
-        return self.tokens, self.logits, self.totals
+            _tokens_kernel[self.rows,](self.keys, self.tokens, self.rows, self.positions)
+        return self.tokens, self.logits
 
 
 def _launch(found, base_logits, w1, w2, anchors, seeds, temperature, position, lookup) -> None:
@@ -188,10 +160,10 @@ def _launch(found, base_logits, w1, w2, anchors, seeds, temperature, position, l
     block = min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
     _position_kernel[found.tiles, triton.cdiv(rows, block)](
         base_logits, w1, w2, anchors, (anchors if seeds is None else seeds).contiguous(), found.keys,
-        found.sums if found.logits is None else found.logits, found.tops, found.sums,
+        found.keys if found.logits is None else found.logits,
         *base_logits.stride(), w1.stride(0), w2.stride(0),
-        rows, w2.shape[1], vocabulary, quarter, position, positions, found.tiles, 1.0 / temperature,
-        LOOKUP=lookup, SAMPLE=seeds is not None, WRITE=found.logits is not None, TOTALS=found.totals is not None,
+        rows, w2.shape[1], vocabulary, quarter, position, positions, 1.0 / temperature,
+        LOOKUP=lookup, SAMPLE=seeds is not None,
         ROWS=block, RANK=max(16, triton.next_power_of_2(w2.shape[1])), TILE=TILE,
         WIDEN=not base_logits.is_cuda,
     )  # fmt: skip

@@ -19,7 +19,7 @@ INVALID = tl.constexpr(-1)
 
 
 @triton.jit
-def _largest_kernel(
+def _argmax_kernel(
     logits, lengths, best, index,
     row_stride, position_stride, token_stride,
     vocabulary, positions, slices,
@@ -56,12 +56,12 @@ def _greedy_kernel(
     j, s = tl.arange(0, POSITIONS), tl.arange(0, SLICES)
     at = (row * positions + j[:, None]) * slices + s[None, :]
     read = j <= length
-    here = read[:, None] & (s < slices)[None, :]
-    tops = tl.load(best + at, here, float("-inf"))
-    highest = tl.max(tops, 1)
+    mask = read[:, None] & (s < slices)[None, :]
+    largest = tl.load(best + at, mask, float("-inf"))
+    highest = tl.max(largest, 1)
     # Slices come in order of their tokens, so the least index among the highest is the first.
-    choices = tl.min(tl.where(tops == highest[:, None], tl.load(index + at, here, 0), 2147483647), 1)
-    bad = read & ((highest == float("-inf")) | (tl.sum((tops != tops).to(tl.int32), 1) > 0))
+    choices = tl.min(tl.where(largest == highest[:, None], tl.load(index + at, mask, 0), 2147483647), 1)
+    bad = read & ((highest == float("-inf")) | (tl.sum((largest != largest).to(tl.int32), 1) > 0))
     drafted = tl.load(drafts + row.to(tl.int64) * draft_row_stride + j * draft_stride, j < length, -1)
     count = tl.min(tl.where((j < length) & (drafted == choices), POSITIONS, j), 0)
     token = tl.sum(tl.where(j == count, choices, 0), 0)
@@ -71,59 +71,58 @@ def _greedy_kernel(
 
 
 @triton.jit
-def _total(base, token_stride, part, vocabulary, scale, SLICE: tl.constexpr, TILE: tl.constexpr):
-    """Largest m of a slice of scaled logits, and the sum of exp(x - m)."""
-    top, total = tl.full((), float("-inf"), tl.float32), tl.full((), 0.0, tl.float32)
+def _slice_log_sum_exp(base, token_stride, part, vocabulary, SLICE: tl.constexpr, TILE: tl.constexpr):
+    """Largest m of a slice of logits, and the sum of exp(x - m)."""
+    m, l_sum = tl.full((), float("-inf"), tl.float32), tl.full((), 0.0, tl.float32)
     for start in range(0, SLICE, TILE):
         tokens = part * SLICE + start + tl.arange(0, TILE)
         x = tl.load(base + tokens.to(tl.int64) * token_stride, tokens < vocabulary, float("-inf")).to(tl.float32)
-        x *= scale
-        raised = tl.maximum(top, tl.max(x, 0))
-        safe = tl.where(raised == float("-inf"), 0.0, raised)
-        total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe), 0)
-        top = raised
-    return top, total
+        m_new = tl.maximum(m, tl.max(x, 0))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        l_sum = l_sum * tl.exp(m - m_safe) + tl.sum(tl.exp(x - m_safe), 0)
+        m = m_new
+    return m, l_sum
 
 
 @triton.jit
-def _totals_kernel(
-    target, draft, lengths, tops, sums,
+def _log_sum_exp_kernel(
+    target, draft, lengths, m_parts, l_parts,
     target_row_stride, target_position_stride, target_stride,
     draft_row_stride, draft_position_stride, draft_stride,
-    vocabulary, positions, slices, scale,
+    vocabulary, positions, slices,
     SLICE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of target[r, j] and draft[r, j], slice by slice. tops, sums: [2, R, L+1, slices]."""
+    """Log-sum-exp of target[r, j] and draft[r, j], slice by slice. m_parts, l_parts: [2, R, L+1, slices]."""
     row, position, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     if position > length:
         return
     out = (row * positions + position) * slices + part
     base = target + row.to(tl.int64) * target_row_stride + position.to(tl.int64) * target_position_stride
-    top, total = _total(base, target_stride, part, vocabulary, scale, SLICE, TILE)
-    tl.store(tops + out, top)
-    tl.store(sums + out, total)
+    m, l_sum = _slice_log_sum_exp(base, target_stride, part, vocabulary, SLICE, TILE)
+    tl.store(m_parts + out, m)
+    tl.store(l_parts + out, l_sum)
     if position < length:
         out += tl.num_programs(0) * positions * slices
         base = draft + row.to(tl.int64) * draft_row_stride + position.to(tl.int64) * draft_position_stride
-        top, total = _total(base, draft_stride, part, vocabulary, scale, SLICE, TILE)
-        tl.store(tops + out, top)
-        tl.store(sums + out, total)
+        m, l_sum = _slice_log_sum_exp(base, draft_stride, part, vocabulary, SLICE, TILE)
+        tl.store(m_parts + out, m)
+        tl.store(l_parts + out, l_sum)
 
 
 @triton.jit
-def _joined(tops, sums, at, here):
+def _combined(m_parts, l_parts, at, mask):
     """Log-sum-exps [POSITIONS] from those of the slices; 0 where nothing was read."""
-    top = tl.load(tops + at, here, float("-inf"))
+    top = tl.load(m_parts + at, mask, float("-inf"))
     highest = tl.max(top, 1)
-    safe = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(tl.load(sums + at, here, 0.0) * tl.exp(top - safe[:, None]), 1)
-    anything = tl.sum(here.to(tl.int32), 1) > 0
-    return tl.where(anything, safe + tl.log(tl.where(anything, total, 1.0)), 0.0)
+    m_safe = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.load(l_parts + at, mask, 0.0) * tl.exp(top - m_safe[:, None]), 1)
+    anything = tl.sum(mask.to(tl.int32), 1) > 0
+    return tl.where(anything, m_safe + tl.log(tl.where(anything, total, 1.0)), 0.0)
 
 
 @triton.jit
-def _raced(score, tokens, best, index):
+def _race_winner(score, tokens, best, index):
     """The better of the best so far and the first best of a tile."""
     highest = tl.max(score, 0)
     first = tl.min(tl.where(score == highest, tokens, 2147483647), 0)
@@ -133,11 +132,11 @@ def _raced(score, tokens, best, index):
 
 @triton.jit
 def _race_kernel(
-    target, draft, drafts, lengths, seeds, tops, sums, accepted, valid, best, index,
+    target, draft, drafts, lengths, seeds, m_parts, l_parts, accepted, valid, best, index,
     target_row_stride, target_position_stride, target_stride,
     draft_row_stride, draft_position_stride, draft_stride,
     drafts_row_stride, drafts_stride,
-    vocabulary, quarter, positions, slices, parts, scale,
+    vocabulary, quarter, positions, slices, parts,
     POSITIONS: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Accept drafts with probability min(1, p/q); then a part of the exponential race for the token behind them.
@@ -149,19 +148,19 @@ def _race_kernel(
     j, s = tl.arange(0, POSITIONS), tl.arange(0, SLICES)
     at = (row * positions + j[:, None]) * slices + s[None, :]
     sliced = (s < slices)[None, :]
-    target_total = _joined(tops, sums, at, (j <= length)[:, None] & sliced)
+    target_total = _combined(m_parts, l_parts, at, (j <= length)[:, None] & sliced)
     second = tl.num_programs(0) * positions * slices
-    draft_total = _joined(tops, sums, at + second, (j < length)[:, None] & sliced)
+    draft_total = _combined(m_parts, l_parts, at + second, (j < length)[:, None] & sliced)
 
-    tested = j < length
+    verified = j < length
     target_row = target + row.to(tl.int64) * target_row_stride
     draft_row = draft + row.to(tl.int64) * draft_row_stride
-    x = tl.load(drafts + row.to(tl.int64) * drafts_row_stride + j * drafts_stride, tested, 0)
-    t = tl.load(target_row + j.to(tl.int64) * target_position_stride + x * target_stride, tested, 0.0).to(tl.float32)
-    d = tl.load(draft_row + j.to(tl.int64) * draft_position_stride + x * draft_stride, tested, 0.0).to(tl.float32)
+    x = tl.load(drafts + row.to(tl.int64) * drafts_row_stride + j * drafts_stride, verified, 0)
+    t = tl.load(target_row + j.to(tl.int64) * target_position_stride + x * target_stride, verified, 0.0).to(tl.float32)
+    d = tl.load(draft_row + j.to(tl.int64) * draft_position_stride + x * draft_stride, verified, 0.0).to(tl.float32)
     chance, _, _, _ = numbers(seed, j, ACCEPT)
-    survives = uniform(chance) * tl.exp(d * scale - draft_total) < tl.exp(t * scale - target_total)
-    count = tl.min(tl.where(tested & survives, POSITIONS, j), 0)
+    survives = uniform(chance) * tl.exp(d - draft_total) < tl.exp(t - target_total)
+    count = tl.min(tl.where(verified & survives, POSITIONS, j), 0)
 
     total = tl.sum(tl.where(j == count, target_total, 0.0), 0)
     other_total = tl.sum(tl.where(j == count, draft_total, 0.0), 0)
@@ -176,17 +175,17 @@ def _race_kernel(
         drawn = numbers(seed, counter, RACE)
         for lane in tl.static_range(4):
             tokens = lane * quarter + counter
-            here = (counter < quarter) & (tokens < vocabulary)
+            mask = (counter < quarter) & (tokens < vocabulary)
             race = exponential(drawn[lane])
             offset = tokens.to(tl.int64)
-            y = tl.load(target_row + offset * target_stride, here, float("-inf")).to(tl.float32)
-            p = tl.where(here, tl.exp(y * scale - total), -1.0)
-            there = here & (tokens < subtracted)
-            z = tl.load(draft_row + offset * draft_stride, there, float("-inf")).to(tl.float32)
-            q = tl.where(there, tl.exp(z * scale - other_total), 0.0)
-            residual = tl.where(here, tl.maximum(p - q, 0.0), -1.0)
-            residual_best, residual_index = _raced(residual / race, tokens, residual_best, residual_index)
-            whole_best, whole_index = _raced(p / race, tokens, whole_best, whole_index)
+            y = tl.load(target_row + offset * target_stride, mask, float("-inf")).to(tl.float32)
+            p = tl.where(mask, tl.exp(y - total), -1.0)
+            mask_draft = mask & (tokens < subtracted)
+            z = tl.load(draft_row + offset * draft_stride, mask_draft, float("-inf")).to(tl.float32)
+            q = tl.where(mask_draft, tl.exp(z - other_total), 0.0)
+            residual = tl.where(mask, tl.maximum(p - q, 0.0), -1.0)
+            residual_best, residual_index = _race_winner(residual / race, tokens, residual_best, residual_index)
+            whole_best, whole_index = _race_winner(p / race, tokens, whole_best, whole_index)
     out, second = row * parts + part, tl.num_programs(0) * parts
     tl.store(best + out, residual_best)
     tl.store(index + out, residual_index)
@@ -194,22 +193,22 @@ def _race_kernel(
     tl.store(index + second + out, whole_index)
     if part == 0:
         finite = (tl.abs(target_total) < float("inf")) & (tl.abs(draft_total) < float("inf"))
-        fine = tl.min(finite.to(tl.int32), 0)
-        tl.store(accepted + row, (count * fine).to(tl.int64))
-        tl.store(valid + row, fine)
+        is_valid = tl.min(finite.to(tl.int32), 0)
+        tl.store(accepted + row, (count * is_valid).to(tl.int64))
+        tl.store(valid + row, is_valid)
 
 
 @triton.jit
-def _finish_kernel(best, index, valid, next_tokens, parts, PARTS: tl.constexpr):
+def _race_winner_kernel(best, index, valid, next_tokens, parts, PARTS: tl.constexpr):
     """The winner of a row's race: that for the residual, unless there is none."""
     row = tl.program_id(0)
     part = tl.arange(0, PARTS)
     second = tl.num_programs(0) * parts
-    residual, token = _raced(
+    residual, token = _race_winner(
         tl.load(best + row * parts + part, part < parts, -2.0), tl.load(index + row * parts + part, part < parts, 0),
         tl.full((), -2.0, tl.float32), tl.full((), 0, tl.int32),
     )  # fmt: skip
-    _, other = _raced(
+    _, other = _race_winner(
         tl.load(best + second + row * parts + part, part < parts, -2.0),
         tl.load(index + second + row * parts + part, part < parts, 0),
         tl.full((), -2.0, tl.float32), tl.full((), 0, tl.int32),
@@ -230,7 +229,7 @@ def verify_greedy(
     accepted, next_tokens = (lengths.new_empty(rows, dtype=torch.int64) for _ in range(2))
     if rows == 0:
         return accepted, next_tokens
-    _largest_kernel[rows, positions, slices](
+    _argmax_kernel[rows, positions, slices](
         target_logits, lengths, best, index, *target_logits.stride(), vocabulary, positions, slices,
         SLICE=max(tile, min(SLICE, triton.next_power_of_2(vocabulary))), TILE=tile,
     )  # fmt: skip
@@ -247,7 +246,6 @@ def verify_sampled(
     draft_tokens: torch.Tensor,
     lengths: torch.Tensor,
     seeds: torch.Tensor,
-    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dspark_kernels.verify_sampled`. Three launches."""
     rows, positions, vocabulary = target_logits.shape
@@ -257,25 +255,24 @@ def verify_sampled(
     race_slice = max(race_tile, min(SLICE // 4, triton.next_power_of_2(quarter)))
     parts = triton.cdiv(quarter, race_slice)
     new = target_logits.new_empty
-    tops, sums = (new(2, rows, positions, slices, dtype=torch.float32) for _ in range(2))
+    m_parts, l_parts = (new(2, rows, positions, slices, dtype=torch.float32) for _ in range(2))
     best, index = new(2, rows, parts, dtype=torch.float32), new(2, rows, parts, dtype=torch.int32)
     valid = new(rows, dtype=torch.int32)
     accepted, next_tokens = (new(rows, dtype=torch.int64) for _ in range(2))
     if rows == 0:
         return accepted, next_tokens
     strides = *target_logits.stride(), *draft_logits.stride()
-    scale = 1.0 / temperature
-    _totals_kernel[rows, positions, slices](
-        target_logits, draft_logits, lengths, tops, sums, *strides, vocabulary, positions, slices, scale,
+    _log_sum_exp_kernel[rows, positions, slices](
+        target_logits, draft_logits, lengths, m_parts, l_parts, *strides, vocabulary, positions, slices,
         SLICE=max(tile, min(SLICE, triton.next_power_of_2(vocabulary))), TILE=tile,
     )  # fmt: skip
     _race_kernel[rows, parts](
-        target_logits, draft_logits, draft_tokens, lengths, seeds, tops, sums, accepted, valid, best, index,
-        *strides, *draft_tokens.stride(), vocabulary, quarter, positions, slices, parts, scale,
+        target_logits, draft_logits, draft_tokens, lengths, seeds, m_parts, l_parts, accepted, valid, best, index,
+        *strides, *draft_tokens.stride(), vocabulary, quarter, positions, slices, parts,
         POSITIONS=triton.next_power_of_2(positions), SLICES=triton.next_power_of_2(slices),
         SLICE=race_slice, TILE=race_tile,
     )  # fmt: skip
-    _finish_kernel[rows,](best, index, valid, next_tokens, parts, PARTS=triton.next_power_of_2(parts))
+    _race_winner_kernel[rows,](best, index, valid, next_tokens, parts, PARTS=triton.next_power_of_2(parts))
     return accepted, next_tokens
 
 

@@ -14,20 +14,18 @@ def sample_block(
     anchors: torch.Tensor,
     seeds: torch.Tensor | None = None,
     temperature: float = 1.0,
-    return_logits: bool = False,
-    return_totals: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `dspark_kernels.sample_block`."""
     previous, found = anchors, []
     valid = torch.ones_like(anchors, dtype=torch.bool)
     for k in range(base_logits.shape[1]):
         embedded = w1[previous.clamp(min=0)]
-        token, *others = _position(base_logits[:, k], embedded, w2, seeds, temperature, k)
+        token, logits = _position(base_logits[:, k], embedded, w2, seeds, temperature, k)
         valid &= token >= 0
         previous = token
-        found.append((token.where(valid, INVALID), *others))
-    tokens, logits, totals = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
-    return tokens, logits if return_logits else None, totals if return_totals else None
+        found.append((token.where(valid, INVALID), logits))
+    tokens, logits = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
+    return tokens, None if seeds is None else logits
 
 
 def sample_position(
@@ -36,18 +34,16 @@ def sample_position(
     w2: torch.Tensor,
     seeds: torch.Tensor | None = None,
     temperature: float = 1.0,
-    return_logits: bool = False,
-    return_totals: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `dspark_kernels.sample_position`."""
-    token, logits, totals = _position(base_logits, embedded, w2, seeds, temperature, 0)
-    return token, logits if return_logits else None, totals if return_totals else None
+    token, logits = _position(base_logits, embedded, w2, seeds, temperature, 0)
+    return token, None if seeds is None else logits
 
 
-def _position(base_logits, embedded, w2, seeds, temperature, position) -> tuple[torch.Tensor, ...]:
+def _position(base_logits, embedded, w2, seeds, temperature, position) -> tuple[torch.Tensor, torch.Tensor]:
     logits = (wide(base_logits) + wide(embedded) @ wide(w2).T) / temperature
     scores = logits
     if seeds is not None:
         scores = logits - exponential(seeds, logits.shape[-1], RACE + 2 + position).log()
     best, token = scores.max(dim=-1)
-    return token.where(~best.isnan() & (best > -torch.inf), INVALID), logits, logits.logsumexp(dim=-1)
+    return token.where(~best.isnan() & (best > -torch.inf), INVALID), logits

@@ -26,11 +26,10 @@ def verify_sampled(
     draft_tokens: torch.Tensor,
     lengths: torch.Tensor,
     seeds: torch.Tensor,
-    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Accept, residual and bonus; see `dspark_kernels.verify_sampled`."""
     positions = torch.arange(target_logits.shape[1], device=lengths.device)
-    target, draft = wide(target_logits) / temperature, wide(draft_logits) / temperature
+    target, draft = wide(target_logits), wide(draft_logits)
     target_total, draft_total = target.logsumexp(dim=-1), draft.logsumexp(dim=-1)
     finite = target_total.isfinite() | (positions > lengths[:, None])
     finite[:, :-1] &= draft_total.isfinite() | (positions[:-1] >= lengths[:, None])
