@@ -61,8 +61,9 @@ class DSparkHead(PreTrainedModel):
     How many tokens are drafted is set, as for any assistant of transformers, on `head.generation_config`:
     `num_assistant_tokens` is the most (`config.gamma` at first); `num_assistant_tokens_schedule` is `"load"`, which
     weighs the tokens that a draft may bring against what steps cost and the load of the device, or `"constant"`;
-    `assistant_confidence_threshold`, when set, keeps drafts that survive with a lower probability from verification.
-    `load_sensor` may be set to a [`~scheduling.load.LoadSensor`].
+    `assistant_confidence_threshold`, when set, keeps drafts that survive with a lower probability from verification;
+    `draft_window`, when set, is how many of the last tokens of the context the head sees and keeps, where it was
+    trained on shorter texts than it meets, or memory is short. `load_sensor` may be set to a [`~scheduling.load.LoadSensor`].
 
     How a head is loaded, saved and published is in `heads.py`: `from_pretrained`, `for_target`, `save_pretrained` and
     `push_to_hub`.
@@ -399,4 +400,6 @@ class DSparkHead(PreTrainedModel):
 
 def default_settings(config: DSparkConfig) -> GenerationConfig:
     """How a fresh head drafts."""
-    return GenerationConfig(num_assistant_tokens=config.gamma, num_assistant_tokens_schedule="load")
+    return GenerationConfig(
+        num_assistant_tokens=config.gamma, num_assistant_tokens_schedule="load", draft_window=None
+    )

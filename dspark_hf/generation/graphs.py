@@ -44,14 +44,14 @@ def draft_pass(
     """
     head, cache, size = drafter.head, drafter.cache, drafter.head.config.block_size
     start, count, first = table[:, :, None].unbind()
-    end, slots = start + count, torch.arange(view, device=table.device)
-    positions, places = laid_out(start, end, features.shape[1], size, view - 1)
+    end = start + count
+    positions, places = laid_out(start, end, features.shape[1], size, view - 1, drafter.ring)
     cache.place_at(places, view)
     hidden = head.backbone(
         head.embed_block(anchors, drafter.tables),
         head.project_context(features),
         positions,
-        block_masks(head, slots, end, slots >= first),
+        block_masks(head, end, first, view, drafter.window, drafter.ring),
         cache,
     )
     drafted = head.sample_block(hidden, anchors, drafter.tables, head.config.gamma, select)
