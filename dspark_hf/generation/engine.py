@@ -297,7 +297,7 @@ def expect_tokens(caches: Iterable[SlotCache], rows: Sequence[Row], block: int, 
 def prefixes_of(rows: Sequence[Row], device: torch.device, drafts: torch.Tensor | None = None) -> Prefixes:
     """Tokens of rows, with drafts [R, L] behind."""
     prefixes = Prefixes([on_device(row.sequence, device) for row in rows], [row.index for row in rows])
-    return prefixes if drafts is None else prefixes.longer(drafts)
+    return prefixes if drafts is None else prefixes.longer(drafts.clamp(min=0))
 
 
 def compacted(staying: list[int]) -> list[int]:

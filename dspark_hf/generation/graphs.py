@@ -76,13 +76,14 @@ def verify_pass(
         table: [2, T], tokens in the cache, and drafts to verify. width: tokens a row. view: slots.
     """
     tokens = anchors[:, None] if drafts is None else torch.cat([anchors[:, None], drafts[:, : width - 1]], dim=1)
+    drafted, tokens = tokens[:, 1:], tokens.clamp(min=0)
     placement = cache.place_at(table[0][:, None] + torch.arange(width, device=table.device), view)
     outputs = target.run(tokens, placement.slots, placement, cache)
     logits = processors(outputs.logits.float(), None)
     if drafts is None:
         accepted, following = torch.zeros_like(table[0]), processors.choose(logits[:, 0])
     else:
-        verdict = rounds.verdict_of(logits, tokens[:, 1:], sampled_from, table[1])
+        verdict = rounds.verdict_of(logits, drafted, sampled_from, table[1])
         accepted, following = verdict.accepted, verdict.next_tokens
     return accepted, following, target.features_of(outputs)
 
