@@ -22,7 +22,7 @@ from .checkpoints.files import (
 from .configuration_dspark import DSparkConfig
 from .hub.registry import head_for
 from .modeling_dspark import DSparkHead, default_settings
-from .scheduling.settings import DRAFT_SETTINGS
+from .scheduling.settings import HEAD_SETTINGS
 
 # -- Methods of a head -------------------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ def save_pretrained(self: DSparkHead, save_directory: str | os.PathLike, **kwarg
     kwargs = {"state_dict": self.whole_state_dict(), "save_original_format": False} | kwargs
     super(DSparkHead, self).save_pretrained(save_directory, **kwargs)
     settings, fresh = self.generation_config, default_settings(self.config)
-    if any(getattr(settings, key) != getattr(fresh, key) for key in DRAFT_SETTINGS):
+    if any(getattr(settings, key, None) != getattr(fresh, key) for key in HEAD_SETTINGS):
         settings.save_pretrained(save_directory)
     else:
         Path(save_directory, GENERATION_CONFIG).unlink(missing_ok=True)

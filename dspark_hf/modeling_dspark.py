@@ -26,9 +26,10 @@ Masks = torch.Tensor | dict[str, torch.Tensor]
 class DraftBlock:
     """A drafted block of G tokens for each of R rows.
 
-    tokens: [R, G] int64. logits: [R, G, V], what each token was sampled from (after temperature and warpers);
-    `None` for greedy drafts. confidence_logits: [R, G], their sigmoid estimates the probability that a token is
-    accepted given that those before it were; `None` without a confidence head.
+    tokens: [R, G] int64, -1 where the head's logits were no distribution. logits: [R, G, V], what each token was
+    sampled from (after temperature and warpers); `None` for greedy drafts. confidence_logits: [R, G], their sigmoid
+    estimates the probability that a token is accepted given that those before it were; `None` without a confidence
+    head.
     """
 
     tokens: torch.Tensor
@@ -61,8 +62,10 @@ class DSparkHead(PreTrainedModel):
     How many tokens are drafted is set, as for any assistant of transformers, on `head.generation_config`:
     `num_assistant_tokens` is the most (`config.gamma` at first); `num_assistant_tokens_schedule` is `"load"`, which
     weighs the tokens that a draft may bring against what steps cost and the load of the device, or `"constant"`;
-    `assistant_confidence_threshold`, when set, keeps drafts that survive with a lower probability from verification.
-    `load_sensor` may be set to a [`~scheduling.load.LoadSensor`].
+    `assistant_confidence_threshold`, when set, keeps drafts that survive with a lower probability from verification;
+    `draft_window`, when set, is how many of the last tokens of the context the head sees and keeps, where it was
+    trained on shorter texts than it meets, or memory is short. `load_sensor` may be set to a
+    [`~scheduling.load.LoadSensor`].
 
     How a head is loaded, saved and published is in `heads.py`: `from_pretrained`, `for_target`, `save_pretrained` and
     `push_to_hub`.
@@ -106,6 +109,10 @@ class DSparkHead(PreTrainedModel):
         # Parameters of the target that stand in for freed copies: (embedding weight, LM head weight).
         self._stand_ins: dict[str, torch.Tensor] = {}
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding | None:
+        """The head's own embedding, `None` where it uses the target's."""
+        return self.embed_tokens
 
     # -- The tables ---------------------------------------------------------------------------------------------
 
@@ -302,14 +309,15 @@ class DSparkHead(PreTrainedModel):
                 state = self._initial_state(passed, embedded) if k == 0 else state
                 bias, state = self.markov_head.step(hidden[:, k], embedded, state)
                 logits = logits + bias[..., : tables.shared]
-            previous, processed = select(self.in_target_vocabulary(logits, tables))
-            tokens.append(previous)
+            token, processed = select(self.in_target_vocabulary(logits, tables))
+            previous = token.clamp(min=0)
+            tokens.append(token)
             sampled_from.append(processed)
         tokens = torch.stack(tokens, dim=1)
         return DraftBlock(
             tokens,
             None if sampled_from[0] is None else torch.stack(sampled_from, dim=1),
-            self.confidence_logits(hidden[:, : tokens.shape[1]], torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)),
+            self.confidence_logits(hidden[:, : tokens.shape[1]], before(anchors, tokens)),
         )
 
     def _fuses(self, select: Select, base_logits: torch.Tensor, tables: Tables) -> bool:
@@ -349,8 +357,7 @@ class DSparkHead(PreTrainedModel):
             tokens = torch.stack([token for token, _ in found], dim=1)
             logits = torch.stack([of for _, of in found], dim=1) if select.sample else None
         tokens, logits = as_drafted(tokens, logits)
-        previous = torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)
-        return DraftBlock(tokens, logits, self.confidence_logits(hidden, previous))
+        return DraftBlock(tokens, logits, self.confidence_logits(hidden, before(anchors, tokens)))
 
     # -- Training -----------------------------------------------------------------------------------------------
 
@@ -396,6 +403,11 @@ class DSparkHead(PreTrainedModel):
         return self.state_dict() | freed
 
 
+def before(anchors: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[R, G], the token before each draft [R, G] behind anchors [R]."""
+    return torch.cat([anchors[:, None], tokens[:, :-1].clamp(min=0)], dim=1)
+
+
 def default_settings(config: DSparkConfig) -> GenerationConfig:
     """How a fresh head drafts."""
-    return GenerationConfig(num_assistant_tokens=config.gamma, num_assistant_tokens_schedule="load")
+    return GenerationConfig(num_assistant_tokens=config.gamma, num_assistant_tokens_schedule="load", draft_window=None)

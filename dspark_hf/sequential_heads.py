@@ -97,13 +97,13 @@ def build_sequential_head(config: DSparkConfig) -> VanillaHead | None:
 
 
 def as_drafted(tokens: torch.Tensor, logits: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Drafts [...] that are tokens, and the logits [..., V] that they were sampled from, `None` when they were not.
+    """Drafts [...], and the logits [..., V] that they were sampled from, `None` when they were not.
 
-    Where logits are no distribution, there is no token (-1). Token 0 stands for it, as if nothing else could have been
-    drawn: it is verified as any draft is, and what is committed stays the target's.
+    Where logits are no distribution there is no token, -1, which is never accepted. Whoever has to show a model one
+    takes token 0, and logits say then that nothing else could have been drawn.
     """
     if logits is not None:
         certain = logits.new_full(logits.shape[-1:], OUTSIDE)
         certain[0] = 0
         logits = logits.where(tokens[..., None] >= 0, certain)
-    return tokens.clamp(min=0), logits
+    return tokens, logits

@@ -21,6 +21,7 @@ from dspark_hf.evaluation.bench import schedule_of
 from dspark_hf.evaluation.doctor_comparison import differences
 from dspark_hf.evaluation.doctor_trials import KnownText, Trials, altered, alternatives
 from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode
+from dspark_hf.scheduling.settings import HEAD_SETTINGS
 
 NEW_TOKENS = 32
 # Keys of the embedded head that a fault changes, and the one that is to be named.
@@ -34,6 +35,9 @@ FAULTS = {
     "final_logit_softcapping": {"final_logit_softcapping": 1.0},
     "mask_token_id": {"mask_token_id": 300},
     "rms_norm_eps": {"rms_norm_eps": 1.0},
+    "hidden_act": {"hidden_act": "sigmoid"},
+    "block_size": {"block_size": 20, "confidence_temperatures": None, "confidence_shifts": None},
+    "draft_window": {"draft_window": 2},
 }  # fmt: skip
 
 
@@ -44,8 +48,12 @@ def head(tmp_path) -> Path:
 
 
 def plant(folder: Path, keys: dict) -> None:
-    """Change keys of a head's config, which becomes one of our own layout: others do not have all of them."""
+    """Change keys of a head's config, which becomes one of our own layout: others do not have all of them. Settings of
+    drafting go where they are."""
+    settings = {key: value for key, value in keys.items() if key in HEAD_SETTINGS}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
     config = DSparkHead.config_class.from_pretrained(folder).own_keys() | keys
+    config = {key: value for key, value in config.items() if key not in settings}
     (folder / "config.json").write_text(json.dumps(native.write_config(config)))
 
 
@@ -94,10 +102,14 @@ def test_a_planted_key_is_named_first_with_the_tau_of_mending_it(key, head):
     status, output, found = doctor(head)
     first = found["findings"][0]
     assert status == 1 and first["name"] == key and f"1. {key} (" in output
-    assert list(first["keys"])[0] == key and f"from_pretrained(..., {key}=" in first["fix"]
+    assert list(first["keys"])[0] == key and len(found["findings"]) == 1
+    set_by = f"generation_config.{key} =" if key in HEAD_SETTINGS else f"from_pretrained(..., {key}="
+    assert set_by in first["fix"]
     broken = DSparkHead.from_pretrained(head, dtype=torch.float32)
-    mended = DSparkHead.from_pretrained(head, dtype=torch.float32, **first["keys"])
-    assert tau_of(mended) == pytest.approx(first["tau"]) and healthy_tau() == pytest.approx(first["tau"])
+    mended = altered(broken, first["keys"])
+    assert tau_of(mended) == pytest.approx(first["tau"])
+    # Two lengths of a block may be as good.
+    assert healthy_tau() == pytest.approx(first["tau"], rel=0.05 if key == "block_size" else 1e-6)
     assert first["weight"] == pytest.approx(first["tau"] / tau_of(broken)) and first["weight"] > 1.1
 
 
@@ -197,15 +209,17 @@ def test_every_alternative_differs_and_can_be_loaded():
     sliding = {"layer_types": ["sliding_attention"] * 3, "sliding_window": 8, "embedding_scale": 2.0}
     rope = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}, "hidden_act": "gelu"}
     head = altered(embedded, sliding | rope)
-    found = list(alternatives(head.config, target, tokenizer))
+    found = list(alternatives(head, target, tokenizer, longest=600))
     names = {next(iter(one.keys)) for one in found}
     assert names == {
         *("sample_from_anchor", "rope_parameters", "target_layer_ids", "embedding_scale", "layer_types", "hidden_act"),
-        *("sliding_is_causal", "window_counted_from", "mask_token_id"),
+        *("sliding_is_causal", "window_counted_from", "mask_token_id", "block_size", "draft_window"),
     }
+    assert [one.keys["draft_window"] for one in found if "draft_window" in one.keys] == [512]
     for one in found:
-        config = altered(head, one.keys).config
-        assert any(getattr(config, key) != getattr(head.config, key) for key in one.keys), one
+        twin = altered(head, one.keys)
+        values = [(vars(own.config) | vars(own.generation_config)) for own in (twin, head)]
+        assert any(values[0][key] != values[1][key] for key in one.keys), one
 
 
 def test_what_differs_is_said():

@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_head, tiny_target
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CompileConfig,
     GPT2Config,
     GPT2LMHeadModel,
     Qwen3Config,
@@ -74,8 +75,8 @@ def test_settings_that_do_nothing_are_pointed_out(monkeypatch):
     kwargs = {"input_ids": IDS, "max_new_tokens": 4, "assistant_model": tiny_head(target)}
     target.generate(**kwargs)
     assert not warnings
-    target.generate(**kwargs, prefill_chunk_size=2)
-    assert len(warnings) == 1 and "prefill_chunk_size=2" in warnings[0]
+    target.generate(**kwargs, compile_config=CompileConfig())
+    assert len(warnings) == 1 and "compile_config=" in warnings[0]
 
 
 def test_a_lossy_mix():

@@ -5,6 +5,8 @@ import pytest
 import torch
 from conftest import tiny_head, tiny_target, whole_blocks
 from test_batching import config, results
+from test_compiled import static
+from test_sampling import draw, exact_distribution, p_value
 from transformers import GenerationConfig
 
 import dspark_hf
@@ -127,12 +129,45 @@ def test_samples_of_a_head_whose_states_are_no_numbers_in_one_row():
     spoil(head.norm, 1)
     output = target.generate(**kwargs, assistant_model=head, return_dict_in_generate=True)
     assert output.sequences.min() >= 0 and output.sequences.max() < 40
-    # Token 0 stands for its drafts; it is accepted as often as the target would have drawn it. Later rounds may have
-    # the row in another place.
+    # Later rounds may have the row in another place.
     stats = output.dspark
-    assert {token for drafts in stats.draft_tokens[1][:8] for token in drafts} == {0}
     assert {c for drafts in stats.confidence[1][:8] for c in drafts} == {0.0}
-    assert len(stats.draft_tokens[1]) > 8 and sum(stats.accepted_lengths[1][:8]) <= 2 and stats.accepted[0] > 0
+    assert len(stats.draft_tokens[1]) > 8 and sum(stats.accepted_lengths[1][:8]) == 0 and stats.accepted[0] > 0
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": False}, {"do_sample": True}, {"repetition_penalty": 1.0001}])
+@pytest.mark.parametrize("way", ["eager", "compiled", "lockstep"])
+def test_no_number_is_never_accepted_also_where_the_target_wants_what_stands_for_it(way, settings):
+    """Token 0 is shown to the target in place of drafts of NaN, and here it writes nothing else."""
+    target = tiny_target(vocab_size=40)
+    head, kwargs = tiny_head(target), batch(2) | {"max_new_tokens": 20} | settings
+    target.lm_head.register_forward_hook(lambda module, args, logits: logits + 100 * (torch.arange(40) == 0))
+    spoil(head.norm, 1)
+    kwargs |= static() if way == "compiled" else {}
+    if way == "lockstep":
+        # Alone in the batch, with a processor that nothing is known of.
+        kwargs |= {"input_ids": kwargs["input_ids"][:1], "attention_mask": kwargs["attention_mask"][:1]}
+        kwargs["logits_processor"] = [lambda ids, scores: scores]
+        spoil(head.norm, 0)
+    output = target.generate(**kwargs, assistant_model=head, return_dict_in_generate=True)
+    assert not output.sequences[:, 6:].any()
+    *others, spoilt = output.dspark.committed_lengths
+    assert spoilt[:4] == [1] * 4 and all(lengths[:3] == [5] * 3 for lengths in others)
+
+
+def test_samples_beside_drafts_that_are_no_numbers_in_their_middle():
+    """Where the head's numbers end within a block, what is written still has the target's distribution."""
+    target = tiny_target(sharpness=2)
+    head = tiny_head(target)
+
+    def with_nan(module, args, output):
+        output = output.clone()
+        output[:, 1:] = torch.nan
+        return output
+
+    head.norm.register_forward_hook(with_nan)
+    [drawn] = draw(target, head, [[3, 5]])
+    assert p_value(drawn, exact_distribution(target, [3, 5], [])) > 1e-3
 
 
 def test_a_target_whose_logits_are_no_numbers_in_one_row():

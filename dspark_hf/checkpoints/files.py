@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
 from ..modeling_dspark import DSparkHead
-from ..scheduling.settings import DRAFT_SETTINGS
+from ..scheduling.settings import HEAD_SETTINGS
 from . import DIALECTS, dialect_of, read_config
 from .errors import CheckpointError, config_file
 from .headers import TensorHeader, find, find_file, read_headers
@@ -219,6 +219,6 @@ def read_draft_settings(source: str, **hub) -> dict[str, Any]:
         return {}
     try:
         said = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {key: said[key] for key in DRAFT_SETTINGS if said.get(key) is not None}
+        return {key: said[key] for key in HEAD_SETTINGS if said.get(key) is not None}
     except (ValueError, AttributeError) as error:
         raise CheckpointError(path, "the file", f"no JSON object ({error})", "a JSON object") from error

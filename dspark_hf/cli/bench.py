@@ -7,6 +7,7 @@ import typer
 
 from ..evaluation.prompts import DOMAINS, domain_prompts, read_prompts
 from .common import (
+    DraftWindow,
     Dtype,
     Head,
     Limit,
@@ -21,6 +22,7 @@ from .common import (
     output_file,
     progress,
     say,
+    set_window,
     show,
     write_json,
 )
@@ -52,6 +54,7 @@ def bench(
     ] = None,
     plot: Annotated[Path | None, output_file("--plot", help="Picture of the sweep, such as sweep.png.")] = None,
     max_new_tokens: MaxNewTokens = 128,
+    draft_window: DraftWindow = None,
     limit: Limit = 32,
     seconds: Annotated[
         float | None,
@@ -92,6 +95,7 @@ def bench(
         sets = {prompts.stem if prompts else "built in": read_prompts(prompts)}
     given = {name: texts[:limit] for name, texts in sets.items()}
     target, draft_head, tokenizer = load(model, head, dtype)
+    set_window(draft_head, draft_window)
     if sweep_batch is None:
         [texts] = given.values()
         cells = speed.cells_of(draft_head, texts, sizes, names)

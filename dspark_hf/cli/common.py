@@ -52,6 +52,12 @@ Head = Annotated[str | None, typer.Option(help="Draft head for --model: a Hub id
 Dtype = Annotated[str, typer.Option(help=f"dtype of target and head: {', '.join(DTYPES)}. auto: as stored.")]
 Prompts = Annotated[Path | None, typer.Option(help="JSON lines with turns, prompt or question, or a prompt a line.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts only.")]
+DraftWindow = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Tokens of the context that the head sees and keeps. Default: as its generation_config says."
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 
 
@@ -94,6 +100,12 @@ def load(model: str | None, head: str | None, dtype: str, needs_head: bool = Tru
     target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
     loaded = DSparkHead.from_pretrained(head, dtype=dtype).eval().to(device) if head else None
     return target, loaded, AutoTokenizer.from_pretrained(model)
+
+
+def set_window(head: DSparkHead, window: int | None) -> None:
+    """Let a head keep so many tokens of the context, or as many as it is set to where nothing is said."""
+    if window is not None:
+        head.generation_config.draft_window = window
 
 
 def say(text: str, style: str | None = None) -> None:

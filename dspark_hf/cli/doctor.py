@@ -7,6 +7,7 @@ import typer
 
 from ..evaluation.prompts import read_prompts
 from .common import (
+    DraftWindow,
     Dtype,
     Head,
     Limit,
@@ -18,6 +19,7 @@ from .common import (
     output_file,
     progress,
     say,
+    set_window,
     show,
     write_json,
 )
@@ -29,6 +31,7 @@ def doctor(
     head: Head = None,
     prompts: Prompts = None,
     max_new_tokens: MaxNewTokens = 64,
+    draft_window: DraftWindow = None,
     limit: Limit = 8,
     json_file: Annotated[Path | None, output_file("--json", help="Also write the findings to this file.")] = None,
     dtype: Dtype = "auto",
@@ -43,6 +46,7 @@ def doctor(
 
     texts = read_prompts(prompts)[:limit]
     target, draft_head, tokenizer = load(model, head, dtype)
+    set_window(draft_head, draft_window)
     with progress("examining") as tell:
         found = examine(target, draft_head, tokenizer, texts, max_new_tokens, tell)
     if found.measured is not None:

@@ -17,7 +17,7 @@ from ..generation.stats import LOW_TAU
 from ..modeling_dspark import DSparkHead
 from ..pairing import misfits
 from ..scheduling.algorithm import survival
-from ..scheduling.settings import Settings
+from ..scheduling.settings import HEAD_SETTINGS, Settings
 from .acceptance import Record, Result, record_of, summarise
 from .bench import Run, run_method
 from .doctor_comparison import differences, promised_by
@@ -110,7 +110,7 @@ def examine(
     result = summarise("prompts", records)
     longest = max(len(text.tokens) for text in texts)
     trials = Trials(model, [text for text in texts if len(text.tokens) > text.start + 1])
-    found = list(_mended(head, trials, list(alternatives(head.config, model, tokenizer)), report))
+    found = list(_mended(head, trials, list(alternatives(head, model, tokenizer, longest)), report))
     found += _settings(head, records)
     if not found:
         found += _unexplained(head, result, promised)
@@ -176,9 +176,13 @@ def _mended(
             return
         name, *also = others[best].keys
         value = others[best].keys[name]
-        told = f"tau {tau:.2f} with {name}={getattr(head.config, name)!r}, {taus[best]:.2f} with {value!r}"
-        fix = f"Load the head with `DSparkHead.from_pretrained(..., {_arguments(others[best].keys)})`"
-        fix += ", or correct its config.json."
+        set_on = head.generation_config if name in HEAD_SETTINGS else head.config
+        told = f"tau {tau:.2f} with {name}={getattr(set_on, name)!r}, {taus[best]:.2f} with {value!r}"
+        if name in HEAD_SETTINGS:
+            fix = f"Set `head.generation_config.{name} = {value!r}`, or correct its generation_config.json."
+        else:
+            fix = f"Load the head with `DSparkHead.from_pretrained(..., {_arguments(others[best].keys)})`"
+            fix += ", or correct its config.json."
         keys = keys | others[best].keys
         yield Finding(name, taus[best] / tau, f"{told}: {others[best].why}.", fix, dict(keys), taus[best])
         # Other values of what is mended are answered with it.

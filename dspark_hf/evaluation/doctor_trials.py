@@ -1,9 +1,10 @@
-"""What else a head's config may mean: the alternatives to its keys, and the tau of each on texts that are known.
+"""What else a head's config may mean, or its settings be: the alternatives, and the tau of each on known texts.
 
 The greedy text of a target does not depend on the head. So once it is there, with the hidden states that a head reads,
 the rounds of any variant of the head are drafted without the target.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,19 +19,25 @@ from ..generation.drafting import Drafter
 from ..generation.processors import BlockProcessors
 from ..generation.target import Target
 from ..modeling_dspark import DSparkHead
+from ..scheduling.settings import HEAD_SETTINGS
 from ..tables import scales_logits
 
 Keys = dict[str, Any]
 
 # The base that Qwen3's config class has where a trainer gives it none.
 DEFAULT_ROPE_THETA = 10000.0
+# Of the heads that trainers have published.
+BLOCK_SIZES = (3, 4, 5, 7, 8, 16)
+# Heads are trained on texts of so many tokens or more.
+WINDOWS = (512, 2048)
 # Behind the end of a text.
 NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """Other values for keys of a `DSparkConfig`. why: a clause about how a head comes to have the wrong ones."""
+    """Other values for keys of a `DSparkConfig`, or settings of a head's generation config. why: a clause about how a
+    head comes to have the wrong ones."""
 
     keys: Keys
     why: str
@@ -45,10 +52,14 @@ class KnownText:
 
 
 def alternatives(
-    config: DSparkConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    head: DSparkHead, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> Iterator[Alternative]:
-    """Every alternative to a head's config beside a target, one at a time."""
-    text = model.config.get_text_config(decoder=True)
+    """Every alternative to what a head is set to beside a target, one at a time.
+
+    Args:
+        longest: tokens of the longest text that is to be drafted.
+    """
+    config, text = head.config, model.config.get_text_config(decoder=True)
     for keys in _alignments(config):
         yield Alternative(keys, "trainers disagree whether the anchor's row is a prediction, and some leave it unsaid")
     for keys in _ropes(config, text):
@@ -65,6 +76,10 @@ def alternatives(
         yield Alternative(keys, "the mask token must be the one that the head was trained with")
     for keys in _layer_keys(config, text):
         yield Alternative(keys, "heads are trained with what their target has there")
+    for keys in _blocks(config):
+        yield Alternative(keys, "a block longer than the head was trained with spoils all of its drafts")
+    for keys in _context(head, longest):
+        yield Alternative(keys, "a head needs its context, but loses its way in one longer than it was trained on")
 
 
 def _alignments(config: DSparkConfig) -> Iterator[Keys]:
@@ -135,10 +150,26 @@ def _layer_keys(config: DSparkConfig, text) -> Iterator[Keys]:
             yield {key: theirs}
 
 
+def _blocks(config: DSparkConfig) -> Iterator[Keys]:
+    for size in BLOCK_SIZES:
+        if size < config.block_size and size > (not config.sample_from_anchor):
+            yield {"block_size": size, "confidence_temperatures": None, "confidence_shifts": None}
+
+
+def _context(head: DSparkHead, longest: int) -> Iterator[Keys]:
+    own = getattr(head.generation_config, "draft_window", None)
+    for window in {None, *(window for window in WINDOWS if window < longest)} - {own}:
+        yield {"draft_window": window}
+
+
 def altered(head: DSparkHead, keys: Keys) -> DSparkHead:
-    """The head with other values of some keys of its config; the weights are shared."""
-    config = DSparkConfig(**head.config.own_keys() | keys)
+    """The head with other values of some keys of its config and settings of its generation config; the weights are
+    shared."""
+    config = DSparkConfig(**head.config.own_keys() | {k: v for k, v in keys.items() if k not in HEAD_SETTINGS})
     twin = DSparkHead.from_pretrained(None, config=config, state_dict=head.whole_state_dict(), dtype=head.dtype)
+    twin.generation_config = copy.deepcopy(head.generation_config)
+    for name in keys.keys() & set(HEAD_SETTINGS):
+        setattr(twin.generation_config, name, keys[name])
     return twin.to(head.device).eval()
 
 

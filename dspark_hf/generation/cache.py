@@ -160,6 +160,8 @@ class SlotLayer(Slots, CacheLayerMixin):
     first write."""
 
     is_croppable = True
+    # Tokens that a slot is given room for at most; any number when `None`.
+    most: int | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         capacity = self._capacity_for(self.placement.view)
@@ -230,7 +232,7 @@ class SlotLayer(Slots, CacheLayerMixin):
     def _capacity_for(self, view: int) -> int:
         """What is expected, when that is near or said to be fixed: growing later would cost a copy. Else a power of
         two, so that shapes stay the same for many rounds and growing costs little overall."""
-        capacity = capacity_for(view)
+        capacity = capacity_for(view) if self.most is None else min(capacity_for(view), self.most)
         near = self.expected is not None and view <= self.expected and (self.is_static or self.expected <= 2 * capacity)
         return self.expected if near else capacity
 
@@ -254,6 +256,7 @@ class SlotCache(Cache):
         device: where masks and slot indices are built.
         slots: sequences that it has memory for; as many as rows by default.
         kinds: of every layer what makes its [`Slots`] of (rows, slots); keys and values by default.
+        most: slots of a row that are ever used, where something bounds them; of layers of keys and values.
 
     Attributes:
         lengths: committed tokens of every row; where all layers keep keys and values the only thing a commit or a
@@ -268,17 +271,21 @@ class SlotCache(Cache):
         device: torch.device,
         slots: int | None = None,
         kinds: Sequence[Callable[[int, int], Slots]] | None = None,
+        most: int | None = None,
     ):
         slots = rows if slots is None else slots
         super().__init__(layers=[kind(rows, slots) for kind in kinds or [SlotLayer] * num_layers])
         self.lengths, self.offsets = [0] * rows, [0] * rows
-        self.device = device
+        self.device, self.most = device, most
+        for layer in self.layers:
+            layer.most = most
         self.all_lines = torch.arange(slots, device=device)[:, None]
         self.lines = self.all_lines[:rows]
 
     def expect(self, tokens: int, is_static: bool = False) -> None:
         """Make room for so many tokens a row, `is_static` from the start; more come in all the same, for the price of
         a copy."""
+        tokens = tokens if self.most is None else min(tokens, self.most)
         for layer in self.layers:
             layer.expected, layer.is_static = tokens, is_static
 

@@ -65,4 +65,4 @@ class DSparkCandidateGenerator(CandidateGenerator):
             min(self.most, room),
             self.processors.drafting(Prefixes([input_ids[0]], [0])),
         )
-        return torch.cat([input_ids, block.tokens.to(input_ids.device)], dim=1), block.logits
+        return torch.cat([input_ids, block.tokens.clamp(min=0).to(input_ids.device)], dim=1), block.logits

@@ -128,10 +128,9 @@ def check_mode(mode: GenerationMode, config: GenerationConfig) -> None:
             f"`assistant_ensemble_weight={weight}` mixes the assistant's distribution into the target's, but with a "
             "DSpark head text is the target's own. Leave it out."
         )
-    static = config.cache_implementation == "static"
-    for name in ("cache_implementation", "prefill_chunk_size", "compile_config"):
+    for name in ("cache_implementation", "compile_config"):
         value = getattr(config, name, None)
-        if value is not None and not (static and name != "prefill_chunk_size"):
+        if value is not None and config.cache_implementation != "static":
             logger.warning_once(f"`{name}={value}` does nothing with a DSpark head, whose rounds keep their own cache.")
 
 

@@ -156,7 +156,7 @@ class CompiledPasses:
     ):
         head, self.graphs = drafter.head, graphs_of(drafter.head, target.model)
         self.target, self.slots, target.captured = target, power_of_two(slots), True
-        settings = target.implementation, target.dtype, drafter.dtype, target.device
+        settings = target.implementation, target.dtype, drafter.dtype, target.device, drafter.window
         key = repr((sorted(options.items()), sorted(target.options.items()), settings))
         if is_stock(head, target.model):
             # Their modules are looked at once a call, by `structure`, and not before every pass, which takes longer
@@ -251,7 +251,8 @@ class CompiledPasses:
         table = on_device([own + [0] * (lines - present) for own in values], drafter.device)
         drafter.cache.show(lines)
         anchors = _padded(state.anchors, lines)
-        found = self._run(passes.draft, drafter, anchors, features, table, self.select, self.view)
+        view = self.view if drafter.ring is None else min(self.view, drafter.ring + 1)
+        found = self._run(passes.draft, drafter, anchors, features, table, self.select, view)
         if commits:
             drafter.cache.commit(counts)
         return DraftBlock(*found)

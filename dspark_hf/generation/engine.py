@@ -23,6 +23,7 @@ from .lockstep import Lockstep
 from .mixed import processors_of
 from .observers import CommittedRound, Observer
 from .past import Continuation
+from .pieces import read_ahead
 from .planner import Planner
 from .processors import Prefixes
 from .rereading import read_lengths, reread
@@ -46,6 +47,7 @@ class Engine:
         private: whether nobody else sees a tensor of its rounds. Those are torch's inference tensors then, which cost
             the host an eighth less, but cannot be changed in place or trained on.
         isolates: whether a row whose logits are no distribution ends alone, with an `error`, instead of raising.
+        piece: tokens of a prompt that are read at once, `None` for all.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class Engine:
         observers: Sequence[Observer] = (),
         private: bool = False,
         isolates: bool = False,
+        piece: int | None = None,
     ):
         self.target, self.drafter, self.private, self.isolates = target, drafter, private, isolates
+        self.piece = piece
         self.lockstep = lockstep
         self.past, self.observers, self.slots, self.compiled = past, observers, slots, compiled
         self.clock = Stopwatch(target.device)
@@ -156,8 +160,10 @@ class Engine:
         if self.past is not None:
             self.past.load(joining, places, cache, self.drafter)
         lengths = [len(row.prompt_columns) + row.lag for row in joining]
-        prompts = [row.prompt for row in joining]
-        passed = rounds.prefill(state, self.target, prompts, lengths, places if present else None)
+        prompts, those = [row.prompt for row in joining], places if present else None
+        if self.piece is not None:
+            prompts = read_ahead(state, self.target, self.piece, prompts, lengths, those)
+        passed = rounds.prefill(state, self.target, prompts, lengths, those)
         layout = rounds.undrafted(len(joining))
         host, next_tokens, logits = accept(joining, self.lockstep, None, layout, passed)
         state.anchors = torch.cat([state.anchors, next_tokens])
@@ -291,7 +297,7 @@ def expect_tokens(caches: Iterable[SlotCache], rows: Sequence[Row], block: int, 
 def prefixes_of(rows: Sequence[Row], device: torch.device, drafts: torch.Tensor | None = None) -> Prefixes:
     """Tokens of rows, with drafts [R, L] behind."""
     prefixes = Prefixes([on_device(row.sequence, device) for row in rows], [row.index for row in rows])
-    return prefixes if drafts is None else prefixes.longer(drafts)
+    return prefixes if drafts is None else prefixes.longer(drafts.clamp(min=0))
 
 
 def compacted(staying: list[int]) -> list[int]:

@@ -22,7 +22,7 @@ from ..scheduling.cost import CostModel
 from ..scheduling.estimates import AcceptanceStats
 from ..scheduling.scheduler import ConstantSchedule, LoadSchedule, SyncedSchedule
 from ..scheduling.settings import Settings
-from .drafting import Drafter
+from .drafting import Drafter, window_of
 from .graphs import draft_tiers
 from .packing import implementation_of
 from .target import Target
@@ -99,7 +99,7 @@ def _kept_of(head: DSparkHead, target: Target, sampled: bool) -> Kept:
     by_settings = _kept.setdefault(head, WeakKeyDictionary()).setdefault(model, {})
     if changing not in by_settings:
         share = (head.config.num_hidden_layers + 1) / (target.config.num_hidden_layers + 1)
-        costs = CostModel(head.config.gamma, share, target.device.type)
+        costs = CostModel(head.config.gamma, share, target.device.type, window_of(head))
         identity = identity_of(model, head, target.device, sampled, target.captured)
         _load(costs, identity)
         by_settings[changing] = Kept(costs, identity)
@@ -169,6 +169,7 @@ def _settings_of(
         "compiled": captured or target._compiled_call_impl is not None,
         "processes": target.tp_size or 1,
         "sampled": sampled,
+        "draft_window": window_of(head),
     }
 
 

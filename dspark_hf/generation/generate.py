@@ -20,6 +20,7 @@ from .observers import Observer, OutputObserver, StatsObserver, StreamObserver, 
 from .outputs import Recorder
 from .past import Continuation
 from .pictures import check_pictures, offsets_of, read_pictures
+from .pieces import PIECE
 from .processors import BlockProcessors
 from .ranks import Ranks, any_busy
 from .releases import CACHE
@@ -98,7 +99,10 @@ def generate(
     if streamer is not None:
         observers.append(StreamObserver(Streaming(streamer, rows, pad)))
     private = compiled is None and lockstep is None and not recorder.active and is_private(target.model, drafter.head)
-    engine = Engine(target, drafter, scheduler, size, lockstep, past, compiled, observers, private)
+    # Processes that wait for each other in every pass must make as many; what is recorded is of whole prompts.
+    whole = synced_gpus or wants("hidden_states") or wants("attentions")
+    piece = None if whole else getattr(config, "prefill_chunk_size", None) or PIECE
+    engine = Engine(target, drafter, scheduler, size, lockstep, past, compiled, observers, private, piece=piece)
     engine.add(rows)
     _run(engine, synced_gpus)
     if streamer is not None:

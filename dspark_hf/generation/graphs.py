@@ -44,14 +44,14 @@ def draft_pass(
     """
     head, cache, size = drafter.head, drafter.cache, drafter.head.config.block_size
     start, count, first = table[:, :, None].unbind()
-    end, slots = start + count, torch.arange(view, device=table.device)
-    positions, places = laid_out(start, end, features.shape[1], size, view - 1)
+    end = start + count
+    positions, places = laid_out(start, end, features.shape[1], size, view - 1, drafter.ring)
     cache.place_at(places, view)
     hidden = head.backbone(
         head.embed_block(anchors, drafter.tables),
         head.project_context(features),
         positions,
-        block_masks(head, slots, end, slots >= first),
+        block_masks(head, end, first, view, drafter.window, drafter.ring),
         cache,
     )
     drafted = head.sample_block(hidden, anchors, drafter.tables, head.config.gamma, select)
@@ -76,13 +76,14 @@ def verify_pass(
         table: [2, T], tokens in the cache, and drafts to verify. width: tokens a row. view: slots.
     """
     tokens = anchors[:, None] if drafts is None else torch.cat([anchors[:, None], drafts[:, : width - 1]], dim=1)
+    drafted, tokens = tokens[:, 1:], tokens.clamp(min=0)
     placement = cache.place_at(table[0][:, None] + torch.arange(width, device=table.device), view)
     outputs = target.run(tokens, placement.slots, placement, cache)
     logits = processors(outputs.logits.float(), None)
     if drafts is None:
         accepted, following = torch.zeros_like(table[0]), processors.choose(logits[:, 0])
     else:
-        verdict = rounds.verdict_of(logits, tokens[:, 1:], sampled_from, table[1])
+        verdict = rounds.verdict_of(logits, drafted, sampled_from, table[1])
         accepted, following = verdict.accepted, verdict.next_tokens
     return accepted, following, target.features_of(outputs)
 

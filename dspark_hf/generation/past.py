@@ -6,7 +6,7 @@ its row and nothing else. A cache that we return also remembers what the head kn
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig
@@ -25,19 +25,15 @@ States = list[tuple[torch.Tensor, ...]]
 class RowPast:
     """What is cached of one row of n tokens.
 
-    target: keys and values [heads, n, head_dim] of every target layer, or what else it keeps, see `Slots.take`. draft:
-    the same of every draft layer, for the first tokens, empty when it holds none. features: [t, m*d], target states of
-    the other t tokens, which the head has not seen yet.
+    target: keys and values [heads, n, head_dim] of every target layer, or what else it keeps, see `Slots.take`.
+    drafted: so many of the first tokens the head has read. draft: what its layers keep of the last of these, see
+    `Drafter.states`. features: [t, m*d], target states of the other t tokens, which the head has not seen yet.
     """
 
     target: States
     draft: States
     features: torch.Tensor
-
-    @property
-    def drafted(self) -> int:
-        """Tokens in the draft cache."""
-        return self.draft[0][0].shape[1] if self.draft else 0
+    drafted: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,17 +100,6 @@ def _gathered(x: torch.Tensor, pairs: list[list[tuple[int, int]]], width: int) -
             to, source = (torch.tensor(index, device=x.device) for index in zip(*own, strict=True))
             moved[r].index_copy_(1, to, x[r].index_select(1, source))
     return moved
-
-
-def load_draft(rows: Sequence[RowPast], slots: SlotCache) -> None:
-    """Fill the draft cache from a returned cache."""
-    sample = next((row.draft for row in rows if row.draft), None)
-    if sample is None:
-        return
-    slots.lengths = [row.drafted for row in rows]
-    nothing = [(keys[:, :0], values[:, :0]) for keys, values in sample]
-    for i, layer in enumerate(slots.layers):
-        layer.fill(*(_right_padded([(row.draft or nothing)[i][part] for row in rows], dim=1) for part in (0, 1)))
 
 
 def _right_padded(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
@@ -196,7 +181,8 @@ class Continuation:
         if memory is None or not memory.fits(drafter.head, slots.lengths):
             drafter.start_at(slots.lengths)
             return
-        load_draft(memory.rows, drafter.cache)
+        for r, row in enumerate(memory.rows):
+            drafter.put(r, row.draft, row.drafted)
         unseen = [row.features for row in memory.rows]
         drafter.append(_right_padded(unseen, dim=0), [len(features) for features in unseen])
 
@@ -209,10 +195,8 @@ class Continuation:
         if not self.is_kept:
             return
         length, drafted = len(row.columns) - 1, drafter.cache.lengths[r]
-        draft, unseen = [], drafter.unseen(r, 0)
-        if not any(drafter.first):
-            draft, unseen = take_row(drafter.cache, r, drafted, copy), drafter.unseen(r, length - drafted)
-        self.ended[row.index] = RowPast(take_row(slots, r, length, copy), draft, unseen)
+        states, unseen = take_row(slots, r, length, copy), drafter.unseen(r, length - drafted)
+        self.ended[row.index] = RowPast(states, drafter.states(r, copy), unseen, drafted)
 
     def store(self, rows: Sequence[Row], config: PreTrainedConfig, head: DSparkHead) -> Cache | None:
         """The cache that plain generate would return, with what the head knows; the given one, brought up to date."""
@@ -222,7 +206,7 @@ class Continuation:
         stored = KeptCache([self.ended[row.index] for row in rows], [row.columns[:-1] for row in rows], width, config)
         memory = DraftPast(
             weakref.ref(head),
-            [RowPast([], past.draft, past.features) for past in map(self.ended.get, range(len(rows)))],
+            [replace(self.ended[index], target=[]) for index in range(len(rows))],
         )
         past = stored
         if self.given is not None:

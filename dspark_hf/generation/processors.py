@@ -117,7 +117,7 @@ class BlockProcessors:
         return drawn(logits, torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device))
 
     def next_tokens(self, logits: torch.Tensor) -> torch.Tensor:
-        """Tokens [R] of the target from its processed logits [R, V], where nothing was drafted."""
+        """The same, and `INVALID` where logits are no distribution."""
         return self.choose(logits) if self.do_sample else likeliest(logits)
 
     def seeds(self, rows: int, device: torch.device) -> torch.Tensor | None:
@@ -236,7 +236,8 @@ class Selection:
         self.sample, self.temperature = processors.do_sample, processors.temperature
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tokens [R] from logits [R, V], and what they were sampled from, `None` when they were not."""
+        """Tokens [R] from logits [R, V], and what they were sampled from, `None` when they were not; see
+        `as_drafted`."""
         own = self.processors
         if own.needs_prefix:
             at_target = logits.float().to(self.prefixes.tokens[0].device)
@@ -245,7 +246,7 @@ class Selection:
             processed = own(logits.float()[:, None], None)[:, 0]
         else:
             processed = logits.float() if self.sample else logits
-        tokens, processed = as_drafted(own.choose(processed), processed if self.sample else None)
+        tokens, processed = as_drafted(own.next_tokens(processed), processed if self.sample else None)
         if own.needs_prefix:
-            self.prefixes = self.prefixes.longer(tokens)
+            self.prefixes = self.prefixes.longer(tokens.clamp(min=0))
         return tokens, processed

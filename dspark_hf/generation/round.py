@@ -195,10 +195,11 @@ def verify(
     tokens = state.anchors[:, None]
     if layout.most:
         tokens = torch.cat([tokens, block.tokens[:, : layout.most].to(tokens.device)], dim=1)
+    drafts, tokens = tokens[:, 1:], tokens.clamp(min=0)
     if layout.packed:
         packing = Packing.of(layout.verify_lens, tokens.shape[1], layout.tokens)
-        return target.forward_packed(tokens, state.cache, packing, lengths=read_at), tokens[:, 1:]
-    return target.forward(tokens, state.cache, lengths=read_at), tokens[:, 1:]
+        return target.forward_packed(tokens, state.cache, packing, lengths=read_at), drafts
+    return target.forward(tokens, state.cache, lengths=read_at), drafts
 
 
 def accept(
@@ -225,11 +226,13 @@ def verdict_of(
     lengths: torch.Tensor,
     seeds: torch.Tensor | None = None,
 ) -> Verdict:
-    """Of drafts [R, L] that were the argmax of the head's logits, or were sampled from [R, >= L, V]."""
+    """Of drafts [R, L] that were the argmax of the head's logits, or were sampled from [R, >= L, V]. A draft that is no
+    token is as if it had not been verified."""
     if sampled_from is None:
         return accept_greedy(target_logits, drafts, lengths)
     sampled_from = sampled_from[:, : drafts.shape[1]].to(target_logits.device)
-    return accept_sampled(target_logits, drafts, sampled_from, lengths, seeds)
+    lengths = torch.minimum(lengths, (drafts >= 0).long().cumprod(dim=1).sum(dim=1))
+    return accept_sampled(target_logits, drafts.clamp(min=0), sampled_from, lengths, seeds)
 
 
 def to_host(
@@ -253,7 +256,7 @@ def to_host(
     looked_at = layout.verify_lens if count is None else layout.verify_lens.clamp(max=count)
     columns = [x[:, None] for x in (verdict.accepted, looked_at, verdict.next_tokens)]
     # In double precision token ids stay what they are.
-    columns += [block.tokens.to(device), confidence.to(device)]
+    columns += [block.tokens.clamp(min=0).to(device), confidence.to(device)]
     table = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
     whole, confidence = table[:, : 3 + drafted].astype(int), table[:, 3 + drafted :]
     accepted, verified, drafts = whole[:, 0], whole[:, 1], whole[:, 3:].tolist()

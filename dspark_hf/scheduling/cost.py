@@ -70,14 +70,15 @@ class CostModel:
 
     Args:
         gamma: of the head. share: layers of the head over those of the target. device: its type; all but a CPU
-            compute many tokens in about the time of one.
+            compute many tokens in about the time of one. window: tokens of context that a draft sees at most, `None`
+            for all.
 
     Attributes:
         pace: seconds of a plain step; `None` before the first round.
     """
 
-    def __init__(self, gamma: int, share: float, device: str):
-        self.gamma = gamma
+    def __init__(self, gamma: int, share: float, device: str, window: int | None = None):
+        self.gamma, self.window = gamma, math.inf if window is None else window
         self.pace: float | None = None
         # Whether the pace is that of this process.
         self.is_begun = False
@@ -118,7 +119,8 @@ class CostModel:
         return np.array([_verify(rows, n * rows, context, packed) for n in range(1, self.gamma + 2)])
 
     def _drafts(self, rows: float, context: float, pending: float) -> np.ndarray:
-        return np.array([_draft(rows, n, context, pending) for n in range(1, self.gamma + 1)])
+        seen = [min(tokens, self.window) for tokens in (context, pending)]
+        return np.array([_draft(rows, n, *seen) for n in range(1, self.gamma + 1)])
 
     # -- Learning -----------------------------------------------------------------------------------------------
 
@@ -128,7 +130,8 @@ class CostModel:
 
     def learn_draft(self, rows: int, positions: int, context: int, pending: int, seconds: float) -> None:
         """Take in a draft of so many positions in `rows` rows."""
-        self._learn("draft", np.array(_draft(rows, positions, context, pending)), seconds)
+        seen = [min(tokens, self.window) for tokens in (context, pending)]
+        self._learn("draft", np.array(_draft(rows, positions, *seen)), seconds)
 
     def _learn(self, kind: str, features: np.ndarray, seconds: float) -> None:
         line = self.lines[kind]

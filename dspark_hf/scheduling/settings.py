@@ -9,6 +9,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 DRAFT_SETTINGS = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
+# Those of a head alone: a call has no name for what it keeps of the context.
+HEAD_SETTINGS = (*DRAFT_SETTINGS, "draft_window")
 SCHEDULES = ("load", "constant")
 
 

@@ -141,7 +141,7 @@ class BatchLoop:
             self.active.append(request)
             self.texts.begin(request.row)
             if self.piece is not None and len(request.row.prompt) > self.piece:
-                self.reading.append(Reader(self.engine.target, request.row, self.texts))
+                self.reading.append(Reader(self.engine.target, self.engine.drafter, request.row, self.texts))
             else:
                 self.engine.add([request.row])
 

@@ -4,8 +4,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
-import torch
-
 from ..generation.cache import SlotCache, on_device
 from ..generation.drafting import Drafter
 from ..generation.past import RowPast, States, take_row
@@ -52,7 +50,7 @@ class KeptTexts:
             past = self.known.pop(row, None)
             if past is not None:
                 slots.put(place, past.target, row.cached)
-                drafter.cache.put(place, past.draft, past.drafted)
+                drafter.put(place, past.draft, past.drafted)
                 if len(past.features):
                     drafter.read([place], past.features[None], [len(past.features)])
 
@@ -62,8 +60,8 @@ class KeptTexts:
         if row.error is not None or not text or len(text) > self.room:
             return
         drafted = drafter.cache.lengths[r]
-        states, draft = take_row(slots, r, len(text), copy=True), take_row(drafter.cache, r, drafted, copy=True)
-        self.texts[text] = RowPast(states, draft, drafter.unseen(r, len(text) - drafted))
+        states, draft = take_row(slots, r, len(text), copy=True), drafter.states(r, copy=True)
+        self.texts[text] = RowPast(states, draft, drafter.unseen(r, len(text) - drafted), drafted)
         self.texts.move_to_end(text)
         while sum(map(len, self.texts)) > self.room:
             self.texts.popitem(last=False)
@@ -72,22 +70,20 @@ class KeptTexts:
 class Reader:
     """Reads the prompt of a row in pieces, so that the rounds of others go on in between."""
 
-    def __init__(self, target: Target, row: Row, texts: KeptTexts):
+    def __init__(self, target: Target, drafter: Drafter, row: Row, texts: KeptTexts):
         self.target, self.row, self.texts = target, row, texts
-        self.cache = target.new_cache(1)
-        known = texts.known.pop(row, RowPast([], [], torch.zeros(0, 0)))
-        self.cache.put(0, known.target, row.cached)
-        self.draft, self.features = known.draft, [known.features] if len(known.features) else []
+        self.cache, self.drafter = target.new_cache(1), drafter.alone()
+        texts.load([row], [0], self.cache, self.drafter)
 
     def read(self, count: int) -> None:
-        """The next `count` tokens."""
+        """The next `count` tokens, by target and head."""
         piece, device = self.row.prompt[:count], self.target.device
         passed = self.target.forward(on_device([piece], device), self.cache, on_device([0], device))
         self.cache.commit([len(piece)])
-        self.features.append(passed.features[0])
+        self.drafter.read(None, passed.features, [len(piece)])
         read = self.row.cached + len(piece)
-        states = take_row(self.cache, 0, read, copy=False)
-        self.texts.know(self.row, RowPast(states, self.draft, torch.cat(self.features)), read)
+        states, draft = take_row(self.cache, 0, read, copy=False), self.drafter.states(0, copy=False)
+        self.texts.know(self.row, RowPast(states, draft, passed.features[0, :0], read), read)
 
 
 def in_common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -97,9 +93,10 @@ def in_common(one: Sequence[int], other: Sequence[int]) -> int:
 
 def beginning(past: RowPast, count: int) -> RowPast:
     """What is known of the first `count` tokens."""
-    drafted = min(count, past.drafted)
-    features = past.features[: max(0, count - past.drafted)]
-    return RowPast(_first(past.target, count), _first(past.draft, drafted) if drafted else [], features)
+    drafted, features = min(count, past.drafted), past.features[: max(0, count - past.drafted)]
+    # Of the last tokens that the head has read, some may be behind those.
+    kept = past.draft[0][0].shape[1] - (past.drafted - drafted) if past.draft else 0
+    return RowPast(_first(past.target, count), _first(past.draft, kept) if kept > 0 else [], features, drafted)
 
 
 def _first(states: States, count: int) -> States:
