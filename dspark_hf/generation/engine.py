@@ -158,7 +158,6 @@ class Engine:
         self.rows = self.rows + joining
         self.planner.call.set_rows(len(self.rows))
         cache.add(len(joining))
-        self.planner.scheduler.add(len(joining))
         self.drafter.add(len(joining))
         if present == 0:
             view = None if self.compiled is None else self.compiled.view
@@ -180,6 +179,7 @@ class Engine:
         layout, present = rounds.undrafted(len(joining)), len(self.rows) - len(joining)
         host, next_tokens, logits = accept(joining, self.lockstep, None, layout, passed)
         self.state.anchors = torch.cat([self.state.anchors, next_tokens])
+        self.planner.scheduler.add(len(joining))
         counts = [len(row.prompt) for row in joining]
         if present:
             self.drafter.read(list(range(present, len(self.rows))), passed.features, counts)

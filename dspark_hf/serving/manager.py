@@ -36,6 +36,11 @@ PIECE = 512
 SEEDS = 2**64
 # Share of the memory for tokens that texts of ended requests may take.
 KEPT = 0.25
+# Settings of a `ContinuousBatchingConfig` that are read here; see `DSparkBatchingManager`.
+READ = {
+    "max_requests_per_batch", "max_queue_size", "return_logprobs", "seed", "allow_block_sharing", "max_batch_tokens",
+    "num_blocks", "page_size", "block_size", "max_memory_percent", "scheduler_type", "cpu_offload_space",
+}  # fmt: skip
 
 
 class DSparkBatchingManager:
@@ -77,6 +82,11 @@ class DSparkBatchingManager:
                 "With a DSpark head requests are served first come first served, and nothing is offloaded: leave out "
                 f"`scheduler_type` (got {self.config.scheduler_type!r}) and `cpu_offload_space`."
             )
+        usual = vars(ContinuousBatchingConfig())
+        unread = {k: v for k, v in vars(self.config).items() if k not in READ and v != usual.get(k)}
+        if unread:
+            given = ", ".join(f"{name}={value}" for name, value in sorted(unread.items()))
+            logger.warning_once(f"{given}: does nothing with a DSpark head, whose rounds run eagerly in slots.")
         self.defaults = prepare(model, head, [0], generation_config, max_new_tokens=1, **drafting).config
         ends = self.defaults.eos_token_id
         self.ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
@@ -189,7 +199,7 @@ class DSparkBatchingManager:
             requests.append(Request(name, row, streaming, timestamps=[] if record_timestamps else None))
             requests[-1].logprobs = [] if (self.config.return_logprobs if logprobs is None else logprobs) else None
         check_prompt(self.model, self.loop.engine.target.positions, len(input_ids))
-        self._check_room(len(input_ids), row.stopping.max_length)
+        self.check_room(len(input_ids), row.stopping.max_length)
         if 0 < self.config.max_queue_size <= self.num_waiting:
             raise queue.Full(f"{self.num_waiting} requests wait already.")
         for request in requests:
@@ -250,7 +260,7 @@ class DSparkBatchingManager:
         """Drop the handler of a request."""
         self.loop.router.forget(request_id)
 
-    def _check_room(self, prompt: int, tokens: int) -> None:
+    def check_room(self, prompt: int, tokens: int) -> None:
         """Raise for a request of so many tokens, prompt included, whose slot there is no memory for. All slots are as
         long as the longest row needs."""
         slot = capacity_for(tokens + self.head.config.block_size)
