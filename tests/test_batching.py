@@ -1,6 +1,7 @@
 """Requests that come and go on one engine: what each writes is what it writes alone."""
 
 import asyncio
+import inspect
 import os
 import queue
 import random
@@ -13,6 +14,7 @@ import torch
 from conftest import GSM8K_SAMPLE, tiny_head, tiny_target, whole_blocks
 from test_sampling import PROMPTS, SETTINGS, TOKENS, VOCABULARY, exact_distribution, p_value
 from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin, LogitsProcessor
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 import dspark_hf
 from dspark_hf.evaluation.prompts import encode, read_prompts
@@ -21,6 +23,7 @@ from dspark_hf.generation.releases import PAGE_SIZE
 from dspark_hf.serving import hook, memory
 from dspark_hf.serving import manager as manager_module
 from dspark_hf.serving import request as request_module
+from dspark_hf.serving.manager import DSparkBatchingManager
 
 LONG = {"max_position_embeddings": 1024}
 
@@ -537,6 +540,27 @@ def test_too_little_memory_is_named_with_what_helps(pair, monkeypatch):
     few = ContinuousBatchingConfig(max_requests_per_batch=9)
     manager = target.init_continuous_batching(continuous_batching_config=few, assistant_model=head)
     manager.add_request([1] * 100, max_new_tokens=200)
+
+
+def test_managers_are_called_as_transformers_own(pair):
+    """Every public method is there, with its arguments in their order; a stopped one can go on."""
+    (target, head), prompt = pair, texts(1)[0]
+    for name, stock in inspect.getmembers(ContinuousBatchingManager, inspect.isfunction):
+        if name.startswith("_") or name == "switch_to_cb_friendly_attn":
+            continue
+        parameters = list(inspect.signature(getattr(DSparkBatchingManager, name)).parameters)
+        asked = [own.name for own in inspect.signature(stock).parameters.values() if own.kind is not own.VAR_KEYWORD]
+        assert set(asked) <= set(parameters) or name == "add_requests", name
+    settings = GenerationConfig(do_sample=False, max_new_tokens=6)
+    manager = target.init_continuous_batching(settings, config(), assistant_model=head)
+    for _ in range(2):
+        manager.start()
+        manager.add_request(prompt)
+        manager.stop()
+        assert manager.get_result(timeout=1).generated_tokens == alone(target, prompt, max_new_tokens=6)
+    positional = settings, config(), True, False, False, True
+    (output,) = target.generate_batch([prompt], *positional, assistant_model=head).values()
+    assert output.generated_tokens == alone(target, prompt, max_new_tokens=6) and len(output.timestamps) == 6
 
 
 def test_settings_that_do_nothing_are_pointed_out(pair, monkeypatch):

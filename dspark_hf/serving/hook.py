@@ -2,6 +2,7 @@
 `continuous_batching_context_manager` take a head as `assistant_model`. Without one they are transformers' own."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -44,10 +45,12 @@ def _wrap(stock: Callable, own: Callable) -> Callable:
                 "Continuous batching takes a DSpark head as `assistant_model`, got a "
                 f"{type(assistant_model).__name__}. Leave it out, or use `generate`."
             )
+        # By the names that the installed release has for them.
+        kwargs |= dict(list(inspect.signature(stock).bind_partial(self, *args).arguments.items())[1:])
         unread = [name for name in BEFOREHAND if kwargs.pop(name, None)]
         if unread:
             logger.warning_once(f"{', '.join(unread)}: does nothing with a DSpark head; nothing is made beforehand.")
-        return own(self, *args, assistant_model=assistant_model, **kwargs)
+        return own(self, assistant_model=assistant_model, **kwargs)
 
     return method
 

@@ -7,6 +7,7 @@ There are as many slots as memory holds of the longest request that is taken.
 import asyncio
 import itertools
 import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -116,17 +117,42 @@ class DSparkBatchingManager:
         else:
             self.loop.start()
 
-    def stop(self, block: bool = True, timeout: float | None = None, hard_stop: bool = False) -> None:
-        """End when all requests have.
+    def warmup(self) -> None:
+        """Nothing is made beforehand."""
+
+    def stop(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        keep_for_next_session: bool = False,
+        hard_stop: bool = False,
+    ) -> None:
+        """End when all requests have. A manager that has ended can be started again.
 
         Args:
-            block: wait for that, at most `timeout` seconds. hard_stop: end now; requests that have not ended fail.
+            block: wait for that, at most `timeout` seconds. keep_for_next_session: of no effect, as it is kept by
+                whoever holds it. hard_stop: end now; requests that have not ended fail.
         """
+        began = time.perf_counter()
         self.loop.stop(now=hard_stop)
-        if block and self.loop.thread is not None:
-            self.loop.thread.join(timeout)
-            if self.is_running():
-                logger.warning(f"Requests were still being decoded after {timeout} seconds.")
+        if block:
+            self.join(began, timeout)
+
+    def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
+        """Wait until it has ended, at most `timeout` seconds; by `time.perf_counter` it was told to at
+        `stop_trigger_time`."""
+        if self.loop.thread is None:
+            return
+        self.loop.thread.join(timeout)
+        if self.is_running():
+            logger.warning(f"Requests were still being decoded after {timeout} seconds.")
+        else:
+            logger.info(f"Rounds ended after {time.perf_counter() - stop_trigger_time:.2f} seconds.")
+
+    def destroy(self) -> None:
+        """End when all requests have, and forget the texts of those that have ended."""
+        self.stop()
+        self.loop.texts.texts.clear()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
