@@ -1,6 +1,8 @@
 """Requests that come and go on one engine: what each writes is what it writes alone."""
 
 import asyncio
+import inspect
+import os
 import queue
 import random
 import threading
@@ -12,12 +14,16 @@ import torch
 from conftest import GSM8K_SAMPLE, tiny_head, tiny_target, whole_blocks
 from test_sampling import PROMPTS, SETTINGS, TOKENS, VOCABULARY, exact_distribution, p_value
 from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin, LogitsProcessor
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 import dspark_hf
 from dspark_hf.evaluation.prompts import encode, read_prompts
 from dspark_hf.generation.planner import Planner
 from dspark_hf.generation.releases import PAGE_SIZE
-from dspark_hf.serving import hook
+from dspark_hf.serving import hook, memory
+from dspark_hf.serving import manager as manager_module
+from dspark_hf.serving import request as request_module
+from dspark_hf.serving.manager import DSparkBatchingManager
 
 LONG = {"max_position_embeddings": 1024}
 
@@ -513,6 +519,66 @@ def test_settings_of_a_manager_that_it_cannot_keep(pair, kwargs):
         target.init_continuous_batching(continuous_batching_config=config(**kwargs), assistant_model=head)
     with pytest.raises(ValueError, match="temperature"):
         target.init_continuous_batching(assistant_model=head, temperature=0.5)
+
+
+def test_the_free_memory_of_a_host_is_what_can_be_had():
+    """On a laptop most of it is taken by caches of files."""
+    unused = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert (
+        0.9 * unused < memory.free_bytes(torch.device("cpu")) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
+
+
+def test_too_little_memory_is_named_with_what_helps(pair, monkeypatch):
+    target, head = pair
+    token = memory.bytes_of_token(target.config, target.dtype) + memory.bytes_of_token(head.config, head.dtype)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 8000 * token)
+    manager = target.init_continuous_batching(assistant_model=head)
+    with pytest.raises(ValueError, match="16 slots of 512 tokens.*for 4800.*max_requests_per_batch") as found:
+        manager.add_request([1] * 100, max_new_tokens=200)
+    assert "max_new_tokens" in str(found.value) and "max_memory_percent" in str(found.value)
+    few = ContinuousBatchingConfig(max_requests_per_batch=9)
+    manager = target.init_continuous_batching(continuous_batching_config=few, assistant_model=head)
+    manager.add_request([1] * 100, max_new_tokens=200)
+
+
+def test_managers_are_called_as_transformers_own(pair):
+    """Every public method is there, with its arguments in their order; a stopped one can go on."""
+    (target, head), prompt = pair, texts(1)[0]
+    for name, stock in inspect.getmembers(ContinuousBatchingManager, inspect.isfunction):
+        if name.startswith("_") or name == "switch_to_cb_friendly_attn":
+            continue
+        parameters = list(inspect.signature(getattr(DSparkBatchingManager, name)).parameters)
+        asked = [own.name for own in inspect.signature(stock).parameters.values() if own.kind is not own.VAR_KEYWORD]
+        assert set(asked) <= set(parameters) or name == "add_requests", name
+    settings = GenerationConfig(do_sample=False, max_new_tokens=6)
+    manager = target.init_continuous_batching(settings, config(), assistant_model=head)
+    for _ in range(2):
+        manager.start()
+        manager.add_request(prompt)
+        manager.stop()
+        assert manager.get_result(timeout=1).generated_tokens == alone(target, prompt, max_new_tokens=6)
+    positional = settings, config(), True, False, False, True
+    (output,) = target.generate_batch([prompt], *positional, assistant_model=head).values()
+    assert output.generated_tokens == alone(target, prompt, max_new_tokens=6) and len(output.timestamps) == 6
+
+
+def test_settings_that_do_nothing_are_pointed_out(pair, monkeypatch):
+    """Compiled rounds and what is made beforehand; the text is the same."""
+    (target, head), said = pair, []
+    for place in (manager_module, request_module, hook):
+        monkeypatch.setattr(place.logger, "warning_once", said.append)
+    settings = {"continuous_batching_config": config(), "assistant_model": head}
+    (plain,) = target.generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=5), **settings).values()
+    assert not said
+    static = GenerationConfig(max_new_tokens=5, cache_implementation="static")
+    (output,) = target.generate_batch([[1, 2, 3]], static, **settings).values()
+    assert output.generated_tokens == plain.generated_tokens
+    assert "eagerly" in said[0] and "cache_implementation" in said[0]
+    del said[:]
+    settings["continuous_batching_config"] = config(use_cuda_graph=True)
+    target.generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=1), warmup=True, **settings)
+    assert "warmup" in said[0] and "use_cuda_graph=True" in said[1]
 
 
 def test_a_full_queue_says_so(pair):

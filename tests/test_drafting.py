@@ -7,9 +7,8 @@ from transformers import LogitsProcessorList
 
 from dspark_hf.generation import drafting
 from dspark_hf.generation.drafting import Drafter
-from dspark_hf.generation.packing import Packing
 from dspark_hf.generation.processors import BlockProcessors
-from dspark_hf.generation.target import Target
+from dspark_hf.generation.target import Part, Target
 
 ROWS = 4
 
@@ -121,7 +120,6 @@ def test_a_packed_pass_equals_a_padded_one(window):
     runner = Target(target, [0, 1])
     assert runner.packs
     lengths = torch.tensor([3, 0, 2, 1])
-    packing = Packing.of(lengths, 4, 4 + 6)
     tokens = torch.randint(1, 16, (ROWS, 4))
     results, caches = [], []
     for packed in (False, True):
@@ -129,7 +127,8 @@ def test_a_packed_pass_equals_a_padded_one(window):
         prompt = torch.arange(ROWS * 9).view(ROWS, 9) % 16
         runner.forward(prompt, cache)
         cache.commit([9, 4, 7, 8])
-        results.append(runner.forward_packed(tokens, cache, packing) if packed else runner.forward(tokens, cache))
+        part = Part(tokens, cache.packing(1 + lengths, 4, 4 + 6))
+        results.append(runner.forward_packed([part], cache)[0] if packed else runner.forward(tokens, cache))
         caches.append(cache)
     filled = torch.arange(4) <= lengths[:, None]
     for name in ("logits", "features"):
@@ -141,12 +140,48 @@ def test_a_packed_pass_equals_a_padded_one(window):
             close(a.keys[r, :, : start + count], b.keys[r, :, : start + count])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("lengths", [[3, 0, 2], [3, 3, 3]])
+def test_prompts_read_beside_drafts_equal_those_read_alone(window, lengths):
+    """Rows at different places of which one goes on from a text that is cached."""
+    kwargs = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
+    runner = Target(tiny_target(**kwargs), [0, 1])
+    lengths, counts, cached = torch.tensor(lengths), torch.tensor([6, 2]), [0, 5]
+    tokens, prompts = torch.randint(1, 16, (3, 4)), torch.randint(1, 16, (2, 6))
+
+    def cache_of(starts):
+        cache = runner.new_cache(len(starts))
+        text = torch.arange(len(starts) * 9).view(len(starts), 9) % 16
+        runner.forward(text, cache)
+        cache.commit(list(starts))
+        return cache
+
+    starts = [9, 4, 7]
+    cache = cache_of([*starts, *cached])
+    drafts = Part(tokens, cache.packing(1 + lengths, 4, 3 + int(lengths.sum())))
+    beside = Part(prompts, cache.packing(counts, 6, 8, first=3), is_prompt=True)
+    passed, read = runner.forward_packed([drafts, beside], cache)
+    alone = runner.forward(tokens, cache_of([*starts, *cached]), rows=[0, 1, 2])
+    filled = torch.arange(4) <= lengths[:, None]
+    close(passed.logits[filled], alone.logits[filled])
+    close(passed.features[filled], alone.features[filled])
+    for r, count in enumerate(counts.tolist()):
+        other = cache_of([*starts, *cached])
+        one = runner.forward(prompts[r : r + 1, :count], other, rows=[3 + r])
+        close(read.logits[r, 0], one.logits[0, -1])
+        close(read.features[r, :count], one.features[0])
+        for a, b in zip(cache.layers, other.layers, strict=True):
+            close(a.keys[3 + r, :, : cached[r] + count], b.keys[3 + r, :, : cached[r] + count])
+
+
 def test_packing_ends_with_the_pass():
     """An error inside leaves transformers' attention as it was."""
     target = tiny_target()
     runner = Target(target, [0])
-    packing = Packing.of(torch.tensor([1, 0]), 2, 3)
+    cache = runner.new_cache(2)
+    part = Part(torch.full((2, 2), 10**6), cache.packing(torch.tensor([2, 1]), 2, 3))
     with pytest.raises(IndexError):
-        runner.forward_packed(torch.full((2, 2), 10**6), runner.new_cache(2), packing)
+        runner.forward_packed([part], cache)
     ids = torch.tensor([[1, 2, 3]])
     assert target.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (1, 6)

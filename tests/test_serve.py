@@ -209,11 +209,34 @@ def test_a_client_that_leaves_frees_its_row(client, service):
     wait_for(lambda: not service.manager.num_running)
 
 
-def test_a_client_that_does_not_wait_frees_its_row(url, service):
-    headers, body = {"Authorization": f"Bearer {KEY}"}, ask(max_tokens=1500, temperature=2)
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=0.5)
-    wait_for(lambda: not service.manager.num_running)
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_client_that_hangs_up_frees_its_row_within_a_round(url, service, monkeypatch, stream, begun):
+    """Counted in rounds, that under way included, from when the server has noticed; before the first token too."""
+    manager, steps = service.manager, []
+    wait_for(lambda: not manager.num_running)
+    # A queue that answers as it would, and says what was put in.
+    canceled, step = [], manager.loop.engine.step
+    monkeypatch.setattr(
+        manager, "cancel_request", lambda own, of=manager.cancel_request: (of(own), canceled.append(own))
+    )
+    monkeypatch.setattr(manager.loop.engine, "step", lambda: (steps.append(len(canceled)), step())[1])
+    body = json.dumps(ask(max_tokens=1500, temperature=2, stream=stream)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {KEY}\r\n"
+    host, port = url.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(manager.pause())
+        client = socket.create_connection((host, int(port)))
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: manager.num_running)
+        if begun:
+            stack.close()
+            wait_for(lambda: len(steps) > 2)
+            stack.enter_context(manager.pause())
+        client.close()
+        wait_for(lambda: canceled)
+    wait_for(lambda: not manager.num_running)
+    assert sum(count > 0 for count in steps) <= 1
 
 
 def test_a_full_queue_is_told_to_come_again(client, service, monkeypatch):

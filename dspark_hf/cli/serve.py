@@ -37,6 +37,10 @@ def serve(
     target, head, tokenizer = load(model, head, dtype)
     config = ContinuousBatchingConfig(max_requests_per_batch=batch, max_queue_size=max_queue, max_memory_percent=memory)
     manager = target.init_continuous_batching(continuous_batching_config=config, assistant_model=head)
+    try:
+        manager.check_room(1, 1 + max_tokens)
+    except ValueError as error:
+        raise ValueError(f"{error} Here these are --max-tokens, --batch and --memory.") from None
     name = name or model or "dspark-pair"
     service = Service(manager, tokenizer, name, api_key, Limits(1024 * max_body, max_prompt, max_tokens))
     say(f"http://{host}:{port}/v1 serves {name}: up to {batch} requests at once")

@@ -8,9 +8,10 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from .packing import current_pass, sdpa_attention
+from .packing import Packing, attend_by_groups, by_parts, current_pass, sdpa_attention
 
 NAME = "dspark"
+MOST_QUERIES = dspark_kernels.LARGEST_BLOCK
 
 
 def install() -> None:
@@ -33,21 +34,23 @@ def ragged(
     """Of a verify pass of our rounds query [R, H, n, D] ([1, H, B, D] in a packed one) against key and value
     [R, H_kv, view, D]; anything else is sdpa's, with the same arguments."""
     ours = current_pass()
-    packing = None if ours is None else ours.packing
-    count = query.shape[2] if packing is None else packing.width
-    if (
-        ours is None
-        or count > dspark_kernels.LARGEST_BLOCK
-        or kwargs.get("softcap") is not None
-        or kwargs.get("dropout")
-        or not dspark_kernels.uses_kernels(query)
-    ):
+    fits = ours is not None and min((own.width for own in ours.packings), default=query.shape[2]) <= MOST_QUERIES
+    if not fits or kwargs.get("softcap") is not None or kwargs.get("dropout") or not dspark_kernels.uses_kernels(query):
         kwargs |= {"scaling": scaling, "sliding_window": sliding_window}
         kwargs |= {} if s_aux is None else {"s_aux": s_aux}
         return sdpa_attention(module, query, key, value, attention_mask, **kwargs)
-    if packing is not None:
-        query = packing.unpack(query.transpose(1, 2)).transpose(1, 2)
-    starts, counts = ours.starts.to(query.device), ours.counts(count).to(query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mixed = dspark_kernels.ragged_attention(query, key, value, starts, counts, scale, sliding_window, s_aux)
-    return mixed if packing is None else packing.pack(mixed), None
+
+    def attend(starts: torch.Tensor, counts: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        places = starts.to(query.device), counts.to(query.device)
+        return dspark_kernels.ragged_attention(*tensors, *places, scale, sliding_window, s_aux)
+
+    def of_part(packing: Packing, *tensors: torch.Tensor) -> torch.Tensor:
+        if packing.width <= MOST_QUERIES:
+            return attend(packing.starts, packing.counts, *tensors[:3])
+        options = {"scaling": scale, "sliding_window": sliding_window} | ({} if s_aux is None else {"s_aux": s_aux})
+        return attend_by_groups(ours, module, *tensors, **options)
+
+    if ours.packings:
+        return by_parts(ours, query, key, value, attention_mask, of_part), None
+    return attend(ours.starts, ours.counts(query.shape[2]), query, key, value), None

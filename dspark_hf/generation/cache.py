@@ -15,7 +15,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from .packing import Packing
+from .packing import Packing, filled_places
 
 SMALLEST_CAPACITY = 256
 
@@ -50,14 +50,14 @@ def compact(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
 class Placement:
     """Where the next forward pass writes its n new tokens a row, and how far it looks.
 
-    slots: [R, n] int64, index in the row's slot of every new token.
+    slots: [R, n] int64, index in the row's slot of every new token; in a packed pass [1, B].
     start: the common first index when every row writes n consecutive tokens from the same place, else `None`; lets
         the write be one slice.
     view: slots 0..view-1 are handed to the attention.
     continues: whether any row has tokens already.
     positions: [R, n], of the tokens; `None` where those are their slots.
-    rows: [n] int64, the rows that take part when these are not all. lines: [n, 1], all that take part.
-    packing: set when the pass holds only some of the R * n tokens, as one sequence.
+    rows: [n] int64, the rows that take part when these are not all. lines: [n, 1], all that take part; in a packed
+        pass [1, B], of every token.
     """
 
     slots: torch.Tensor
@@ -67,7 +67,6 @@ class Placement:
     positions: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     lines: torch.Tensor | None = None
-    packing: Packing | None = None
 
 
 @dataclass(frozen=True)
@@ -178,11 +177,7 @@ class SlotLayer(Slots, CacheLayerMixin):
         self._reserve(placement.view)
         device, rows = key_states.device, placement.rows
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            if placement.packing is not None:
-                index = placement.packing.index.to(device)
-                row = placement.lines.flatten().to(device)[index // placement.packing.width]
-                stored[row, :, placement.slots.flatten().to(device)[index]] = new[0].transpose(0, 1)
-            elif placement.start is not None:
+            if placement.start is not None:
                 stored[:, :, placement.start : placement.start + new.shape[2]] = new
             else:
                 stored[placement.lines.to(device), :, placement.slots.to(device)] = new.transpose(1, 2)
@@ -241,7 +236,7 @@ class SlotLayer(Slots, CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         # What models add to their own position count; ours are always passed explicitly.
-        return self.placement.view - self.placement.slots.shape[1] if self.placement else 0
+        return max(self.placement.view - self.placement.slots.shape[1], 0) if self.placement else 0
 
     def get_max_length(self) -> int:
         return -1
@@ -289,25 +284,43 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.expected, layer.is_static = tokens, is_static
 
-    def place(self, count: int, packing: Packing | None = None, rows: list[int] | None = None) -> Placement:
-        """The next pass appends `count` tokens to every row, or to the given ones, or those of them that are packed.
-        Returns where."""
+    def place(self, count: int, rows: list[int] | None = None) -> Placement:
+        """The next pass appends `count` tokens to every row, or to the given ones. Returns where."""
         if rows is not None:
             starts = [self.lengths[row] for row in rows]
             slots = on_device(starts, self.device)[:, None] + torch.arange(count, device=self.device)
             fields = {"rows": on_device(rows, self.device), "positions": self._positions(slots, rows)}
-            return self.place_at(slots, max(starts) + count, packing=packing, continues=any(starts), **fields)
+            return self.place_at(slots, max(starts) + count, continues=any(starts), **fields)
         starts = self.lengths
-        if len(set(starts)) == 1 and packing is None:
+        if len(set(starts)) == 1:
             row, start = torch.arange(starts[0], starts[0] + count, device=self.device), starts[0]
             slots = row.expand(len(starts), -1)
             positions = self._positions(slots)
             return self.place_at(slots, start + count, start, continues=start > 0, positions=positions)
         slots = on_device(starts, self.device)[:, None] + torch.arange(count, device=self.device)
-        fields = {"packing": packing, "positions": self._positions(slots)}
-        return self.place_at(slots, max(starts) + count, continues=any(starts), **fields)
+        return self.place_at(slots, max(starts) + count, continues=any(starts), positions=self._positions(slots))
 
-    def _positions(self, slots: torch.Tensor, rows: list[int] | None = None) -> torch.Tensor | None:
+    def packing(self, counts: torch.Tensor, width: int, size: int, first: int = 0) -> Packing:
+        """Of a packed pass the part in which row first + r brings the first counts[r] of `width` tokens, `size` in
+        all."""
+        starts = self.lengths[first : first + len(counts)]
+        index = filled_places(counts, width, size)
+        return Packing(counts, width, index, size, first, on_device(starts, self.device), max(starts) + width)
+
+    def place_packed(self, packings: Sequence[Packing]) -> Placement:
+        """The next pass holds these parts, one behind the other, and appends to every row what it brings."""
+        slots, lines, positions = [], [], []
+        for packing in packings:
+            own = packing.starts[:, None] + torch.arange(packing.width, device=self.device)
+            slots.append(packing.pack(own))
+            lines.append(packing.pack(self.all_lines[packing.places].expand_as(own)))
+            at = self._positions(own, range(*packing.places.indices(len(self.lengths))))
+            positions += [] if at is None else [packing.pack(at)]
+        fields = {"positions": torch.cat(positions, dim=1) if positions else None, "continues": any(self.lengths)}
+        view = max(packing.view for packing in packings)
+        return self.place_at(torch.cat(slots, dim=1), view, lines=torch.cat(lines, dim=1), **fields)
+
+    def _positions(self, slots: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor | None:
         """[R, n], of tokens that go to these slots of all or the given rows; `None` where they are the same."""
         if not any(self.offsets):
             return None
@@ -316,10 +329,11 @@ class SlotCache(Cache):
 
     def place_at(self, slots: torch.Tensor, view: int, start: int | None = None, **fields) -> Placement:
         """The next pass writes to the given slots; see [`Placement`]."""
-        rows = fields.get("rows")
+        rows, lines = fields.get("rows"), fields.pop("lines", None)
         # Compiled passes show more slots than there are rows.
-        self.show(len(slots) if rows is None else len(self.lengths))
-        lines = self.lines if rows is None else rows[:, None]
+        self.show(len(slots) if rows is None and lines is None else len(self.lengths))
+        if lines is None:
+            lines = self.lines if rows is None else rows[:, None]
         placement = Placement(slots, start, view, lines=lines, **fields)
         for layer in self.layers:
             layer.place(placement)

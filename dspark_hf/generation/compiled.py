@@ -44,7 +44,7 @@ from .modules import is_stock, structure
 from .processors import OF_LOGITS, BlockProcessors
 from .round import RoundState, VerifyLayout
 from .stopping import Stopping
-from .target import Target, TargetPass
+from .target import Part, Target, TargetPass
 
 logger = logging.get_logger(__name__)
 
@@ -196,10 +196,11 @@ class CompiledPasses:
         block: DraftBlock | None,
         layout: VerifyLayout,
         read_at: torch.Tensor | None,
+        joining: Part | None = None,
     ) -> tuple[TargetPass, torch.Tensor | None]:
-        """As `round.verify`, with a verdict."""
+        """As `round.verify`, with a verdict. Passes that are captured read no prompts."""
         if self.graphs.refused is not None:
-            return rounds.verify(state, target, block, layout, read_at)
+            return rounds.verify(state, target, block, layout, read_at, joining)
         rows = len(state.anchors)
         passes = self.graphs.serving(rows, self.shape)
         width = min(width for width in passes.verify if width > layout.most)

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..modeling_dspark import DraftBlock, DSparkHead, Select
@@ -73,8 +74,11 @@ class Drafter:
         self.cache.commit(counts, rows)
 
     def append(self, features: torch.Tensor, counts: list[int]) -> None:
-        """Target states of the tokens that were committed last: features [R, C, m*d], of row r the first counts[r].
-        They are the drafter's from then on, which may move rows in them."""
+        """Target states of the tokens that were committed last: features [R, C, m*d], of row r the first counts[r];
+        nothing of rows behind these. They are the drafter's from then on, which may move rows in them."""
+        more = len(self.num_pending) - len(counts)
+        if more:
+            features, counts = pad(features, (0, 0, 0, 0, 0, more)), counts + [0] * more
         self.pending.append((features, counts))
         self.num_pending = [waiting + count for waiting, count in zip(self.num_pending, counts, strict=True)]
 

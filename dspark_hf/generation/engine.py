@@ -1,7 +1,8 @@
 """The engine: a pair of target and head, slots for rows, and the rounds that decode them.
 
-Rows join between rounds, and leave as they end; their slots are free for others at once. `generate` is an engine whose
-rows all join at the start. Everything here is on the host; the steps of a round are in `round.py`.
+Rows join between rounds, and leave as they end; their slots are free for others at once. Where others are active,
+prompts are read in the pass that verifies those's drafts. `generate` is an engine whose rows all join at the start.
+Everything here is on the host; the steps of a round are in `round.py`.
 """
 
 from collections import deque
@@ -97,14 +98,16 @@ class Engine:
             self.compiled.close(self.drafter)
 
     def step(self) -> list[Row]:
-        """Run a round, or the prefill of rows that join. Returns the rows that have ended."""
+        """Run a round, with the prefill of rows that join. Returns the rows that have ended."""
         with self.mode():
             return self._step()
 
     def _step(self) -> list[Row]:
-        if self.queue and len(self.rows) < self.slots:
+        joining = self._joining()
+        if joining and not (self.rows and self.target.packs):
+            # There is no pass to share, or none that can be shared.
             with self.clock.part("prefill"):
-                return self._prefill()
+                return self._prefill(joining)
         if self.past is None or not self.past.given_in_part:
             reread(self.rows, self.state.cache, self.target)
         rows, state, planner, clock, passes = self.rows, self.state, self.planner, self.clock, self.compiled or rounds
@@ -123,60 +126,79 @@ class Engine:
             layout = rounds.schedule(planner.scheduler, plan, block, confidence, max_drafts, self.target.device)
         with clock.part("verify"):
             read_at = read_lengths(rows, 1 + layout.most, self.target)
-            passed, drafts = passes.verify(state, self.target, block, layout, read_at)
+            prompts, *where = self._seat(joining) if joining else ([],)
+            part = rounds.prompt_part(state, self.target, prompts, *where) if joining else None
+            passed, drafts = passes.verify(state, self.target, block, layout, read_at, part)
         with clock.part("other"):
             host, next_tokens, logits = accept(rows, self.lockstep, block, layout, passed, drafts, confidence)
         with clock.part("schedule"):
             survival = planner.learn(plan, layout, host, len(rows), context, pending)
-            if self.compiled is not None and self.compiled.captured:
+            if joining or (self.compiled is not None and self.compiled.captured):
+                # A time that says nothing of the rounds to come.
                 planner.last = None
         with clock.part("other"):
             done = CommittedRound(rows, host, passed, logits, load, plan, survival)
-            ends = self._decide(done)
+            self._decide(done)
             # Of a row that ends in the middle of a block no more than its text: a state cannot be cut back later.
             rounds.commit(state, passed.features, [max(len(kept), 1) for kept in done.kept], next_tokens)
-            return self._settle(done, ends)
+            if joining:
+                counts = list(map(len, prompts))
+                state.cache.commit(counts, list(range(len(rows), len(self.rows))))
+            return self._settle([done, self._begin(joining, passed.read, counts)] if joining else [done])
 
     # -- Rows come and go ---------------------------------------------------------------------------------------
 
-    def _prefill(self) -> list[Row]:
-        """Give rows of the queue their slots and their first token."""
-        present = len(self.rows)
-        joining = [self.queue.popleft() for _ in range(min(len(self.queue), self.slots - present))]
+    def _joining(self) -> list[Row]:
+        """Rows of the queue that there are slots for."""
+        joining = [self.queue.popleft() for _ in range(min(len(self.queue), self.slots - len(self.rows)))]
         for row in joining:
             check_prompt(self.target.model, self.target.positions, len(row.prompt_columns) + row.lag)
+        return joining
+
+    def _seat(self, joining: list[Row]) -> tuple[list[list[int]], list[int], int]:
+        """Give rows their slots, and what is known of them. Returns what is left to read of their prompts and their
+        lengths, see `round.prefill`, and the place of the first."""
+        present, cache = len(self.rows), self.state.cache
         if present == 0:
             self._clear()
         self.rows = self.rows + joining
         self.planner.call.set_rows(len(self.rows))
-        places = list(range(present, len(self.rows)))
-        state, cache = self.state, self.state.cache
         cache.add(len(joining))
-        self.planner.scheduler.add(len(joining))
         self.drafter.add(len(joining))
         if present == 0:
             view = None if self.compiled is None else self.compiled.view
             expect_tokens((cache, self.drafter.cache), joining, self.planner.gamma + 1, view)
         if self.past is not None:
-            self.past.load(joining, places, cache, self.drafter)
+            self.past.load(joining, list(range(present, len(self.rows))), cache, self.drafter)
         lengths = [len(row.prompt_columns) + row.lag for row in joining]
-        prompts, those = [row.prompt for row in joining], places if present else None
+        prompts, places = [row.prompt for row in joining], list(range(present, len(self.rows)))
         if self.piece is not None:
-            prompts = read_ahead(state, self.target, self.piece, prompts, lengths, those)
-        passed = rounds.prefill(state, self.target, prompts, lengths, those)
-        layout = rounds.undrafted(len(joining))
+            prompts = read_ahead(self.state, self.target, self.piece, prompts, lengths, places if present else None)
+        return prompts, lengths, present
+
+    def _prefill(self, joining: list[Row]) -> list[Row]:
+        """Read the prompts of rows in a pass of their own."""
+        prompts, lengths, present = self._seat(joining)
+        places = list(range(present, len(self.rows))) if present else None
+        passed = rounds.prefill(self.state, self.target, prompts, lengths, places)
+        return self._settle([self._begin(joining, passed, list(map(len, prompts)))])
+
+    def _begin(self, joining: list[Row], passed: TargetPass, counts: list[int]) -> CommittedRound:
+        """The first tokens of rows whose prompts were read, the last counts[i] tokens of each in this pass."""
+        layout, present = rounds.undrafted(len(joining)), len(self.rows) - len(joining)
         host, next_tokens, logits = accept(joining, self.lockstep, None, layout, passed)
-        state.anchors = torch.cat([state.anchors, next_tokens])
-        counts = list(map(len, prompts))
+        self.state.anchors = torch.cat([self.state.anchors, next_tokens])
+        self.planner.scheduler.add(len(joining))
         if present:
-            self.drafter.read(places, passed.features, counts)
+            self.drafter.read(list(range(present, len(self.rows))), passed.features, counts)
         else:
             self.drafter.append(passed.features, counts)
         done = CommittedRound(joining, host, passed, logits)
-        return self._settle(done, self._decide(done))
+        self._decide(done)
+        return done
 
-    def _decide(self, done: CommittedRound) -> list[bool]:
-        """Note what the rows keep of a round, up to their ends. Returns which of them end."""
+    def _decide(self, done: CommittedRound) -> None:
+        """Note what the rows keep of a round, up to their ends, and which of them end."""
         host = done.host
         decided = host.stops or [None] * len(done.rows)
         device = self.state.anchors.device
@@ -187,16 +209,16 @@ class Engine:
         if host.stops is None and any(row.stopping.others for row in done.rows):
             # Criteria may look at a clock.
             stops = self.planner.ranks.agreed(lambda: stops)
-        done.kept = [kept for kept, _ in stops]
-        return [ended for _, ended in stops]
+        done.kept, done.ends = [kept for kept, _ in stops], [ended for _, ended in stops]
 
-    def _settle(self, done: CommittedRound, ends: list[bool]) -> list[Row]:
-        """Give the rows what they keep; drop those that ended, which are returned."""
-        for observer in self.observers:
-            observer.on_round(done)
-        for row, kept, ended in zip(done.rows, done.kept, ends, strict=True):
-            row.committed += kept
-            row.ended = ended
+    def _settle(self, parts: Sequence[CommittedRound]) -> list[Row]:
+        """Give the rows what they keep of a round; drop those that ended, which are returned."""
+        for done in parts:
+            for observer in self.observers:
+                observer.on_round(done)
+            for row, kept, ended in zip(done.rows, done.kept, done.ends, strict=True):
+                row.committed += kept
+                row.ended = ended
         staying = [r for r, row in enumerate(self.rows) if not row.ended]
         ended = [(r, row) for r, row in enumerate(self.rows) if row.ended]
         copies = bool(staying or self.queue or self.compiled)

@@ -31,7 +31,7 @@ class CommittedRound:
     load: of the device, as far as known; `None` for a prefill, as are the next two.
     plan: what was to be drafted.
     survival: [R, drafted], which the schedule went by.
-    kept: of every row the tokens that it keeps, up to its end.
+    kept: of every row the tokens that it keeps, up to its end. ends: whether it ends with them.
     """
 
     rows: list[Row]
@@ -42,6 +42,7 @@ class CommittedRound:
     plan: Plan | None = None
     survival: np.ndarray | None = None
     kept: list[list[int]] = field(default_factory=list)
+    ends: list[bool] = field(default_factory=list)
 
 
 class Observer:

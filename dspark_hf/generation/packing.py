@@ -1,14 +1,15 @@
 """How the queries of a pass are laid out for the target's attention.
 
-Packing: rows that verify different numbers of drafts share a pass without padding. A rectangle of R rows and W columns
+Packing: rows that bring different numbers of tokens share a pass without padding. A rectangle of R rows and W columns
 costs R * W tokens however few of them matter. A packed pass shows the model the tokens that matter as one sequence, so
-that everything but attention costs what they are worth. Attention needs rows: its queries are spread over the
-rectangle again, and each row looks at its own slot of the cache.
+that everything but attention costs what they are worth. Attention needs rows: its queries are spread over a rectangle
+again, and each row looks at its own slot of the cache. Rows that verify drafts and rows whose prompts are read beside
+them have a rectangle each.
 """
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,41 +24,59 @@ from transformers.masking_utils import sdpa_mask
 
 @dataclass(frozen=True)
 class Packing:
-    """Which places of a [rows, width] rectangle are filled: their flat index [B], increasing; of row r the first
-    counts[r]."""
+    """Which places of a [rows, width] rectangle are filled, and what its rows are.
 
-    index: torch.Tensor
+    counts: [rows], of row r the first so many places are. index: [B], the flat index of all these, increasing; `None`
+    where all places are. size: B. first: place of the first row in the cache; the others follow. starts: [rows], slot
+    of each row's first token. view: slots that these rows look at.
+    """
+
     counts: torch.Tensor
     width: int
+    index: torch.Tensor | None
+    size: int
+    first: int
+    starts: torch.Tensor
+    view: int
 
     @property
     def rows(self) -> int:
         return len(self.counts)
 
-    @classmethod
-    def of(cls, lengths: torch.Tensor, width: int, total: int) -> "Packing":
-        """The first 1 + lengths[r] places of every row; `total` of them, which saves asking the device."""
-        filled = torch.arange(width, device=lengths.device) <= lengths[:, None]
-        # A stable sort puts the filled places first and leaves them in order.
-        index = (~filled).flatten().to(torch.uint8).argsort(stable=True)[:total]
-        return cls(index, 1 + lengths, width)
+    @property
+    def places(self) -> slice:
+        """Of its rows in the cache."""
+        return slice(self.first, self.first + self.rows)
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, width, ...] -> [1, B, ...]"""
-        return x.flatten(0, 1)[self.index.to(x.device)][None]
+        flat = x.flatten(0, 1)
+        return (flat if self.index is None else flat[self.index.to(x.device)])[None]
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
         """[1, B, ...] -> [rows, width, ...], zeros where nothing is."""
+        if self.index is None:
+            return x[0].unflatten(0, (self.rows, self.width))
         spread = x.new_zeros(self.rows * self.width, *x.shape[2:])
         spread[self.index.to(x.device)] = x[0]
         return spread.unflatten(0, (self.rows, self.width))
 
 
+def filled_places(counts: torch.Tensor, width: int, size: int) -> torch.Tensor | None:
+    """`Packing.index` of the first counts[r] places of every row; `size` of them, which saves asking the device."""
+    if size == len(counts) * width:
+        return None
+    empty = torch.arange(width, device=counts.device) >= counts[:, None]
+    # A stable sort puts the filled places first and leaves them in order.
+    return empty.flatten().to(torch.uint8).argsort(stable=True)[:size]
+
+
 class Pass:
     """A pass of the target by our rounds.
 
-    starts: [R], slot of each row's first token. packing: when it is packed. lengths: for targets whose rotary
-    embedding goes by it, of every token the length of the text when plain decoding reads it, [R, n] ([1, B] packed).
+    starts: [R], slot of each row's first token. packings: when it is packed, its parts in their order. lengths: for
+    targets whose rotary embedding goes by it, of every token the length of the text when plain decoding reads it,
+    [R, n] ([1, B] packed).
     is_prompt: whether it reads tokens that plain decoding reads in one pass too, all of which rows keep.
     recurrence: the layer of the cache whose recurrence is run next; see `recurrences`.
     """
@@ -67,23 +86,40 @@ class Pass:
     def __init__(
         self,
         starts: torch.Tensor,
-        packing: Packing | None,
+        packings: Sequence[Packing] = (),
         lengths: torch.Tensor | None = None,
         is_prompt: bool = False,
     ):
-        self.starts, self.packing, self.lengths, self.is_prompt = starts, packing, lengths, is_prompt
-        self.masks: dict[tuple[int, int], torch.Tensor] = {}
+        self.starts, self.packings, self.lengths, self.is_prompt = starts, packings, lengths, is_prompt
+        # What was made of a mask, with the mask, so that no other has its id.
+        self.masks: dict[tuple, tuple[torch.Tensor, Any]] = {}
 
     def counts(self, width: int) -> torch.Tensor:
-        """[R], tokens of each row in a pass of `width` columns."""
-        return torch.full_like(self.starts, width) if self.packing is None else self.packing.counts
+        """[R], tokens of each row in a pass of `width` columns that is not packed."""
+        return torch.full_like(self.starts, width)
+
+    def masks_of_parts(self, mask: torch.Tensor) -> list[torch.Tensor]:
+        """What the mask [1, 1, B, view] of a packed pass says of each part, [rows, 1, width, view]; made once a
+        pass."""
+
+        def rectangles() -> list[torch.Tensor]:
+            parts = zip(self.packings, self.split(mask[:, 0]), strict=True)
+            return [packing.unpack(own)[:, None, :, : packing.view] for packing, own in parts]
+
+        return self._made(("parts", id(mask)), mask, rectangles)
 
     def mask_of_groups(self, mask: torch.Tensor, groups: int) -> torch.Tensor:
         """The mask [R, 1, n, view] once for every head of a group, [R, 1, groups * n, view]; made once a pass."""
-        key = id(mask), groups
+        return self._made((groups, id(mask)), mask, lambda: mask.repeat(1, 1, groups, 1))
+
+    def split(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """[1, B, ...] of a packed pass -> what of it each part has."""
+        return x.split([packing.size for packing in self.packings], dim=1)
+
+    def _made(self, key: tuple, mask: torch.Tensor, make: Callable[[], Any]) -> Any:
         if key not in self.masks:
-            self.masks[key] = mask.repeat(1, 1, groups, 1)
-        return self.masks[key]
+            self.masks[key] = mask, make()
+        return self.masks[key][1]
 
 
 _pass: ContextVar[Pass | None] = ContextVar("dspark_pass", default=None)
@@ -94,12 +130,12 @@ MOST_GROUPED = 16
 @contextmanager
 def our_pass(
     starts: torch.Tensor,
-    packing: Packing | None = None,
+    packings: Sequence[Packing] = (),
     lengths: torch.Tensor | None = None,
     is_prompt: bool = False,
 ) -> Iterator[None]:
     """Within this context the attention of models takes its queries as our rounds lay them out; see [`Pass`]."""
-    token = _pass.set(Pass(starts, packing, lengths, is_prompt))
+    token = _pass.set(Pass(starts, packings, lengths, is_prompt))
     try:
         yield
     finally:
@@ -160,17 +196,38 @@ def sdpa_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """transformers' sdpa attention; in a packed pass for queries [1, heads, B, head_dim] and keys and values
-    [rows, kv_heads, view, head_dim], with a mask [rows, 1, width, view]. Returns [1, B, heads, head_dim] then."""
+    [rows, kv_heads, view, head_dim], with a mask [1, 1, B, view]. Returns [1, B, heads, head_dim] then."""
     ours = current_pass()
     if ours is None and not torch.compiler.is_compiling():
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
-    if ours is None or ours.packing is None:
-        return _attend(ours, module, query, key, value, attention_mask, *args, **kwargs), None
-    query = ours.packing.unpack(query.transpose(1, 2)).transpose(1, 2)
-    return ours.packing.pack(_attend(ours, module, query, key, value, attention_mask, *args, **kwargs)), None
+    if ours is None or not ours.packings:
+        return attend_by_groups(ours, module, query, key, value, attention_mask, *args, **kwargs), None
+
+    def attend(packing: Packing, *tensors: torch.Tensor) -> torch.Tensor:
+        return attend_by_groups(ours, module, *tensors, *args, **kwargs)
+
+    return by_parts(ours, query, key, value, attention_mask, attend), None
 
 
-def _attend(ours, module, query, key, value, mask, dropout=0.0, scaling=None, **kwargs) -> torch.Tensor:
+def by_parts(
+    ours: Pass,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    attend: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """Attention [1, B, heads, head_dim] of a packed pass: that of each part, as `attend` gives it for its packing,
+    query [rows, heads, width, head_dim], key, value and mask."""
+    mixed = []
+    parts = zip(ours.packings, ours.split(query.transpose(1, 2)), ours.masks_of_parts(mask), strict=True)
+    for packing, own, seen in parts:
+        keys, values = (x[packing.places, :, : packing.view] for x in (key, value))
+        mixed.append(packing.pack(attend(packing, packing.unpack(own).transpose(1, 2), keys, values, seen)))
+    return torch.cat(mixed, dim=1)
+
+
+def attend_by_groups(ours, module, query, key, value, mask, dropout=0.0, scaling=None, **kwargs) -> torch.Tensor:
     """[R, n, heads, head_dim]. Heads that share keys are laid side by side as more queries of one head: otherwise
     transformers copies the keys and values of the whole context for each of them."""
     groups, count = query.shape[1] // key.shape[1], query.shape[2]

@@ -5,7 +5,6 @@ take tensors and give tensors, and know no row, no clock and no limit but in num
 host learns of a round it learns from `to_host`, the one transfer.
 """
 
-import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,9 +16,8 @@ from ..scheduling.scheduler import ConstantSchedule
 from .acceptance import Verdict, accept_greedy, accept_sampled
 from .cache import SlotCache, on_device
 from .drafting import Drafter
-from .packing import Packing
 from .processors import BlockProcessors, Prefixes
-from .target import Target, TargetPass, side_by_side
+from .target import Part, Target, TargetPass, side_by_side
 
 
 @dataclass
@@ -94,16 +92,10 @@ def prefill(
     counts, device = [len(prompt) for prompt in prompts], target.device
     if target.is_stateful and len(set(counts)) > 1:
         return prefill_by_length(state, target, prompts, lengths, joining)
-    longest = max(counts)
-    # Filled with a token that any target knows; what padding is called may be none.
-    tokens = on_device([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device)
-    # Plain decoding reads a prompt in one pass.
-    read_at = on_device(lengths, device)[:, None].expand_as(tokens) if target.growing else None
     if target.packs and len(set(counts)) > 1:
-        packing = Packing.of(on_device(counts, device) - 1, longest, sum(counts))
-        last = on_device([end - 1 for end in itertools.accumulate(counts)], device)
-        passed = target.forward_packed(tokens, state.cache, packing, last, read_at, joining)
+        (passed,) = target.forward_packed([prompt_part(state, target, prompts, lengths)], state.cache)
     else:
+        tokens, read_at = laid_out(target, prompts, lengths)
         keep = sorted({count - 1 for count in counts})
         passed = target.forward(tokens, state.cache, on_device(keep, device), read_at, joining)
         columns = on_device([keep.index(count - 1) for count in counts], device)
@@ -111,6 +103,26 @@ def prefill(
         passed = replace(passed, logits=last)
     state.cache.commit(counts, joining)
     return passed
+
+
+def laid_out(target: Target, prompts: list[list[int]], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tokens of prompts, right-padded, [n, P], and for targets that are `growing` what is said of each in
+    `packing.Pass`."""
+    longest = max(map(len, prompts))
+    # Filled with a token that any target knows; what padding is called may be none.
+    tokens = on_device([prompt + [0] * (longest - len(prompt)) for prompt in prompts], target.device)
+    # Plain decoding reads a prompt in one pass.
+    return tokens, on_device(lengths, target.device)[:, None].expand_as(tokens) if target.growing else None
+
+
+def prompt_part(
+    state: RoundState, target: Target, prompts: list[list[int]], lengths: list[int], first: int = 0
+) -> Part:
+    """The part of a packed pass in which prompts are read, see `prefill`; the n rows lie from place `first` on."""
+    tokens, read_at = laid_out(target, prompts, lengths)
+    counts = list(map(len, prompts))
+    packing = state.cache.packing(on_device(counts, target.device), tokens.shape[1], sum(counts), first)
+    return Part(tokens, packing, True, read_at)
 
 
 def prefill_by_length(
@@ -184,22 +196,32 @@ def _on_host(lengths: np.ndarray, packed: bool, drafted: int, survival, device: 
 
 
 def verify(
-    state: RoundState, target: Target, block: DraftBlock | None, layout: VerifyLayout, read_at: torch.Tensor | None
+    state: RoundState,
+    target: Target,
+    block: DraftBlock | None,
+    layout: VerifyLayout,
+    read_at: torch.Tensor | None,
+    joining: Part | None = None,
 ) -> tuple[TargetPass, torch.Tensor]:
     """A pass over the anchors and the drafts behind them: logits and states of [R, L+1] tokens, and the drafts [R, L];
     L is layout.most.
 
     Args:
-        read_at: see `packing.Pass`.
+        read_at: see `packing.Pass`. joining: rows behind the others whose prompts are read in the same pass.
     """
     tokens = state.anchors[:, None]
     if layout.most:
         tokens = torch.cat([tokens, block.tokens[:, : layout.most].to(tokens.device)], dim=1)
     drafts, tokens = tokens[:, 1:], tokens.clamp(min=0)
+    if not layout.packed and joining is None:
+        return target.forward(tokens, state.cache, lengths=read_at), drafts
+    rows, width = tokens.shape
+    counts, size = torch.full_like(state.anchors, width), rows * width
     if layout.packed:
-        packing = Packing.of(layout.verify_lens, tokens.shape[1], layout.tokens)
-        return target.forward_packed(tokens, state.cache, packing, lengths=read_at), drafts
-    return target.forward(tokens, state.cache, lengths=read_at), drafts
+        counts, size = 1 + layout.verify_lens, layout.tokens
+    own = Part(tokens, state.cache.packing(counts, width, size), lengths=read_at)
+    passed, *read = target.forward_packed([own] if joining is None else [own, joining], state.cache)
+    return replace(passed, read=read[0]) if read else passed, drafts
 
 
 def accept(
@@ -269,8 +291,8 @@ def commit(state: RoundState, features: torch.Tensor, counts: list[int], next_to
     """Make the first counts[r] tokens of the pass part of row r, and the token behind them its anchor.
 
     Args:
-        features: [R, L+1, m*d], the states of the pass, for the head.
+        features: [R, L+1, m*d], the states of the pass, for the head. Rows that join behind these have nothing yet.
     """
-    state.cache.commit(counts)
+    state.cache.commit(counts, list(range(len(counts))))
     state.drafter.append(features, counts)
     state.anchors = next_tokens

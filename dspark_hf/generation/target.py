@@ -33,6 +33,7 @@ class TargetPass:
     hidden_states: of all layers [R, n, d]; `None` unless asked for.
     attentions: of all layers [R, heads, n, view]; `None` unless asked for.
     verdict: what a compiled pass has made of the drafts.
+    read: the same of prompts that were read in it.
     """
 
     logits: torch.Tensor | None
@@ -40,6 +41,21 @@ class TargetPass:
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     verdict: Verdict | None = None
+    read: "TargetPass | None" = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a packed pass that are laid out alike.
+
+    tokens: [R, n]. packing: which of them are in the pass. is_prompt: whether only the logits behind each row's last
+    token are wanted. lengths: [R, n], see `packing.Pass`; only for targets that are `growing`.
+    """
+
+    tokens: torch.Tensor
+    packing: Packing
+    is_prompt: bool = False
+    lengths: torch.Tensor | None = None
 
 
 class Target:
@@ -123,7 +139,7 @@ class Target:
         placement = cache.place(tokens.shape[1], rows=rows)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
         own = cache_of_row(cache, 0 if rows is None else rows[0]) if self.row_by_row else cache
-        with our_pass(placement.slots[:, 0], None, lengths, is_prompt=keep is not None):
+        with our_pass(placement.slots[:, 0], (), lengths, is_prompt=keep is not None):
             outputs, features = self._call(tokens, positions_of(placement), placement, own, **kwargs)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
         return TargetPass(
@@ -133,30 +149,25 @@ class Target:
             outputs.attentions if self.attentions else None,
         )
 
-    def forward_packed(
-        self,
-        tokens: torch.Tensor,
-        cache: SlotCache,
-        packing: Packing,
-        keep: torch.Tensor | None = None,
-        lengths: torch.Tensor | None = None,
-        rows: list[int] | None = None,
-    ) -> TargetPass:
-        """The same for the places of tokens [R, n] that are filled; logits and features of the others are zeros.
-
-        Args:
-            keep: [R], where the one token of each row lies among the filled places whose logits are wanted: [R, 1, V].
-        """
-        placement = cache.place(tokens.shape[1], packing, rows)
+    def forward_packed(self, parts: Sequence[Part], cache: SlotCache) -> list[TargetPass]:
+        """The same for what is filled of several parts, in one pass. Returns what it gives of each: logits and features
+        of places that are not filled are zeros, logits of prompts [R, 1, V]."""
+        packings = [part.packing for part in parts]
+        placement, keep = cache.place_packed(packings), wanted(parts)
+        tokens = torch.cat([part.packing.pack(part.tokens) for part in parts], dim=1)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
-        with our_pass(placement.slots[:, 0], packing, None if lengths is None else packing.pack(lengths)):
-            packed = packing.pack(tokens), packing.pack(positions_of(placement))
-            outputs, features = self._call(*packed, placement, cache, **kwargs)
+        lengths = [part.packing.pack(part.lengths) for part in parts if part.lengths is not None]
+        with our_pass(packings[0].starts, packings, torch.cat(lengths, dim=1) if lengths else None):
+            outputs, features = self._call(tokens, positions_of(placement), placement, cache, **kwargs)
         logits = outputs.logits.to(tokens.device, torch.float32)
         if keep is not None and not kwargs:
             logits = logits[:, keep]
-        logits = packing.unpack(logits) if keep is None else logits.transpose(0, 1)
-        return TargetPass(logits, packing.unpack(features), None, None)
+        own_logits = logits.split([own.packing.rows if own.is_prompt else own.packing.size for own in parts], dim=1)
+        own_features = features.split([packing.size for packing in packings], dim=1)
+        return [
+            TargetPass(x.transpose(0, 1) if part.is_prompt else part.packing.unpack(x), part.packing.unpack(states))
+            for part, x, states in zip(parts, own_logits, own_features, strict=True)
+        ]
 
     def _row_by_row(
         self, tokens: torch.Tensor, cache: SlotCache, keep: torch.Tensor | None, rows: list[int] | None
@@ -176,7 +187,7 @@ class Target:
         slots = torch.arange(count, device=tokens.device).expand(len(tokens), -1)
         placement = cache.place_at(slots, count, rows=rows)
         kwargs = {"logits_to_keep": 1} if self.keeps_logits else {}
-        with our_pass(slots[:, 0], None, lengths):
+        with our_pass(slots[:, 0], (), lengths):
             self._call(tokens, slots, placement, cache, **kwargs)
 
     def in_our_attention(self) -> AbstractContextManager[None]:
@@ -237,6 +248,19 @@ class Target:
 def positions_of(placement: Placement) -> torch.Tensor:
     """[R, n], where the tokens of a pass are for the model."""
     return placement.slots if placement.positions is None else placement.positions
+
+
+def wanted(parts: Sequence[Part]) -> torch.Tensor | None:
+    """Which tokens of a packed pass logits are wanted of; `None` for all."""
+    if not any(part.is_prompt for part in parts):
+        return None
+    places, first = [], 0
+    for part in parts:
+        packing = part.packing
+        all_own = torch.arange(packing.size, device=packing.counts.device)
+        places.append(first + (packing.counts.cumsum(0) - 1 if part.is_prompt else all_own))
+        first += packing.size
+    return torch.cat(places)
 
 
 def side_by_side(passes: Sequence[TargetPass], order: list[int]) -> TargetPass:

@@ -24,8 +24,6 @@ from .protocol import Body, ChatBody, CompletionBody, RequestError
 from .request import RequestOutput
 from .text import TextStream
 
-# Seconds between looks whether a client is still there.
-LOOK = 0.25
 # Seconds in which a token must have been decoded for a server to be called healthy, and in which requests end at last.
 HEALTHY, LAST = 30.0, 10.0
 
@@ -100,7 +98,7 @@ class Service:
             raise RequestError(400, f"Tokens are from 0 to {vocabulary - 1}.", param="prompt")
         return list(prompt)
 
-    async def begin(self, prompt: Sequence[int], body: Body) -> tuple[str, "asyncio.Queue[RequestOutput]"]:
+    async def begin(self, prompt: Sequence[int], body: Body) -> tuple[str, "asyncio.Queue[RequestOutput | None]"]:
         """Queue a request. Returns its id, and where its results come."""
         limit = self.limits.prompt
         if limit is not None and len(prompt) > limit:
@@ -131,28 +129,37 @@ class Service:
         return request_id, results
 
     async def outputs(
-        self, request_id: str, results: "asyncio.Queue[RequestOutput]", request: Request | None = None
+        self, request_id: str, results: "asyncio.Queue[RequestOutput | None]", request: Request | None = None
     ) -> AsyncIterator[RequestOutput]:
         """Results of a request up to its last. Whoever stops reading, or is gone, ends it."""
         last, end = None, "abandoned"
+        watch = None if request is None else asyncio.create_task(self._end_with_client(request, request_id, results))
         try:
             while last is None or not last.is_finished():
-                try:
-                    output = await asyncio.wait_for(results.get(), LOOK)
-                except TimeoutError:
-                    if request is not None and await request.is_disconnected():
-                        return
-                    continue
+                output = await results.get()
+                if output is None:
+                    return
                 if last is None:
                     self.metrics.begun(output)
                 last = output
                 end = "abandoned" if not output.is_finished() else "failed" if output.error else "finished"
                 yield output
         finally:
+            if watch is not None:
+                watch.cancel()
             if end == "abandoned":
                 self.manager.cancel_request(request_id)
             if last is not None:
                 self.metrics.ended(last, end)
+
+    async def _end_with_client(
+        self, request: Request, request_id: str, results: "asyncio.Queue[RequestOutput | None]"
+    ) -> None:
+        """End a request as soon as its client is gone, whatever is waited for; its reader is told by a `None`."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.manager.cancel_request(request_id)
+        results.put_nowait(None)
 
 
 def build(service: Service) -> FastAPI:

@@ -2,21 +2,25 @@
 `continuous_batching_context_manager` take a head as `assistant_model`. Without one they are transformers' own."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.utils import logging
 
 from ..modeling_dspark import DSparkHead
 from ..scheduling.settings import DRAFT_SETTINGS
+
+logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import GenerationOutput
 
     from .manager import DSparkBatchingManager
 
-# Arguments that size or capture something beforehand, which nothing here needs: the engine's slots grow with the rows.
+# Arguments that size, capture or keep something beforehand, which nothing here needs: slots grow with the rows.
 BEFOREHAND = ("warmup", "workload_hints", "persistent_manager")
 
 
@@ -41,8 +45,12 @@ def _wrap(stock: Callable, own: Callable) -> Callable:
                 "Continuous batching takes a DSpark head as `assistant_model`, got a "
                 f"{type(assistant_model).__name__}. Leave it out, or use `generate`."
             )
-        kwargs = {name: value for name, value in kwargs.items() if name not in BEFOREHAND}
-        return own(self, *args, assistant_model=assistant_model, **kwargs)
+        # By the names that the installed release has for them.
+        kwargs |= dict(list(inspect.signature(stock).bind_partial(self, *args).arguments.items())[1:])
+        unread = [name for name in BEFOREHAND if kwargs.pop(name, None)]
+        if unread:
+            logger.warning_once(f"{', '.join(unread)}: does nothing with a DSpark head; nothing is made beforehand.")
+        return own(self, assistant_model=assistant_model, **kwargs)
 
     return method
 

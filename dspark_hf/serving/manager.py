@@ -7,6 +7,7 @@ There are as many slots as memory holds of the longest request that is taken.
 import asyncio
 import itertools
 import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,11 @@ PIECE = 512
 SEEDS = 2**64
 # Share of the memory for tokens that texts of ended requests may take.
 KEPT = 0.25
+# Settings of a `ContinuousBatchingConfig` that are read here; see `DSparkBatchingManager`.
+READ = {
+    "max_requests_per_batch", "max_queue_size", "return_logprobs", "seed", "allow_block_sharing", "max_batch_tokens",
+    "num_blocks", "page_size", "block_size", "max_memory_percent", "scheduler_type", "cpu_offload_space",
+}  # fmt: skip
 
 
 class DSparkBatchingManager:
@@ -77,6 +83,11 @@ class DSparkBatchingManager:
                 "With a DSpark head requests are served first come first served, and nothing is offloaded: leave out "
                 f"`scheduler_type` (got {self.config.scheduler_type!r}) and `cpu_offload_space`."
             )
+        usual = vars(ContinuousBatchingConfig())
+        unread = {k: v for k, v in vars(self.config).items() if k not in READ and v != usual.get(k)}
+        if unread:
+            given = ", ".join(f"{name}={value}" for name, value in sorted(unread.items()))
+            logger.warning_once(f"{given}: does nothing with a DSpark head, whose rounds run eagerly in slots.")
         self.defaults = prepare(model, head, [0], generation_config, max_new_tokens=1, **drafting).config
         ends = self.defaults.eos_token_id
         self.ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
@@ -106,17 +117,42 @@ class DSparkBatchingManager:
         else:
             self.loop.start()
 
-    def stop(self, block: bool = True, timeout: float | None = None, hard_stop: bool = False) -> None:
-        """End when all requests have.
+    def warmup(self) -> None:
+        """Nothing is made beforehand."""
+
+    def stop(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        keep_for_next_session: bool = False,
+        hard_stop: bool = False,
+    ) -> None:
+        """End when all requests have. A manager that has ended can be started again.
 
         Args:
-            block: wait for that, at most `timeout` seconds. hard_stop: end now; requests that have not ended fail.
+            block: wait for that, at most `timeout` seconds. keep_for_next_session: of no effect, as it is kept by
+                whoever holds it. hard_stop: end now; requests that have not ended fail.
         """
+        began = time.perf_counter()
         self.loop.stop(now=hard_stop)
-        if block and self.loop.thread is not None:
-            self.loop.thread.join(timeout)
-            if self.is_running():
-                logger.warning(f"Requests were still being decoded after {timeout} seconds.")
+        if block:
+            self.join(began, timeout)
+
+    def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
+        """Wait until it has ended, at most `timeout` seconds; by `time.perf_counter` it was told to at
+        `stop_trigger_time`."""
+        if self.loop.thread is None:
+            return
+        self.loop.thread.join(timeout)
+        if self.is_running():
+            logger.warning(f"Requests were still being decoded after {timeout} seconds.")
+        else:
+            logger.info(f"Rounds ended after {time.perf_counter() - stop_trigger_time:.2f} seconds.")
+
+    def destroy(self) -> None:
+        """End when all requests have, and forget the texts of those that have ended."""
+        self.stop()
+        self.loop.texts.texts.clear()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -189,7 +225,7 @@ class DSparkBatchingManager:
             requests.append(Request(name, row, streaming, timestamps=[] if record_timestamps else None))
             requests[-1].logprobs = [] if (self.config.return_logprobs if logprobs is None else logprobs) else None
         check_prompt(self.model, self.loop.engine.target.positions, len(input_ids))
-        self._check_room(len(input_ids), row.stopping.max_length)
+        self.check_room(len(input_ids), row.stopping.max_length)
         if 0 < self.config.max_queue_size <= self.num_waiting:
             raise queue.Full(f"{self.num_waiting} requests wait already.")
         for request in requests:
@@ -250,7 +286,7 @@ class DSparkBatchingManager:
         """Drop the handler of a request."""
         self.loop.router.forget(request_id)
 
-    def _check_room(self, prompt: int, tokens: int) -> None:
+    def check_room(self, prompt: int, tokens: int) -> None:
         """Raise for a request of so many tokens, prompt included, whose slot there is no memory for. All slots are as
         long as the longest row needs."""
         slot = capacity_for(tokens + self.head.config.block_size)

@@ -1,7 +1,6 @@
 """How many tokens of requests there is memory for."""
 
-import os
-
+import psutil
 import torch
 from transformers import ContinuousBatchingConfig, PreTrainedConfig, PreTrainedModel
 
@@ -30,7 +29,7 @@ def bytes_of_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nobody uses."""
+    """Memory that can be had: of a host also what caches of files take, which the system gives up for it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().available

@@ -16,12 +16,15 @@ from transformers import (
     StopStringCriteria,
 )
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+from transformers.utils import logging
 
 from ..generation.compatibility import check_mode
 from ..generation.processors import OF_LOGITS, BlockProcessors, is_pure
 from ..generation.rows import Row, read_rows
 from ..generation.stopping import Stopping
 from ..modeling_dspark import DSparkHead
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -127,6 +130,11 @@ def prepare(
     ids = torch.tensor([list(input_ids)], dtype=torch.long, device=model.device)
     prepared: Prepared = model.generate(ids, generation_config=config, custom_generate=_decoding, **settings)
     check_mode(prepared.config.get_generation_mode(head), prepared.config)
+    if prepared.config.cache_implementation == "static" or prepared.config.compile_config is not None:
+        logger.warning_once(
+            "The rounds of requests that come and go run eagerly, as without `cache_implementation` and "
+            "`compile_config`: what is captured is for the rows of one call. `generate` compiles its rounds."
+        )
     unread = sorted(name for name, value in settings.items() if value is not None and name not in IN_PROCESSORS)
     if unread:
         raise ValueError(
