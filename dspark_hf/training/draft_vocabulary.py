@@ -32,7 +32,7 @@ def most_frequent(rows: Iterable[Row], size: int, vocab_size: int) -> torch.Tens
 
 
 def owns_lm_head(target: PreTrainedModel) -> bool:
-    """Whether a head can have rows of the target's LM head: those of a quantised or scaled one do not tell its logits."""
+    """Whether a head can have rows of the target's LM head: a quantised or scaled one is more than its rows."""
     return is_plain(target.get_output_embeddings(), nn.Linear) and not scales_logits(target)
 
 
