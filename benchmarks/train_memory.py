@@ -3,8 +3,8 @@ in float32, on a CPU.
 
     python benchmarks/train_memory.py [--vocabulary 151936] [--anchors 512] [--block 7] [--width 256] [--whole]
 
-What is printed is the most that the process ever held, Python and torch included. `--whole` makes all logits at once, as
-a step without chunks would: of the 3,584 rows by 151,936 tokens that need not fit.
+What is printed is the most that the process ever held, Python and torch included. `--whole` makes all logits at once,
+as a step without chunks would: of 3,584 rows by 151,936 tokens that need not fit.
 """
 
 import argparse

@@ -32,21 +32,23 @@ def documents_of(positions: torch.Tensor) -> torch.Tensor:
 def sample_blocks(
     loss_mask: torch.Tensor,
     count: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
 ) -> Blocks:
-    """`count` anchors a sequence at random, without repetition, among supervised tokens followed by another one of
-    their document: in decoding too the first anchor is a token of the response.
+    """`count` anchors a sequence at random, or as many as any sequence has, without repetition, among supervised tokens
+    followed by another one of their document: in decoding too the first anchor is a token of the response.
 
     Args:
-        loss_mask: [b, T], 1 = supervised token. generator: on the CPU. documents: [b, T], by default one a sequence.
+        loss_mask: [b, T], 1 = supervised token. generator: on the CPU; or random numbers [b, T] from 0 to 1, by which
+            the tokens with the largest are chosen. documents: [b, T], by default one a sequence.
     """
     candidates = torch.zeros_like(loss_mask, dtype=torch.bool)
     candidates[:, :-1] = (loss_mask[:, :-1] > 0) & (loss_mask[:, 1:] > 0)
     if documents is not None:
         candidates[:, :-1] &= documents[:, :-1] == documents[:, 1:]
-    order = torch.rand(candidates.shape, generator=generator).to(loss_mask.device).masked_fill(~candidates, -1.0)
-    chosen, anchors = order.topk(min(count, order.shape[1]), dim=1)
+    draws = generator if torch.is_tensor(generator) else torch.rand(candidates.shape, generator=generator)
+    order = draws.to(loss_mask.device).masked_fill(~candidates, -1.0)
+    chosen, anchors = order.topk(min(count, max(1, int(candidates.sum(dim=1).max()))), dim=1)
     # Dummies sort behind every real anchor, then become position 0.
     length = loss_mask.shape[1]
     anchors = anchors.masked_fill(chosen < 0, length).sort(dim=1).values

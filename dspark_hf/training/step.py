@@ -37,14 +37,15 @@ def training_step(
     tables: Tables,
     batch: dict[str, torch.Tensor],
     anchors_per_sequence: int,
-    generator: torch.Generator,
+    generator: torch.Generator | torch.Tensor,
     ce_weight: float = CE_WEIGHT,
     states: States | None = None,
 ) -> Losses:
     """Losses of one batch at freshly sampled anchors. `head` may be wrapped by accelerate.
 
     Args:
-        batch: see `data.collate`. states: of the batch, where they are known; see [`target_states`].
+        batch: see `data.collate`. generator: see [`~blocks.sample_blocks`].
+        states: of the batch, where they are known; see [`target_states`].
     """
     input_ids, loss_mask, positions = batch["input_ids"], batch["loss_mask"], batch.get("positions")
     own = getattr(head, "module", head)
