@@ -76,7 +76,7 @@ def check(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seed: int 
     tau, steps, trained = 0.0, 0, _trained(head, target, texts, seed)
     while steps < STEPS and tau < ENOUGH * most:
         steps = [next(trained) for _ in range(LOOK)][-1]
-        tau = _tau(head, target, texts)
+        tau = tau_of(head, target, texts, 1 + BLOCKS * most)
     return Check(tau, most, steps, time.perf_counter() - started)
 
 
@@ -123,15 +123,14 @@ def _trained(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seed: i
         yield step
 
 
-def _tau(head: DSparkHead, target: PreTrainedModel, rows: list[Row]) -> float:
-    """Mean tokens a round of the rows decoded anew, in whole blocks; without the last round of a row, which ends where
-    the row does, unless there is no other."""
-    prompts = [row["input_ids"][: row["loss_mask"].index(1)] for row in rows]
+def tau_of(head: DSparkHead, target: PreTrainedModel, rows: list[Row], max_new_tokens: int) -> float:
+    """Mean tokens a round of the prompts of rows answered greedily, in whole blocks; without the last round of a row,
+    which ends where the row does, unless there is no other."""
     schedule = head.generation_config.num_assistant_tokens_schedule
     head.generation_config.num_assistant_tokens_schedule = "constant"
     output = target.generate(
-        **_left_padded(prompts, target.device),
-        max_new_tokens=max(sum(row["loss_mask"]) for row in rows),
+        **_left_padded([_prompt(row) for row in rows], target.device),
+        max_new_tokens=max_new_tokens,
         do_sample=False,
         assistant_model=head.eval(),
         return_dict_in_generate=True,
