@@ -1,6 +1,10 @@
 """Every kind of head trains: what training computes is what decoding drafts, and what is learnt is accepted."""
 
 import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,6 +250,15 @@ def test_losses_in_bfloat16_autocast():
         head.zero_grad()
     assert found[1][0] == pytest.approx(found[0][0], rel=0.02)
     assert torch.nn.functional.cosine_similarity(found[0][1].flatten(), found[1][1].flatten(), dim=0) > 0.99
+
+
+@pytest.mark.slow
+def test_memory_of_a_step():
+    """512 blocks of 7 rows, 151,936 tokens, float32: forward, backward and AdamW, in a process of their own."""
+    script = Path(__file__).parents[1] / "benchmarks" / "train_memory.py"
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    *_, peak = re.findall(r"peak ([\d.]+) GiB", found)
+    assert 0 < float(peak) < 4, found
 
 
 # -- Reduced draft vocabularies ------------------------------------------------------------------------------------
