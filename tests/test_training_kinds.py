@@ -450,6 +450,19 @@ def test_keys_of_a_config(tmp_path):
             read_keys(given)
 
 
+DOCUMENT = Path(__file__).parents[1] / "docs" / "training_kinds.md"
+
+
+@pytest.mark.parametrize("given", re.findall("--config '([^']+)'", DOCUMENT.read_text()))
+def test_configs_of_the_document(given):
+    keys = read_keys(given)
+    target = gemma(False, vocab_size=24) if keys.get("backbone") == "gemma4" else task()[0]
+    if "draft_vocab_size" in keys:
+        keys["draft_vocab_size"] = 9
+    head, _ = fresh_head(target, task()[1], num_hidden_layers=2, markov_rank=8, **keys)
+    assert all(getattr(head.config, key) == value for key, value in keys.items())
+
+
 def test_sequential_heads_of_blocks():
     """The recurrence over whole blocks is that of single steps."""
     head = DSparkHead(DSparkConfig.from_target(task()[0].config, markov_rank=8, markov_head_type="rnn"))
