@@ -13,7 +13,7 @@ from dspark_hf import DSparkConfig, DSparkHead
 from dspark_hf.tables import TargetLogits, scales_logits, target_logits
 from dspark_hf.training.blocks import sample_blocks
 from dspark_hf.training.losses import dspark_losses
-from dspark_hf.training.trainer import target_states, training_step
+from dspark_hf.training.step import target_states, training_step
 
 # Families that do something behind the decoder other than their LM head, by name and fields.
 SCALING = {
@@ -96,13 +96,13 @@ def test_training_compares_with_what_the_target_samples_from(borrows, monkeypatc
     ids = torch.randint(1, 48, (1, 12))
     batch = {"input_ids": ids, "loss_mask": torch.ones_like(ids)}
     seen = []
-    from dspark_hf.training import trainer
+    from dspark_hf.training import step
 
-    def recorded(draft, aligned, *args):
-        seen.append(aligned)
-        return dspark_losses(draft, aligned, *args)
+    def recorded(draft, draft_logits, aligned, logits, *args):
+        seen.append(logits(aligned))
+        return dspark_losses(draft, draft_logits, aligned, logits, *args)
 
-    monkeypatch.setattr(trainer, "dspark_losses", recorded)
+    monkeypatch.setattr(step, "dspark_losses", recorded)
     training_step(head, target, head.share_tables(target), batch, 4, torch.Generator().manual_seed(3))
     anchors = sample_blocks(batch["loss_mask"], 4, torch.Generator().manual_seed(3)).anchors[0]
     logits = target(input_ids=ids).logits[0]
