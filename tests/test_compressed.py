@@ -13,7 +13,7 @@ from dspark_hf.checkpoints import deepseek_v4
 from dspark_hf.checkpoints.export import export
 from dspark_hf.generation.releases import CACHE
 from dspark_hf.generation.target import Target
-from dspark_hf.training.trainer import target_states
+from dspark_hf.training.step import target_states
 
 v4 = pytest.importorskip("transformers.models.deepseek_v4", reason="this release has no DeepSeek V4")
 

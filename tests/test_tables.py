@@ -13,7 +13,7 @@ from dspark_hf import DSparkConfig, DSparkHead
 from dspark_hf.tables import TargetLogits, scales_logits, target_logits
 from dspark_hf.training.blocks import sample_blocks
 from dspark_hf.training.losses import dspark_losses
-from dspark_hf.training.trainer import target_states, training_step
+from dspark_hf.training.step import target_states, training_step
 
 # Families that do something behind the decoder other than their LM head, by name and fields.
 SCALING = {
