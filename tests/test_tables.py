@@ -96,13 +96,13 @@ def test_training_compares_with_what_the_target_samples_from(borrows, monkeypatc
     ids = torch.randint(1, 48, (1, 12))
     batch = {"input_ids": ids, "loss_mask": torch.ones_like(ids)}
     seen = []
-    from dspark_hf.training import trainer
+    from dspark_hf.training import step
 
     def recorded(draft, aligned, *args):
         seen.append(aligned)
         return dspark_losses(draft, aligned, *args)
 
-    monkeypatch.setattr(trainer, "dspark_losses", recorded)
+    monkeypatch.setattr(step, "dspark_losses", recorded)
     training_step(head, target, head.share_tables(target), batch, 4, torch.Generator().manual_seed(3))
     anchors = sample_blocks(batch["loss_mask"], 4, torch.Generator().manual_seed(3)).anchors[0]
     logits = target(input_ids=ids).logits[0]

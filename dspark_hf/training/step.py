@@ -1,4 +1,4 @@
-"""What one step of training computes: the target's states, blocks at fresh anchors and their losses."""
+"""One step: the losses of a batch, with a target that is frozen and computes the hidden states on the fly."""
 
 import torch
 from transformers import PreTrainedModel

@@ -1,4 +1,4 @@
-"""A plain training loop for draft heads: the target is frozen and computes the hidden states on the fly."""
+"""A plain training loop for draft heads."""
 
 import hashlib
 import json
