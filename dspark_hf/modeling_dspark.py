@@ -72,6 +72,7 @@ class DSparkHead(PreTrainedModel):
     base_model_prefix = ""
     _no_split_modules = ["DraftLayer"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     # speculators' mask of the draft vocabulary says what `d2t` says.
     _keys_to_ignore_on_load_unexpected = [r"^t2d$"]
 
@@ -390,6 +391,10 @@ class DSparkHead(PreTrainedModel):
         if self.markov_head is not None:
             logits = logits + self.markov_head.teacher_forced(hidden, previous)
         return hidden, logits, self.confidence_logits(hidden, previous)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The head's own, `None` where it drafts through the target's."""
+        return self.embed_tokens
 
     def whole_state_dict(self) -> dict[str, torch.Tensor]:
         """The state dict with copies of the target's tables that were freed."""

@@ -17,16 +17,20 @@ class Blocks:
     keep: torch.Tensor
 
 
-def sample_blocks(loss_mask: torch.Tensor, count: int, generator: torch.Generator | None = None) -> Blocks:
+def sample_blocks(
+    loss_mask: torch.Tensor, count: int, generator: torch.Generator | torch.Tensor | None = None
+) -> Blocks:
     """`count` anchors a sequence at random, without repetition, among supervised tokens followed by another one:
     in decoding too the first anchor is a token of the response.
 
     Args:
-        loss_mask: [b, T], 1 = supervised token. generator: on the CPU.
+        loss_mask: [b, T], 1 = supervised token. generator: on the CPU; or random numbers [b, T] from 0 to 1, by which
+            the tokens with the largest are chosen.
     """
     candidates = torch.zeros_like(loss_mask, dtype=torch.bool)
     candidates[:, :-1] = (loss_mask[:, :-1] > 0) & (loss_mask[:, 1:] > 0)
-    order = torch.rand(candidates.shape, generator=generator).to(loss_mask.device).masked_fill(~candidates, -1.0)
+    draws = generator if torch.is_tensor(generator) else torch.rand(candidates.shape, generator=generator)
+    order = draws.to(loss_mask.device).masked_fill(~candidates, -1.0)
     chosen, anchors = order.topk(min(count, order.shape[1]), dim=1)
     # Dummies sort behind every real anchor, then become position 0.
     length = loss_mask.shape[1]

@@ -16,12 +16,14 @@ POSITION_DECAY = 4.0
 @dataclass(frozen=True)
 class Losses:
     """Scalars: cross entropy with the next token, L1 distance of draft and target distribution (0 to 2), binary
-    cross entropy of the confidence (`None` without a confidence head) and their weighted sum."""
+    cross entropy of the confidence (`None` without a confidence head), their weighted sum, and the sum of weights that
+    they were divided by."""
 
     ce: torch.Tensor
     l1: torch.Tensor
     confidence: torch.Tensor | None
     total: torch.Tensor
+    weight: torch.Tensor
 
 
 def dspark_losses(
@@ -42,7 +44,8 @@ def dspark_losses(
     block_size = supervised.shape[-1]
     weights = torch.exp(-torch.arange(block_size, device=supervised.device) / POSITION_DECAY)
     weights = (weights * supervised)[supervised]
-    norm = weights.sum() + 1e-6
+    weight = weights.sum()
+    norm = weight + 1e-6
 
     # Rows outside the mask are left out before the vocabulary-sized work, not multiplied by zero after it.
     draft_logits, target_logits = draft_logits[supervised].float(), target_logits[supervised].float()
@@ -51,8 +54,8 @@ def dspark_losses(
     ce_loss, l1_loss = (ce * weights).sum() / norm, (distance * weights).sum() / norm
     total = ce_weight * ce_loss + L1_WEIGHT * l1_loss
     if confidence_logits is None:
-        return Losses(ce_loss, l1_loss, None, total)
+        return Losses(ce_loss, l1_loss, None, total, weight)
     acceptance = 1 - 0.5 * distance.detach()
     bce = F.binary_cross_entropy_with_logits(confidence_logits[supervised].float(), acceptance, reduction="none")
     confidence_loss = (bce * weights).sum() / norm
-    return Losses(ce_loss, l1_loss, confidence_loss, total + CONFIDENCE_WEIGHT * confidence_loss)
+    return Losses(ce_loss, l1_loss, confidence_loss, total + CONFIDENCE_WEIGHT * confidence_loss, weight)

@@ -9,6 +9,9 @@ from ..tables import Tables, target_logits
 from .blocks import attention_mask, labels_and_weights, sample_blocks
 from .losses import CE_WEIGHT, Losses, dspark_losses
 
+# Context features [b, T, m*d], and the last hidden states after the final norm [b, T, d].
+States = tuple[torch.Tensor, torch.Tensor]
+
 
 @torch.no_grad()
 def target_states(
@@ -29,14 +32,19 @@ def training_step(
     tables: Tables,
     batch: dict[str, torch.Tensor],
     anchors_per_sequence: int,
-    generator: torch.Generator,
+    generator: torch.Generator | torch.Tensor,
     ce_weight: float = CE_WEIGHT,
+    states: States | None = None,
 ) -> Losses:
-    """Losses of one batch at freshly sampled anchors. `head` may be wrapped by accelerate."""
+    """Losses of one batch at freshly sampled anchors. `head` may be wrapped by accelerate.
+
+    Args:
+        generator: see [`~blocks.sample_blocks`]. states: of the batch, where they are known; see [`target_states`].
+    """
     input_ids, loss_mask = batch["input_ids"], batch["loss_mask"]
     config = head.module.config if hasattr(head, "module") else head.config
     blocks = sample_blocks(loss_mask, anchors_per_sequence, generator)
-    features, last_hidden = target_states(target, input_ids, config.target_layer_ids)
+    features, last_hidden = states or target_states(target, input_ids, config.target_layer_ids)
     mask = attention_mask(blocks, input_ids.shape[1], config.block_size)
     _, draft_logits, confidence_logits = head(input_ids, features, blocks.anchors, mask, tables)
     labels, supervised = labels_and_weights(input_ids, loss_mask, blocks, config.block_size)
