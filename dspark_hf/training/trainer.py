@@ -219,7 +219,8 @@ def _loader(
 
 def _share_tables(head: DSparkHead, target: PreTrainedModel) -> Tables:
     """The embedding and LM head to train with, all frozen: also copies of the head that differ from the target's."""
-    tables = head.share_tables(target)
+    # Copies are the target's where they are on its device.
+    tables = head.to(target.device).share_tables(target)
     for own in (head.embed_tokens, head.lm_head):
         if own is not None:
             own.requires_grad_(False)
@@ -237,7 +238,7 @@ def _prepare(
 ) -> Run:
     """Head and optimizers, wrapped as the accelerator says."""
     needs_copy = args.eval_every is not None or accelerator.is_fsdp2
-    plain = _copy_of(head).to(accelerator.device) if needs_copy else None
+    plain = _copy_of(head) if needs_copy else None
     if args.gradient_checkpointing:
         checkpoint_layers(head)
     optimizers = build_optimizers(head, args.optimizer, args.learning_rate)
