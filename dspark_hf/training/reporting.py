@@ -14,8 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..evaluation.plots import import_pyplot, save
 
 PROJECT = "dspark-hf"
-# Steps from one line of the log to the next.
-LOG_EVERY = 10
 # Lines of the curve that a model card shows, at most.
 CURVE_LINES = 8
 

@@ -26,7 +26,7 @@ from .held_out import measure_tau
 from .losses import CE_WEIGHT, Losses
 from .optimizers import build_optimizers, checkpoint_layers, warmup_then_cosine
 from .order import Samples, Share, ShuffledByLength, collate_samples
-from .reporting import LOG_EVERY, Report, curve, plot, read_log
+from .reporting import Report, curve, plot, read_log
 from .step import check_trainable, training_step
 
 MAX_GRADIENT_NORM = 1.0
@@ -36,6 +36,7 @@ FREE = (
     "output",
     "epochs",
     "batch_size",
+    "log_every",
     "save_every",
     "save_total_limit",
     "eval_every",
@@ -52,7 +53,7 @@ class TrainingArguments:
     """Hyper-parameters; the defaults are those of the released heads (paper, training) but for `batch_size`.
 
     batch_size: rows of a process; a step takes that times processes times the batches that the accelerator accumulates.
-    save_every: steps. save_total_limit: checkpoints to keep, that of the best evaluation aside; all if `None`.
+    log_every, save_every: steps. save_total_limit: checkpoints to keep, beside that of the best evaluation; `None`: all.
     eval_every: steps between evaluations on the held-out rows; none if `None`. eval_tokens: new tokens of an answer.
     early_stopping_patience: evaluations without a better tau after which a run ends; it does not if `None`.
     cache_features: a folder for the target's states, which then are not computed in every epoch; cache_dtype: theirs
@@ -67,6 +68,7 @@ class TrainingArguments:
     optimizer: str = "adamw"
     ce_weight: float = CE_WEIGHT
     anchors_per_sequence: int = 512
+    log_every: int = 10
     save_every: int = 500
     seed: int = 0
     save_total_limit: int | None = 2
@@ -116,7 +118,7 @@ def train(
 
     How many processes there are, whether they shard the head, how many batches are accumulated, the precision and the
     trackers are the accelerator's. Checkpoints go to `args.output/checkpoint-STEP`; `resume` continues from the latest.
-    `args.output/log.jsonl` gets a line every ten steps and at every evaluation.
+    `args.output/log.jsonl` gets a line every `args.log_every` steps and at every evaluation.
 
     Raises:
         ValueError: when head and target do not fit; when there is nothing to resume from, or it was made with other
@@ -316,7 +318,7 @@ def _observe(run: Run, state: State, losses: dict[str, torch.Tensor], held_out: 
         run.plain.load_state_dict(whole(run.weights))
         values["tau"] = measure_tau(run.target, run.plain, held_out, args.eval_tokens, run.accelerator)
         is_best = state.note(values["tau"])
-    if evaluates or is_last or state.step % LOG_EVERY == 0:
+    if evaluates or is_last or state.step % args.log_every == 0:
         report.write(state.step, {name: value.item() for name, value in losses.items()} | values)
     saves = is_last or is_best or _is_over(state, args) or state.step % args.save_every == 0
     if saves:

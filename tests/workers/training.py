@@ -43,7 +43,14 @@ def task(rows: int = 22):
 
 def arguments(output, **kwargs) -> TrainingArguments:
     """Of 22 rows 8 a step, in three steps an epoch: the last of them takes 6."""
-    fields = {"epochs": 4, "batch_size": 8, "learning_rate": 5e-3, "anchors_per_sequence": 6, "save_every": 3}
+    fields = {
+        "epochs": 4,
+        "batch_size": 8,
+        "learning_rate": 5e-3,
+        "anchors_per_sequence": 6,
+        "save_every": 3,
+        "log_every": 1,
+    }
     return TrainingArguments(output=Path(output), **fields | kwargs)
 
 
