@@ -53,7 +53,7 @@ class TrainingArguments:
     """Hyper-parameters; the defaults are those of the released heads (paper, training) but for `batch_size`.
 
     batch_size: rows of a process; a step takes that times processes times the batches that the accelerator accumulates.
-    log_every, save_every: steps. save_total_limit: checkpoints to keep, beside that of the best evaluation; `None`: all.
+    log_every, save_every: steps. save_total_limit: checkpoints to keep, beside that of the best evaluation; `None`: all
     eval_every: steps between evaluations on the held-out rows; none if `None`. eval_tokens: new tokens of an answer.
     early_stopping_patience: evaluations without a better tau after which a run ends; it does not if `None`.
     cache_features: a folder for the target's states, which then are not computed in every epoch; cache_dtype: theirs
