@@ -164,6 +164,7 @@ class DSparkConfig(Qwen3Config):
         markov_head_type: str = "vanilla",
         target_layer_ids: list[int] | None = None,
         mask_token_id: int | None = None,
+        backbone: str = "qwen3",
         **kwargs,
     ) -> "DSparkConfig":
         """Configuration of a fresh head for a decoder-only target.
@@ -175,10 +176,11 @@ class DSparkConfig(Qwen3Config):
             mask_token_id: by default the highest id that the target's config does not name as a special token.
                 Models pad their embedding beyond the tokenizer, so that row is usually free; pass the id of a mask
                 or reserved token where it is not.
+            backbone: `"gemma4"` makes draft layers like the full-attention ones of a Gemma 4 target.
             kwargs: any other key of the config, such as `intermediate_size` or `enable_confidence_head`.
 
         Raises:
-            ValueError: for an encoder-decoder target.
+            ValueError: for an encoder-decoder target, and for a Gemma 4 backbone beside another target.
         """
         if target_config.is_encoder_decoder:
             raise ValueError(
@@ -209,8 +211,31 @@ class DSparkConfig(Qwen3Config):
             # Pipelines take an assistant with other special tokens for one with another tokenizer.
             **{name: getattr(text, name, None) for name in SPECIAL_TOKENS},
             "dtype": text.dtype,
+            "backbone": backbone,
         }
+        if backbone == "gemma4":
+            fields |= _gemma4_keys(text)
         return cls(**fields | kwargs)
+
+
+def _gemma4_keys(text: PreTrainedConfig) -> dict[str, Any]:
+    """What draft layers and logits are like, as in DeepSpec's heads for Gemma 4."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    if "full_attention" not in rope or not hasattr(text, "attention_k_eq_v"):
+        raise ValueError(f"A 'gemma4' backbone is for Gemma 4 targets; this one is a {text.model_type!r}.")
+    full = text.per_layer_config[text.layer_types.index("full_attention")]
+    sliding = text.per_layer_config[text.layer_types.index("sliding_attention")]
+    kept = {key: getattr(sliding, key) for key in ("head_dim", "num_key_value_heads", "sliding_window")}
+    return {
+        "head_dim": full.head_dim,
+        "num_key_value_heads": full.num_key_value_heads,
+        "attention_k_eq_v": text.attention_k_eq_v,
+        "hidden_act": text.hidden_activation,
+        "rope_parameters": rope["full_attention"],
+        "embedding_scale": text.hidden_size**0.5,
+        "final_logit_softcapping": text.final_logit_softcapping,
+        "target_sliding": kept | {"rope_parameters": rope["sliding_attention"]},
+    }
 
 
 def _mlp_width(layer: PreTrainedConfig) -> int:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import dspark_kernels
 import torch
@@ -20,6 +21,8 @@ from .tables import LMHead, Logits, Tables, is_plain, raw_rows, same, target_log
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 # A mask for all layers, or one a layer type.
 Masks = torch.Tensor | dict[str, torch.Tensor]
+# See `DSparkHead.forward`.
+Finish = Callable[["KnownBlocks"], Any]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,27 @@ class DraftBlock:
             return None if x is None else x.new_zeros(count, *x.shape[1:]).index_copy_(0, rows, x)
 
         return DraftBlock(spread(self.tokens), spread(self.logits), spread(self.confidence_logits))
+
+
+@dataclass(frozen=True)
+class KnownBlocks:
+    """What a pass over blocks of known text gives: of N blocks in each of b sequences the G rows that predict.
+
+    normed: [b, N, G, d], what the LM head reads. mixed: [b, N, G, r], what W2 of the sequential head is multiplied by;
+    `None` without one. confidence_logits: [b, N, G], `None` without a confidence head. logits: [n, V] from n rows of
+    each of `made_of`, `parameters` what else it goes by that learns.
+    """
+
+    normed: torch.Tensor
+    mixed: torch.Tensor | None
+    confidence_logits: torch.Tensor | None
+    logits: Callable[..., torch.Tensor]
+    parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def made_of(self) -> tuple[torch.Tensor, ...]:
+        """What logits are made of."""
+        return (self.normed,) if self.mixed is None else (self.normed, self.mixed)
 
 
 class DSparkHead(PreTrainedModel):
@@ -221,8 +245,13 @@ class DSparkHead(PreTrainedModel):
     def base_logits(self, hidden: torch.Tensor, tables: Tables) -> torch.Tensor:
         """Logits [..., V] of the parallel stage, before the sequential head: of the tokens of the draft vocabulary that
         the target has, all of its own if the head was made for as many."""
-        normed = hidden if self.hc_head is None else self.norm(hidden)
-        logits, cap = tables.logits(normed).to(hidden.device), self.config.final_logit_softcapping
+        return self._logits_of(self._normed(hidden), tables)
+
+    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self.hc_head is None else self.norm(hidden)
+
+    def _logits_of(self, normed: torch.Tensor, tables: Tables) -> torch.Tensor:
+        logits, cap = tables.logits(normed).to(normed.device), self.config.final_logit_softcapping
         if self.config.draft_vocab_size in (None, logits.shape[-1]):
             logits = logits[..., : tables.shared]
         else:
@@ -321,10 +350,10 @@ class DSparkHead(PreTrainedModel):
         return chains and temperature is not None and dspark_kernels.uses_kernels(base_logits)
 
     def _initial_state(self, passed: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor | None:
-        """State of the sequential head before the first draft: rows that predict nothing, [R, 0 or 1, d], take a step
+        """State of the sequential head before the first draft: rows that predict nothing, [..., 0 or 1, d], take a step
         all the same."""
         state = self.markov_head.initial_state(embedded)
-        for hidden in passed.unbind(1):
+        for hidden in passed.unbind(-2):
             _, state = self.markov_head.mix(hidden, embedded, state)
         return state
 
@@ -361,36 +390,68 @@ class DSparkHead(PreTrainedModel):
         input_ids: torch.Tensor,
         context_features: torch.Tensor,
         anchor_positions: torch.Tensor,
-        block_mask: torch.Tensor,
+        block_mask: Masks,
         tables: Tables,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        positions: torch.Tensor | None = None,
+        finish: Finish | None = None,
+    ) -> Any:
         """Teacher-forced drafts of N blocks a sequence, as training needs them.
 
         Args:
-            input_ids: [b, T]. context_features: [b, T, m*d]. anchor_positions: [b, N].
-            block_mask: [b, 1, N*B, T + N*B] bool, see `training.blocks.attention_mask`.
+            input_ids: [b, T]. context_features: [b, T, m*d]. anchor_positions: [b, N], places in the sequence.
+            block_mask: [b, 1, N*B, T + N*B] bool or one a layer type, see `training.blocks.attention_masks`.
+            positions: [b, T], of tokens in their documents, for sequences that hold several; 0 to T - 1 by default.
+            finish: what is to be made of the blocks, tensors or a tuple of them. It is called inside of the pass:
+                sharded parameters are whole only there, and whoever needs logits need not hold them all at once.
 
         Returns:
-            hidden states [b, N, B, d], logits after the sequential head [b, N, B, V] and confidence logits
-            [b, N, B] (`None` without a confidence head).
+            what `finish` returns; by default hidden states [b, N, G, d], logits after the sequential head [b, N, G, V]
+            and confidence logits [b, N, G] (`None` without a confidence head) of the G = `config.gamma` rows of each
+            block that predict: row j follows the token at anchor + j.
         """
         batch, length = input_ids.shape
-        size = self.config.block_size
+        size, gamma = self.config.block_size, self.config.gamma
+        if positions is None:
+            positions = torch.arange(length, device=input_ids.device).expand(batch, -1)
         offsets = torch.arange(size, device=input_ids.device)
-        positions = anchor_positions[..., None] + offsets
-        previous = input_ids.gather(1, positions.clamp(max=length - 1).flatten(1)).view_as(positions)
+        rows = positions.gather(1, anchor_positions)[..., None] + offsets
         block = self.embed_block(input_ids.gather(1, anchor_positions), tables).flatten(1, 2)
-        context_positions = torch.arange(length, device=input_ids.device).expand(batch, -1)
         hidden = self.backbone(
             block,
             self.project_context(context_features),
-            torch.cat([context_positions, positions.flatten(1)], dim=1),
+            torch.cat([positions, rows.flatten(1)], dim=1),
             block_mask,
         ).unflatten(1, (-1, size))
-        logits = self.base_logits(hidden, tables)
+        passed, hidden = hidden[..., :-gamma, :], hidden[..., -gamma:, :]
+        behind = (anchor_positions[..., None] + offsets[:gamma]).clamp(max=length - 1)
+        previous = input_ids.gather(1, behind.flatten(1)).view_as(behind)
+        blocks = self._known_blocks(passed, hidden, previous, tables)
+        if finish is not None:
+            return finish(blocks)
+        return hidden, blocks.logits(*blocks.made_of), blocks.confidence_logits
+
+    def _known_blocks(
+        self, passed: torch.Tensor, hidden: torch.Tensor, previous: torch.Tensor, tables: Tables
+    ) -> KnownBlocks:
+        """Of rows that predict nothing, [b, N, 0 or 1, d], those that do, [b, N, G, d], and the tokens before these."""
+        mixed, tables_that_learn = None, [] if self.lm_head is None else [self.lm_head.weight]
         if self.markov_head is not None:
-            logits = logits + self.markov_head.teacher_forced(hidden, previous)
-        return hidden, logits, self.confidence_logits(hidden, previous)
+            embedded = self.markov_head.embed(previous)
+            state = self._initial_state(passed, embedded[..., 0, :])
+            mixed = self.markov_head.mix_block(hidden, embedded, state)
+            tables_that_learn.append(self.markov_head.markov_w2.weight)
+
+        def logits(normed: torch.Tensor, mixed: torch.Tensor | None = None) -> torch.Tensor:
+            base = self._logits_of(normed, tables)
+            return base if mixed is None else base + self.markov_head.markov_w2(mixed)
+
+        return KnownBlocks(
+            self._normed(hidden),
+            mixed,
+            self.confidence_logits(hidden, previous),
+            logits,
+            tuple(weight for weight in tables_that_learn if weight.requires_grad),
+        )
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The head's own, `None` where it drafts through the target's."""

@@ -46,10 +46,10 @@ class VanillaHead(nn.Module):
         """What W2 is multiplied by, [..., r], and the new state; arguments as in `step`."""
         return embedded, None
 
-    def teacher_forced(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        """Biases [..., B, V] of a whole block [..., B, d] whose previous tokens [..., B] are known."""
-        embedded = self.embed(previous)
-        return self.step(hidden, embedded, self.initial_state(embedded[..., 0, :]))[0]
+    def mix_block(self, hidden: torch.Tensor, embedded: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
+        """What W2 is multiplied by, [..., B, r], of a block [..., B, d] whose previous tokens are known; arguments
+        as in `step`, with a dimension for the block."""
+        return self.mix(hidden, embedded, state)[0]
 
 
 class GatedHead(VanillaHead):
@@ -79,13 +79,12 @@ class RnnHead(VanillaHead):
         gate = torch.sigmoid(gate)
         return torch.tanh(output), gate * state + (1 - gate) * torch.tanh(candidate)
 
-    def teacher_forced(self, hidden, previous):
-        embedded = self.embed(previous)
-        state, biases = self.initial_state(embedded[..., 0, :]), []
+    def mix_block(self, hidden, embedded, state):
+        block = []
         for h, e in zip(hidden.unbind(-2), embedded.unbind(-2), strict=True):
-            bias, state = self.step(h, e, state)
-            biases.append(bias)
-        return torch.stack(biases, dim=-2)
+            mixed, state = self.mix(h, e, state)
+            block.append(mixed)
+        return torch.stack(block, dim=-2)
 
 
 HEADS = {"vanilla": VanillaHead, "gated": GatedHead, "rnn": RnnHead}

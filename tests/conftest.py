@@ -30,6 +30,7 @@ from dspark_hf.generation.target import Target
 from dspark_hf.scheduling.plan import NO_DRAFT, Plan
 from dspark_hf.scheduling.scheduler import ConstantSchedule
 from dspark_hf.scheduling.settings import Settings
+from dspark_hf.training.losses import Losses, dspark_losses
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Workers side by side share the cores.
@@ -200,6 +201,19 @@ def tiny_head(target, seed: int = 1, **kwargs) -> DSparkHead:
     torch.manual_seed(seed)
     fields = {"block_size": 4, "num_hidden_layers": 1, "markov_rank": 8, "initializer_range": 0.2}
     return whole_blocks(DSparkHead(DSparkConfig.from_target(target.config, **fields | kwargs)).eval())
+
+
+def biases(head: DSparkHead, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """[..., B, V], what the sequential head adds to the logits of a block [..., B, d] behind the tokens [..., B], of which
+    all predict."""
+    sequential = head.markov_head
+    embedded = sequential.embed(previous)
+    return sequential.markov_w2(sequential.mix_block(hidden, embedded, sequential.initial_state(embedded[..., 0, :])))
+
+
+def losses_of_logits(draft, target, *others, **kwargs) -> Losses:
+    """The losses of logits [b, N, G, V] that are there already; other arguments as in `dspark_losses`."""
+    return dspark_losses([draft], lambda rows: rows, target, lambda rows: rows, *others, **kwargs)
 
 
 def whole_blocks(head: DSparkHead) -> DSparkHead:

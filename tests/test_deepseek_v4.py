@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import FIXTURES, WHOLE_SET, tiny_head, tiny_target, whole_blocks
+from conftest import FIXTURES, WHOLE_SET, biases, tiny_head, tiny_target, whole_blocks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LogitsProcessorList
@@ -111,7 +111,7 @@ def test_numbers_of_every_round(case, stored):
             close(block.confidence_logits[0], at["rounds.confidence_logits"][r])
             assert block.tokens[0].tolist() == at["rounds.draft_tokens"][r].tolist()
             previous = torch.cat([at["rounds.anchor_id"][r, None], block.tokens[0, :-1]])
-            close(base + head.markov_head.teacher_forced(hidden, previous), at["rounds.corrected_logits"][r])
+            close(base + biases(head, hidden, previous), at["rounds.corrected_logits"][r])
     for hook in hooks:
         hook.remove()
 

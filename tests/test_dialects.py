@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import case_of, cases, tiny_head, tiny_target
+from conftest import biases, case_of, cases, tiny_head, tiny_target
 from safetensors.torch import load_file, save_file
 from test_tables import Packed, model_of
 
@@ -315,7 +315,7 @@ def test_speculators_that_predict_behind_the_anchor(copy):
     with torch.no_grad():
         block = head.sample_block(hidden, anchor, tables, 7, lambda logits: (logits.argmax(-1), logits))
         previous = torch.cat([anchor, anchor, block.tokens[0, :-1]])[None]
-        expected = head.base_logits(hidden, tables) + head.markov_head.teacher_forced(hidden, previous)
+        expected = head.base_logits(hidden, tables) + biases(head, hidden, previous)
     torch.testing.assert_close(block.logits, expected[:, 1:])
 
 

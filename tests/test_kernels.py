@@ -3,7 +3,7 @@
 import dspark_kernels
 import pytest
 import torch
-from conftest import tiny_head, tiny_target
+from conftest import biases, tiny_head, tiny_target
 from dspark_kernels import dispatch
 from test_sampling import PROMPTS, SETTINGS, TOKENS, draw, exact_distribution, p_value
 from transformers import LogitsProcessorList
@@ -70,7 +70,7 @@ def test_drafts_of_every_sequential_head(launches, monkeypatch, kind, sample):
             torch.testing.assert_close(found.confidence_logits, expected.confidence_logits)
             return
         previous = torch.cat([anchors[:, None], found.tokens[:, :-1]], dim=1)
-        expected = head.base_logits(hidden[:, :3], tables) + head.markov_head.teacher_forced(hidden[:, :3], previous)
+        expected = head.base_logits(hidden[:, :3], tables) + biases(head, hidden[:, :3], previous)
         torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=1e-4)
 
 

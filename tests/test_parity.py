@@ -6,12 +6,12 @@ runs on the whole set; see `conftest.whole_set`.
 
 import pytest
 import torch
-from conftest import FIXTURES, case_of, cases, recordings, whole_blocks
+from conftest import FIXTURES, biases, case_of, cases, recordings, whole_blocks
 from transformers import LogitsProcessorList
 
 from dspark_hf.generation.drafting import Drafter
 from dspark_hf.generation.processors import BlockProcessors
-from dspark_hf.training.blocks import Blocks, attention_mask, labels_and_weights
+from dspark_hf.training.blocks import Blocks, attention_masks, labels_and_weights
 from dspark_hf.training.losses import dspark_losses
 
 TOLERANCE = 1e-4
@@ -160,10 +160,11 @@ def check_rounds(target, head, prompt, expected, features):
 
 def corrected_logits(head, hidden, base, anchor, tokens):
     previous = torch.cat([anchor[:, None], tokens[:, :-1]], dim=1)
-    return base + head.markov_head.teacher_forced(hidden, previous)
+    return base + biases(head, hidden, previous)
 
 
-def test_training_forward_losses_and_gradients(parts):
+@pytest.mark.parametrize("rows_at_once", [None, 5], ids=["whole", "chunks"])
+def test_training_forward_losses_and_gradients(parts, rows_at_once):
     case, target, head = parts
     if not case.name.startswith(("deepspec", "specforge")):
         pytest.skip("the loss of another trainer")
@@ -174,18 +175,21 @@ def test_training_forward_losses_and_gradients(parts):
     assert torch.equal(supervised, t["eval_mask"])
     assert torch.equal(labels[supervised], t["target_ids"][supervised])
     head.zero_grad()
-    hidden, logits, confidence = head(
-        t["input_ids"],
-        t["context_features"],
-        blocks.anchors,
-        attention_mask(blocks, t["input_ids"].shape[1], size),
-        head.share_tables(target),
-    )
+    masks = attention_masks(blocks, t["input_ids"].shape[1], head.mask_rules, size)
+    inputs = t["input_ids"], t["context_features"], blocks.anchors, masks, head.share_tables(target)
+    hidden, logits, confidence = head(*inputs)
     close(hidden[supervised], t["hidden"][supervised])
     close(logits[supervised], t["draft_logits"][supervised])
     if confidence is not None:
         close(confidence[supervised], t["confidence_pred"][supervised])
-    losses = dspark_losses(logits, t["aligned_target_logits"], confidence, labels, supervised)
+
+    def compare(known):
+        goal = t["aligned_target_logits"], lambda rows: rows
+        others = known.confidence_logits, labels, supervised
+        options = {"parameters": known.parameters, "rows_at_once": rows_at_once}
+        return dspark_losses(known.made_of, known.logits, *goal, *others, **options)
+
+    losses = head(*inputs, finish=compare)
     assert losses.ce.item() == pytest.approx(expected["ce_loss"], abs=TOLERANCE)
     assert losses.l1.item() == pytest.approx(expected["l1_loss"], abs=TOLERANCE)
     if confidence is not None:

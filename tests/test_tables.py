@@ -98,9 +98,9 @@ def test_training_compares_with_what_the_target_samples_from(borrows, monkeypatc
     seen = []
     from dspark_hf.training import step
 
-    def recorded(draft, aligned, *args):
-        seen.append(aligned)
-        return dspark_losses(draft, aligned, *args)
+    def recorded(draft, draft_logits, aligned, logits, *args):
+        seen.append(logits(aligned))
+        return dspark_losses(draft, draft_logits, aligned, logits, *args)
 
     monkeypatch.setattr(step, "dspark_losses", recorded)
     training_step(head, target, head.share_tables(target), batch, 4, torch.Generator().manual_seed(3))

@@ -1,18 +1,19 @@
 """Blocks, data and the training loop."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from conftest import tiny_head, tiny_target
+from conftest import losses_of_logits, tiny_head, tiny_target
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dspark_hf import DSparkHead, embedded_pair
+from dspark_hf.backbones.mask import draft_mask
 from dspark_hf.training import data, trainer
-from dspark_hf.training.blocks import attention_mask, labels_and_weights, sample_blocks
+from dspark_hf.training.blocks import attention_masks, labels_and_weights, sample_blocks
 from dspark_hf.training.data import collate, encode_chat, load_rows
-from dspark_hf.training.losses import dspark_losses
 from dspark_hf.training.trainer import ShuffledByLength, TrainingArguments, train
 from dspark_hf.training.warm_start import warm_start
 
@@ -47,7 +48,7 @@ def test_anchors_differ_from_draw_to_draw():
 
 def test_a_block_sees_the_context_before_its_anchor_and_itself():
     blocks = sample_blocks(torch.tensor([[0, 0, 1, 1, 1]]), 2)
-    mask = attention_mask(blocks, 5, 3)[0, 0]
+    mask = attention_masks(blocks, 5, {"full_attention": partial(draft_mask, size=3)}, 3)["full_attention"][0, 0]
     assert blocks.anchors.tolist() == [[2, 3]] and mask.shape == (6, 11)
     assert mask[:3, :5].tolist() == [[True, True, False, False, False]] * 3
     assert mask[3:, :5].tolist() == [[True, True, True, False, False]] * 3
@@ -387,19 +388,5 @@ def test_unknown_optimizer(task, tmp_path):
 def test_weight_of_the_cross_entropy():
     draft, goal = torch.randn(1, 2, 3, 5), torch.randn(1, 2, 3, 5)
     labels, supervised = torch.randint(0, 5, (1, 2, 3)), torch.ones(1, 2, 3, dtype=torch.bool)
-    light, heavy = (dspark_losses(draft, goal, None, labels, supervised, weight) for weight in (0.1, 1.0))
+    light, heavy = (losses_of_logits(draft, goal, None, labels, supervised, weight) for weight in (0.1, 1.0))
     assert heavy.total - light.total == pytest.approx(0.9 * light.ce.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"sample_from_anchor": False}, "sample_from_anchor"),
-        ({"draft_vocab_size": 8}, "draft_vocab_size"),
-        ({"layer_types": ["sliding_attention"], "sliding_window": 4}, "layer_types"),
-    ],
-)
-def test_heads_that_are_only_decoded_with(fields, named, tmp_path):
-    target = tiny_target(vocab_size=32)
-    with pytest.raises(ValueError, match=named):
-        train(tiny_head(target, **fields), target, [], TrainingArguments(tmp_path))

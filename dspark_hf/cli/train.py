@@ -9,7 +9,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from .. import DSparkConfig, DSparkHead
+from .. import DSparkHead
 from ..checkpoints.files import check_source
 from .common import app, entries, say
 
@@ -27,6 +27,9 @@ def train(
     layers: Annotated[int, typer.Option(min=1, help="Draft layers.")] = 5,
     markov_rank: Annotated[int, typer.Option(min=0, help="0: no sequential head.")] = 256,
     markov_head: Annotated[str, typer.Option(help="vanilla, gated or rnn.")] = "vanilla",
+    config: Annotated[
+        str | None, typer.Option(help="Further keys of a fresh head's DSparkConfig, as JSON or a file of it.")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step and process.")] = 16,
     learning_rate: float = 6e-4,
@@ -34,6 +37,10 @@ def train(
     ce_weight: Annotated[float, typer.Option(help="Weight of the cross entropy; more helps short runs.")] = 0.1,
     anchors: Annotated[int, typer.Option(min=1, help="Blocks a sequence.")] = 512,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 4096,
+    pack: Annotated[bool, typer.Option("--pack", help="Put short rows together, up to --max-length tokens.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only see whether such a head learns 8 rows by heart, in two minutes.")
+    ] = False,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     save_total_limit: Annotated[int, typer.Option(min=1, help="Checkpoints to keep, beside the best.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint in --output.")] = False,
@@ -61,17 +68,21 @@ def train(
     """Train a head. Best on text that the target itself wrote (see docs/training.md)."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    from ..training.check import check as checked
     from ..training.data import load_rows
+    from ..training.heads import fresh_head, head_from, read_keys
     from ..training.held_out import split
+    from ..training.packing import check_packing
+    from ..training.packing import pack as packed
     from ..training.reporting import check_trackers
     from ..training.trainer import TrainingArguments
     from ..training.trainer import train as run
-    from ..training.warm_start import warm_start
 
     logging.disable_progress_bar()
     check_source(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     # What is wrong with the data is said before the models are loaded.
+    keys = {} if config is None else read_keys(config)
     rows, held_out = load_rows(data, tokenizer, max_length), None
     if eval_data is not None:
         held_out = load_rows(eval_data, tokenizer, max_length)[:eval_prompts]
@@ -84,24 +95,30 @@ def train(
         project_dir=output,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    tell = say if accelerator.is_main_process else lambda text: None
     target = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     torch.manual_seed(seed)
     if head is not None:
-        draft_head = DSparkHead.from_pretrained(head, dtype=torch.float32)
+        draft_head, said = head_from(DSparkHead.from_pretrained(head, dtype=torch.float32), target, rows)
     else:
-        config = DSparkConfig.from_target(
-            target.config,
-            block_size=block_size,
-            num_hidden_layers=layers,
-            markov_rank=markov_rank,
-            markov_head_type=markov_head,
-            mask_token_id=_mask_token(tokenizer, target.config.get_text_config(decoder=True).vocab_size),
-            dtype=torch.float32,
-        )
-        draft_head = DSparkHead(config)
-        copied = warm_start(draft_head, target)
-        if copied and accelerator.is_main_process:
-            say(f"draft layers start from the target's layers {copied}")
+        own = {
+            "block_size": block_size,
+            "num_hidden_layers": layers,
+            "markov_rank": markov_rank,
+            "markov_head_type": markov_head,
+            "mask_token_id": _mask_token(tokenizer, target.config.get_text_config(decoder=True).vocab_size),
+            "dtype": torch.float32,
+        }
+        draft_head, said = fresh_head(target, rows, **own | keys)
+    if said:
+        tell(said)
+    if check:
+        found = checked(draft_head, target, rows, seed=seed)
+        tell(str(found))
+        raise typer.Exit(not found.passed)
+    if pack:
+        check_packing(target)
+        rows = packed(rows, max_length)
     args = TrainingArguments(
         output=output,
         epochs=epochs,
@@ -120,11 +137,9 @@ def train(
         cache_features=cache_features,
         cache_dtype=cache_dtype,
     )
-    if accelerator.is_main_process:
-        say(f"{len(rows)} sequences, {draft_head.num_parameters():,} parameters in the head")
+    tell(f"{len(rows)} sequences, {draft_head.num_parameters():,} parameters in the head")
     run(draft_head, target, rows, args, accelerator, resume, held_out)
-    if accelerator.is_main_process:
-        say(f"head written to {output}")
+    tell(f"head written to {output}")
     # The trackers have ended with the run.
     accelerator.state.destroy_process_group()
 

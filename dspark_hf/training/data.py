@@ -203,12 +203,15 @@ def _special_added(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def collate(rows: Iterable[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids` and `loss_mask`, [b, T] int64; padding is not supervised and not attended to, since
-    it lies behind every supervised token."""
+def collate(rows: Iterable[Row]) -> dict[str, torch.Tensor]:
+    """Right-padded `input_ids` and `loss_mask`, [b, T] int64, and `positions` if the rows are packed; padding is not
+    supervised and not attended to, since it lies behind every supervised token. Among packed rows it is a document."""
     rows = list(rows)
     longest = max(len(row["input_ids"]) for row in rows)
-    return {
-        key: torch.tensor([row[key] + [0] * (longest - len(row[key])) for row in rows])
-        for key in ("input_ids", "loss_mask")
-    }
+
+    def padded(row: Row, key: str) -> list[int]:
+        missing = longest - len(row[key])
+        return row[key] + (list(range(missing)) if key == "positions" else [0] * missing)
+
+    keys = [key for key in ("input_ids", "loss_mask", "positions") if key in rows[0]]
+    return {key: torch.tensor([padded(row, key) for row in rows]) for key in keys}

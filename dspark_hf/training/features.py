@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -189,9 +190,9 @@ def _write(
     ordered = sorted(own, key=cache.lengths.__getitem__)
     for start in range(0, len(ordered), batch_size):
         numbers = ordered[start : start + batch_size]
-        ids = collate([rows[number] for number in numbers])["input_ids"].to(accelerator.device)
+        batch = send_to_device(collate([rows[number] for number in numbers]), accelerator.device)
         with accelerator.autocast():
-            features, last = target_states(target, ids, list(cache.stored))
+            features, last = target_states(target, batch["input_ids"], list(cache.stored), batch.get("positions"))
         found = torch.cat([features, last], dim=-1).to(DTYPES[cache.dtype]).cpu()
         states |= {number: of_row[: cache.lengths[number]] for number, of_row in zip(numbers, found, strict=True)}
     names = [*(f"layer_{layer}" for layer in cache.stored), "last"]
@@ -207,12 +208,13 @@ def _write(
 def _contents(target: PreTrainedModel, rows: list[Row], dtype: str) -> dict[str, Any]:
     """What `features.json` says beside the layers."""
     config = target.config.get_text_config(decoder=True)
-    ids = hashlib.sha256(json.dumps([row["input_ids"] for row in rows]).encode()).hexdigest()
+    # Where rows are packed the target reads their positions too.
+    read = [[row[key] for key in ("input_ids", "positions") if key in row] for row in rows]
     return {
         "target": target.config._name_or_path,
         "target weights": _fingerprint(target),
         "hidden size": config.hidden_size,
-        "rows": f"{len(rows)}, sha256 {ids[:16]}",
+        "rows": f"{len(rows)}, sha256 {hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]}",
         "dtype": dtype,
         "shard bytes": SHARD_BYTES,
     }

@@ -1,23 +1,37 @@
 """The three losses of a DSpark head (paper, training).
 
 Every loss is averaged over the supervised rows with weights that fall with the position in the block,
-w_k = exp(-(k-1) / decay) for k = 1..B, since a late draft counts only when all before it were accepted.
+w_k = exp(-(k-1) / decay) for k = 1..G, since a late draft counts only when all before it were accepted.
+
+Logits of all rows at once would be the largest tensors of a step by far: 512 anchors x 7 rows x 151,936 tokens are two
+gigabytes in float32, and a dozen of that size would be needed. So logits are made, compared and differentiated some
+rows at a time, and only the gradients of what they are made of are kept. (Liger-Kernel's fused linear cross entropy
+does the same for a cross entropy or a divergence of two distributions; ours needs both losses of one softmax, and the
+distance itself as the confidence head's target.)
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from .blocks import NO_LABEL
+
 CE_WEIGHT, L1_WEIGHT, CONFIDENCE_WEIGHT = 0.1, 0.9, 1.0
 POSITION_DECAY = 4.0
+# Logits at a time: 128 MiB in float32, of which about eight are alive at once.
+CHUNK = 2**25
+
+# Logits [n, V] of n rows, from what they are made of, [n, ...] each.
+MakeLogits = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Losses:
     """Scalars: cross entropy with the next token, L1 distance of draft and target distribution (0 to 2), binary
-    cross entropy of the confidence (`None` without a confidence head), their weighted sum, and the sum of weights that
-    they were divided by."""
+    cross entropy of the confidence (`None` without a confidence head), their weighted sum, which alone has a gradient,
+    and the sum of weights that they were divided by."""
 
     ce: torch.Tensor
     l1: torch.Tensor
@@ -27,35 +41,99 @@ class Losses:
 
 
 def dspark_losses(
-    draft_logits: torch.Tensor,
-    target_logits: torch.Tensor,
+    draft: Sequence[torch.Tensor],
+    draft_logits: MakeLogits,
+    target: torch.Tensor,
+    target_logits: MakeLogits,
     confidence_logits: torch.Tensor | None,
     labels: torch.Tensor,
     supervised: torch.Tensor,
     ce_weight: float = CE_WEIGHT,
+    draft_tokens: torch.Tensor | None = None,
+    parameters: Sequence[torch.Tensor] = (),
+    rows_at_once: int | None = None,
 ) -> Losses:
     """Total = 0.1 CE + 0.9 L1 + 1.0 BCE; target distribution and confidence target carry no gradient.
 
     Args:
-        draft_logits, target_logits: [b, N, B, V]. confidence_logits: [b, N, B] or `None`. labels: [b, N, B].
-        supervised: [b, N, B] bool. ce_weight: instead of 0.1; a head that is far from its target learns faster from
+        draft: what draft logits are made of, [b, N, G, ...] each. draft_logits: makes them of n rows.
+        target, target_logits: the same of the target.
+        confidence_logits: [b, N, G] or `None`. labels: [b, N, G], of the draft vocabulary or `NO_LABEL`.
+        supervised: [b, N, G] bool. ce_weight: instead of 0.1; a head that is far from its target learns faster from
             the cross entropy, since the L1 distance hardly changes where the draft gives the right token no weight.
+        draft_tokens: the target's ids of a reduced draft vocabulary. parameters: what else `draft_logits` goes by and
+            is to learn. rows_at_once: rows whose logits are there at a time, by default all.
     """
     block_size = supervised.shape[-1]
     weights = torch.exp(-torch.arange(block_size, device=supervised.device) / POSITION_DECAY)
     weights = (weights * supervised)[supervised]
     weight = weights.sum()
-    norm = weight + 1e-6
-
     # Rows outside the mask are left out before the vocabulary-sized work, not multiplied by zero after it.
-    draft_logits, target_logits = draft_logits[supervised].float(), target_logits[supervised].float()
-    ce = F.cross_entropy(draft_logits, labels[supervised], reduction="none")
-    distance = (draft_logits.softmax(-1) - target_logits.softmax(-1).detach()).abs().sum(-1)
-    ce_loss, l1_loss = (ce * weights).sum() / norm, (distance * weights).sum() / norm
-    total = ce_weight * ce_loss + L1_WEIGHT * l1_loss
+    states, labels = target[supervised], labels[supervised]
+
+    def compare(rows: slice, *made_of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            theirs = target_logits(states[rows]).float().softmax(-1)
+        return row_losses(draft_logits(*made_of), theirs, labels[rows], draft_tokens)
+
+    own = [x[supervised] for x in draft]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (*own, *parameters))
+    rows = rows_at_once or max(1, len(labels))
+    ce, distance, total = _ByChunk.apply(compare, rows, weights, ce_weight, learns, len(own), *own, *parameters)
+    norm = weight + 1e-6
+    ce_loss, l1_loss, total = (ce * weights).sum() / norm, (distance * weights).sum() / norm, total / norm
     if confidence_logits is None:
         return Losses(ce_loss, l1_loss, None, total, weight)
-    acceptance = 1 - 0.5 * distance.detach()
+    acceptance = 1 - 0.5 * distance
     bce = F.binary_cross_entropy_with_logits(confidence_logits[supervised].float(), acceptance, reduction="none")
     confidence_loss = (bce * weights).sum() / norm
-    return Losses(ce_loss, l1_loss, confidence_loss, total + CONFIDENCE_WEIGHT * confidence_loss, weight)
+    return Losses(ce_loss, l1_loss, confidence_loss.detach(), total + CONFIDENCE_WEIGHT * confidence_loss, weight)
+
+
+def row_losses(
+    draft_logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, draft_tokens: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy, 0 where there is no label, and L1 distance of both distributions, [n] each, of n rows.
+
+    Args:
+        draft_logits: [n, draft vocabulary]. target: [n, V], the target's distribution.
+    """
+    draft_logits, outside = draft_logits.float(), 0.0
+    if draft_tokens is not None:
+        target = target[:, draft_tokens]
+        # What the target gives to other tokens is never drafted: all of that is distance.
+        outside = 1 - target.sum(-1)
+    ce = F.cross_entropy(draft_logits, labels, reduction="none", ignore_index=NO_LABEL)
+    return ce, (draft_logits.softmax(-1) - target).abs().sum(-1) + outside
+
+
+class _ByChunk(torch.autograd.Function):
+    """Row losses [n], [n] without a gradient, and their weighted sum, whose gradient is made beside it, a chunk of rows
+    after the other, so that the logits of one chunk only are ever there."""
+
+    @staticmethod
+    def forward(ctx, compare, rows, weights, ce_weight, learns, count, *inputs):
+        made_of, parameters = inputs[:count], inputs[count:]
+        found, gradients = [], [torch.zeros_like(x) if learns else None for x in inputs]
+        for start in range(0, len(weights), rows):
+            chunk = slice(start, start + rows)
+            with torch.set_grad_enabled(learns):
+                own = [x[chunk].detach().requires_grad_(learns) for x in made_of]
+                ce, distance = compare(chunk, *own)
+                loss = ((ce_weight * ce + L1_WEIGHT * distance) * weights[chunk]).sum()
+            found.append(torch.stack([ce.detach(), distance.detach()]))
+            if learns:
+                with torch.autocast(loss.device.type, enabled=False):
+                    of_chunk = torch.autograd.grad(loss, [*own, *parameters])
+                for whole, part in zip(gradients[:count], of_chunk, strict=False):
+                    whole[chunk] = part
+                for whole, part in zip(gradients[count:], of_chunk[count:], strict=True):
+                    whole += part
+        ctx.gradients = gradients
+        ce, distance = torch.cat(found, dim=1) if found else weights.new_zeros(2, 0)
+        ctx.mark_non_differentiable(ce, distance)
+        return ce, distance, ((ce_weight * ce + L1_WEIGHT * distance) * weights).sum()
+
+    @staticmethod
+    def backward(ctx, _ce, _distance, gradient):
+        return *[None] * 6, *(gradient.to(x.dtype) * x for x in ctx.gradients)

@@ -4,10 +4,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..generation.hidden_states import chosen_of, indices_of, last_layer_of, noting, request_for
-from ..modeling_dspark import DSparkHead
+from ..modeling_dspark import DSparkHead, KnownBlocks
 from ..tables import Tables, target_logits
-from .blocks import attention_mask, labels_and_weights, sample_blocks
-from .losses import CE_WEIGHT, Losses, dspark_losses
+from .blocks import NO_LABEL, attention_masks, documents_of, labels_and_weights, sample_blocks
+from .losses import CE_WEIGHT, CHUNK, Losses, dspark_losses
 
 # Context features [b, T, m*d], and the last hidden states after the final norm [b, T, d].
 States = tuple[torch.Tensor, torch.Tensor]
@@ -15,14 +15,19 @@ States = tuple[torch.Tensor, torch.Tensor]
 
 @torch.no_grad()
 def target_states(
-    target: PreTrainedModel, input_ids: torch.Tensor, layer_ids: list[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Context features [b, T, m*d] and the last hidden states after the final norm [b, T, d]."""
+    target: PreTrainedModel, input_ids: torch.Tensor, layer_ids: list[int], positions: torch.Tensor | None = None
+) -> States:
+    """What the head reads of the target, and what the target's logits are made of.
+
+    Args:
+        positions: [b, T], of sequences that hold several documents; see `packing`.
+    """
     last = target.config.get_text_config(decoder=True).num_hidden_layers
     indices = indices_of(layer_ids)
     request = request_for([*indices, last])
+    kwargs = {} if positions is None else {"position_ids": positions}
     with noting(last_layer_of(target, layer_ids)) as noted:
-        outputs = target(input_ids=input_ids, use_cache=False, output_hidden_states=request, logits_to_keep=1)
+        outputs = target(input_ids=input_ids, use_cache=False, output_hidden_states=request, logits_to_keep=1, **kwargs)
     return torch.cat(chosen_of(outputs, indices, noted), dim=-1), outputs.hidden_states[last]
 
 
@@ -39,37 +44,52 @@ def training_step(
     """Losses of one batch at freshly sampled anchors. `head` may be wrapped by accelerate.
 
     Args:
-        generator: see [`~blocks.sample_blocks`]. states: of the batch, where they are known; see [`target_states`].
+        batch: see `data.collate`. generator: see [`~blocks.sample_blocks`]. states: of the batch, where they are known; see [`target_states`].
     """
-    input_ids, loss_mask = batch["input_ids"], batch["loss_mask"]
-    config = head.module.config if hasattr(head, "module") else head.config
-    blocks = sample_blocks(loss_mask, anchors_per_sequence, generator)
-    features, last_hidden = states or target_states(target, input_ids, config.target_layer_ids)
-    mask = attention_mask(blocks, input_ids.shape[1], config.block_size)
-    _, draft_logits, confidence_logits = head(input_ids, features, blocks.anchors, mask, tables)
-    labels, supervised = labels_and_weights(input_ids, loss_mask, blocks, config.block_size)
-    # The target state at anchor + k predicts the label of row k.
-    positions = blocks.anchors[..., None] + torch.arange(config.block_size, device=input_ids.device)
-    positions = positions.clamp(max=input_ids.shape[1] - 1).flatten(1)
-    aligned = last_hidden.gather(1, positions[..., None].expand(-1, -1, last_hidden.shape[-1]))
-    with torch.no_grad():
-        aligned_logits = target_logits(target)(aligned).unflatten(1, (-1, config.block_size))
-    return dspark_losses(draft_logits, aligned_logits, confidence_logits, labels, supervised, ce_weight)
+    input_ids, loss_mask, positions = batch["input_ids"], batch["loss_mask"], batch.get("positions")
+    own = getattr(head, "module", head)
+    documents = None if positions is None else documents_of(positions)
+    blocks = sample_blocks(loss_mask, anchors_per_sequence, generator, documents)
+    features, last = states or target_states(target, input_ids, own.config.target_layer_ids, positions)
+    length, gamma = input_ids.shape[1], own.config.gamma
+    masks = attention_masks(blocks, length, own.mask_rules, own.config.block_size, documents)
+    drafted = draft_ids(own) if own.config.draft_vocab_size is not None else None
+    labels, supervised = labels_and_weights(input_ids, loss_mask, blocks, gamma, documents, drafted)
+    # The target state at anchor + j predicts the label of row j.
+    places = (blocks.anchors[..., None] + torch.arange(gamma, device=input_ids.device)).clamp(max=length - 1)
+    aligned = last[torch.arange(len(last), device=last.device)[:, None, None], places]
+
+    def finish(known: KnownBlocks) -> tuple[torch.Tensor | None, ...]:
+        losses = dspark_losses(
+            known.made_of,
+            known.logits,
+            aligned,
+            target_logits(target),
+            known.confidence_logits,
+            labels,
+            supervised,
+            ce_weight,
+            None if drafted is None else own.draft_tokens,
+            known.parameters,
+            max(1, CHUNK // tables.vocab_size),
+        )
+        return tuple(vars(losses).values())
+
+    return Losses(*head(input_ids, features, blocks.anchors, masks, tables, positions, finish))
+
+
+def draft_ids(head: DSparkHead) -> torch.Tensor:
+    """[V] int64, ids of all tokens in a head's reduced draft vocabulary, `NO_LABEL` for those outside."""
+    tokens = head.draft_tokens
+    ids = torch.full((head.config.vocab_size,), NO_LABEL, device=tokens.device)
+    return ids.index_copy_(0, tokens, torch.arange(len(tokens), device=tokens.device))
 
 
 def check_trainable(head: DSparkHead, target: PreTrainedModel) -> None:
-    """Raise for heads whose blocks differ from those that `blocks` makes, or whose tokens from the target's."""
+    """Raise for heads whose tokens are not the target's."""
     config, size = head.config, target.config.get_text_config(decoder=True).vocab_size
     if config.vocab_size != size:
         raise ValueError(
             f"The head has a vocabulary of {config.vocab_size}, the target one of {size}. Such a head can be decoded "
             "with, but not trained here: begin with a fresh one."
         )
-    reasons = {
-        "predicts nothing at the anchor (`sample_from_anchor=False`)": not config.sample_from_anchor,
-        "drafts from a part of the vocabulary (`draft_vocab_size`)": config.draft_vocab_size is not None,
-        "has sliding layers (`layer_types`)": "sliding_attention" in config.layer_types,
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise ValueError(f"The head {reason}; such heads can be decoded with, but not trained here.")

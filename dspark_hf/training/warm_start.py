@@ -1,4 +1,4 @@
-"""A fresh head that starts from layers of its target instead of from noise.
+"""A fresh head that starts from layers of its target, or from another head, instead of from noise.
 
 The draft layers of a Qwen3-style head have the shape of a Qwen3 target's layers. Copied from the lower middle of the
 target they learn faster than random ones; examples/embedded_pair/README.md has what was measured.
@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from ..modeling_dspark import DSparkHead
 
 DEPTH = 0.25  # where in the target the copied layers begin
+# Names of tensors that are a target's: embedding, LM head and draft vocabulary.
+TABLES = ("embed_tokens.", "lm_head.", "d2t")
 
 
 @torch.no_grad()
@@ -44,3 +46,20 @@ def _same_shapes(a: nn.Module, b: nn.Module) -> bool:
     return {name: x.shape for name, x in a.state_dict().items()} == {
         name: x.shape for name, x in b.state_dict().items()
     }
+
+
+@torch.no_grad()
+def take(head: DSparkHead, other: DSparkHead) -> tuple[list[str], float]:
+    """Copy what fits of a head for another target: tensors of the same name and shape. Not its tables, which are its
+    target's.
+
+    Returns:
+        names of the copied tensors, and their share of what `head` has to learn.
+    """
+    theirs, taken = other.state_dict(), []
+    own = {name: x for name, x in head.state_dict().items() if not name.startswith(TABLES)}
+    for name, x in own.items():
+        if name in theirs and theirs[name].shape == x.shape:
+            x.copy_(theirs[name])
+            taken.append(name)
+    return taken, sum(own[name].numel() for name in taken) / sum(x.numel() for x in own.values())

@@ -101,7 +101,7 @@ def compare(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from dspark_hf import DSparkHead
-    from dspark_hf.training.blocks import Blocks, attention_mask
+    from dspark_hf.training.blocks import Blocks, attention_masks
 
     inputs = load_file(folder / "inputs.safetensors")
     target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32)
@@ -118,13 +118,11 @@ def compare(folder: Path) -> None:
         head = DSparkHead.from_pretrained(folder / name).eval()
         tables, anchors = head.share_tables(target), found["anchors"][None]
         said = f"{name}: {kind} loads, {len(written)} keys and all tensors agree"
-        if "sliding_attention" in head.config.layer_types:
-            print(said)
-            continue
-        mask = attention_mask(Blocks(anchors, anchors > -1), LENGTH, head.config.block_size)
-        hidden, logits, confidence = head(inputs["input_ids"], inputs["features"], anchors, mask, tables)
-        torch.testing.assert_close(hidden[0], found["hidden"], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(logits[0], found["logits"], atol=1e-4, rtol=1e-4)
+        masks = attention_masks(Blocks(anchors, anchors > -1), LENGTH, head.mask_rules, head.config.block_size)
+        hidden, logits, confidence = head(inputs["input_ids"], inputs["features"], anchors, masks, tables)
+        predict = slice(-head.config.gamma, None)
+        torch.testing.assert_close(hidden[0], found["hidden"][:, predict], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[0], found["logits"][:, predict], atol=1e-4, rtol=1e-4)
         if confidence is not None:
             torch.testing.assert_close(confidence[0], found["confidence"], atol=1e-4, rtol=1e-4)
         print(

@@ -1,0 +1,149 @@
+"""A self-test of training: a head that sees nothing but a few texts must learn them by heart.
+
+The texts are the target's own greedy answers to prompts of the data, so that a head that knows them drafts whole blocks
+that are accepted. It is trained by the step that training has, and judged by the engine that decodes: where the two do
+not agree on which row of a block follows which token, hardly a draft is accepted, however small the losses are.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..generation.compatibility import check_pair
+from ..modeling_dspark import DSparkHead
+from .data import Row, collate
+from .draft_vocabulary import choose_draft_vocabulary
+from .step import check_trainable, target_states, training_step
+
+ROWS = 8
+# Tokens: of a prompt at most, its last ones, and of an answer beside whole blocks.
+PROMPT = 128
+BLOCKS = 6
+# Share of the longest possible tau that must be reached, and the steps between two looks at it.
+ENOUGH = 0.9
+STEPS = 25
+# A fraction of what the paper's rate would need for so few rows; the optimizer's steps do not grow with the width.
+LEARNING_RATE = 2e-3
+CE_WEIGHT = 1.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """tau: tokens a round on the rows that were learnt; before: at first. most: block and bonus token.
+    steps, seconds: of training."""
+
+    tau: float
+    before: float
+    most: int
+    steps: int
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.tau >= ENOUGH * self.most
+
+    def __str__(self) -> str:
+        took = f"after {self.steps} steps in {self.seconds:.0f} s, at first {self.before:.2f}"
+        said = f"tau {self.tau:.2f} of {self.most} {took}"
+        if self.passed:
+            return f"check passed: {said}"
+        return (
+            f"check failed: {said}; {ENOUGH * self.most:.1f} are needed. Such a head does not learn {ROWS} rows by heart: "
+            "it is too small, or training and decoding do not agree on what a row of a block predicts."
+        )
+
+
+def check(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seconds: float = 120, seed: int = 0) -> Check:
+    """Train `head` on the target's answers to the prompts of the first rows, for so many seconds at most.
+
+    A reduced draft vocabulary is chosen anew, from the answers. The head is of no use afterwards.
+
+    Raises:
+        ValueError: when head and target do not fit, or the target ends all answers at once.
+    """
+    check_pair(target, head)
+    check_trainable(head, target)
+    head.to(target.device)
+    target.requires_grad_(False).eval()
+    prompts = [_prompt(row) for row in rows[:ROWS]]
+    texts = [
+        row for row in _answers(target, prompts, 1 + BLOCKS * (head.config.gamma + 1)) if sum(row["loss_mask"]) > 1
+    ]
+    if not texts:
+        raise ValueError("The target ends its answer to every prompt of the data at once: there is nothing to learn.")
+    if head.config.draft_vocab_size is not None:
+        choose_draft_vocabulary(head, target, texts)
+    before, started, tau, steps = _tau(head, target, texts), time.perf_counter(), 0.0, 0
+    for steps in _trained(head, target, texts, seed):
+        if steps % STEPS == 0 or time.perf_counter() - started > seconds:
+            tau = _tau(head, target, texts)
+            if tau >= ENOUGH * (head.config.gamma + 1) or time.perf_counter() - started > seconds:
+                break
+    return Check(tau, before, head.config.gamma + 1, steps, time.perf_counter() - started)
+
+
+def _prompt(row: Row) -> list[int]:
+    """The tokens before the first supervised one, at least one, the last `PROMPT` of them."""
+    return row["input_ids"][: max(1, row["loss_mask"].index(1))][-PROMPT:]
+
+
+def _left_padded(prompts: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {name: torch.tensor(x, device=device) for name, x in (("input_ids", ids), ("attention_mask", mask))}
+
+
+def _answers(target: PreTrainedModel, prompts: list[list[int]], count: int) -> list[Row]:
+    """Prompts and the target's greedy answers of at most `count` tokens, which are supervised."""
+    inputs = _left_padded(prompts, target.device)
+    output = target.generate(**inputs, max_new_tokens=count, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    ends = target.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    rows = []
+    for prompt, answer in zip(prompts, output.tolist(), strict=True):
+        end = next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer))
+        rows.append({"input_ids": prompt + answer[:end], "loss_mask": [0] * len(prompt) + [1] * end})
+    return rows
+
+
+def _trained(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seed: int) -> Iterator[int]:
+    """Steps that were made."""
+    batch = {name: x.to(target.device) for name, x in collate(rows).items()}
+    tables, generator = head.share_tables(target), torch.Generator().manual_seed(seed)
+    for name in ("embed_tokens", "lm_head"):
+        if getattr(head, name) is not None:
+            getattr(head, name).requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
+    states = target_states(target, batch["input_ids"], head.config.target_layer_ids)
+    steps = 0
+    while True:
+        head.train()
+        losses = training_step(head, target, tables, batch, batch["input_ids"].shape[1], generator, CE_WEIGHT, states)
+        losses.total.backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+        yield steps
+
+
+def _tau(head: DSparkHead, target: PreTrainedModel, rows: list[Row]) -> float:
+    """Mean tokens a round of the rows decoded anew, in whole blocks; without the last round of a row, which ends where
+    the row does, unless there is no other."""
+    prompts = [row["input_ids"][: row["loss_mask"].index(1)] for row in rows]
+    schedule = head.generation_config.num_assistant_tokens_schedule
+    head.generation_config.num_assistant_tokens_schedule = "constant"
+    output = target.generate(
+        **_left_padded(prompts, target.device),
+        max_new_tokens=max(sum(row["loss_mask"]) for row in rows),
+        do_sample=False,
+        assistant_model=head.eval(),
+        return_dict_in_generate=True,
+    )
+    head.generation_config.num_assistant_tokens_schedule = schedule
+    rounds = [n for row in output.dspark.committed_lengths for n in (row[:-1] or row)]
+    return sum(rounds) / max(1, len(rounds))
