@@ -30,6 +30,8 @@ from .reporting import Report, curve, plot, read_log
 from .step import check_trainable, training_step
 
 MAX_GRADIENT_NORM = 1.0
+# Names of a head's own tables begin so: they are copies of its target's, and are not trained.
+FROZEN = ("embed_tokens.", "lm_head.")
 # Arguments that a run may go on with other values of than its checkpoint was made with, as they change nothing that a
 # step computes. The batch size counts as that of all processes.
 FREE = (
@@ -97,7 +99,9 @@ class Run:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        return self.accelerator.unwrap_model(self.head).state_dict()
+        """What is trained, perhaps in shards."""
+        state = self.accelerator.unwrap_model(self.head, keep_torch_compile=False).state_dict()
+        return {name: x for name, x in state.items() if not name.startswith(FROZEN)}
 
     @property
     def raw_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -142,7 +146,7 @@ def train(
     features = _features(head, target, rows, args, accelerator)
     tables = _share_tables(head, target)
     if resume:
-        head.load_state_dict(checkpointing.load_weights(args.output, state.step))
+        _load(head, checkpointing.load_weights(args.output, state.step))
     run = _prepare(head, target, tables, args, accelerator, steps, settings)
     if resume:
         checkpointing.load_optimizers(args.output, state.step, run.raw_optimizers, accelerator.scaler)
@@ -229,6 +233,11 @@ def _share_tables(head: DSparkHead, target: PreTrainedModel) -> Tables:
     return tables
 
 
+def _load(head: DSparkHead, weights: dict[str, torch.Tensor]) -> None:
+    """Put what was trained into a head, which keeps its tables."""
+    head.load_state_dict({name: x for name, x in head.state_dict().items() if name.startswith(FROZEN)} | weights)
+
+
 def _prepare(
     head: DSparkHead,
     target: PreTrainedModel,
@@ -243,6 +252,9 @@ def _prepare(
     plain = _copy_of(head) if needs_copy else None
     if args.gradient_checkpointing:
         checkpoint_layers(head)
+    if accelerator.is_fsdp2:
+        # `tables` are used outside of the head, where shards of them are of no use.
+        head.embed_tokens = head.lm_head = None
     optimizers = build_optimizers(head, args.optimizer, args.learning_rate)
     wrapped, *optimizers = accelerator.prepare(head.train(), *optimizers)
     return Run(accelerator, args, wrapped, plain, target, tables, optimizers, steps, settings)
@@ -315,7 +327,7 @@ def _observe(run: Run, state: State, losses: dict[str, torch.Tensor], held_out: 
     evaluates = args.eval_every is not None and (state.step % args.eval_every == 0 or is_last)
     values = {}
     if evaluates:
-        run.plain.load_state_dict(whole(run.weights))
+        _load(run.plain, whole(run.weights))
         values["tau"] = measure_tau(run.target, run.plain, held_out, args.eval_tokens, run.accelerator)
         is_best = state.note(values["tau"])
     if evaluates or is_last or state.step % args.log_every == 0:
@@ -341,10 +353,10 @@ def _finish(run: Run, state: State) -> DSparkHead:
     chosen = state.step if state.best_step is None else state.best_step
     trained = run.plain
     if not accelerator.is_fsdp2:
-        trained = accelerator.unwrap_model(run.head, keep_fp32_wrapper=False)
+        trained = accelerator.unwrap_model(run.head, keep_fp32_wrapper=False, keep_torch_compile=False)
         if args.gradient_checkpointing:
             checkpoint_layers(trained, enable=False)
-    trained.load_state_dict(checkpointing.load_weights(args.output, chosen))
+    _load(trained, checkpointing.load_weights(args.output, chosen))
     if accelerator.is_main_process:
         trained.eval().save_pretrained(args.output)
         described = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
