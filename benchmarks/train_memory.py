@@ -3,8 +3,8 @@ in float32, on a CPU.
 
     python benchmarks/train_memory.py [--vocabulary 151936] [--anchors 512] [--block 7] [--width 256] [--whole]
 
-What is printed is the most that the process ever held, Python and torch included. `--whole` makes all logits at once, as
-a step without chunks would: of the 3,584 rows by 151,936 tokens that need not fit.
+What is printed is the most that the process ever held, Python and torch included. `--whole` makes all logits at once,
+as a step without chunks would: of 3,584 rows by 151,936 tokens that need not fit.
 """
 
 import argparse
@@ -22,7 +22,7 @@ LENGTH = 1024
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"vocabulary": 151_936, "anchors": 512, "block": 7, "width": 256, "steps": 2}.items():
+    for name, value in {"vocabulary": 151_936, "anchors": 512, "block": 7, "width": 256}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--whole", action="store_true")
     args = parser.parse_args()
@@ -46,14 +46,15 @@ def main() -> None:
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
     ids = torch.randint(0, args.vocabulary, (1, LENGTH), generator=generator)
     batch = {"input_ids": ids, "loss_mask": torch.ones_like(ids)}
-    for number in range(args.steps):
+    # A small step first: what the optimizer keeps is there when the whole one begins.
+    for anchors in (1, args.anchors):
         started = time.perf_counter()
-        losses = step.training_step(head, target, tables, batch, args.anchors, generator)
+        losses = step.training_step(head, target, tables, batch, anchors, generator)
         losses.total.backward()
         optimizer.step()
         optimizer.zero_grad()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kibibytes on Linux
-        print(f"step {number + 1}: {time.perf_counter() - started:.1f} s, peak {peak:.2f} GiB", flush=True)
+        print(f"{anchors} anchors: {time.perf_counter() - started:.1f} s, peak {peak:.2f} GiB", flush=True)
 
 
 if __name__ == "__main__":

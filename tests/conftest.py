@@ -204,8 +204,8 @@ def tiny_head(target, seed: int = 1, **kwargs) -> DSparkHead:
 
 
 def biases(head: DSparkHead, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """[..., B, V], what the sequential head adds to the logits of a block [..., B, d] behind the tokens [..., B], of which
-    all predict."""
+    """[..., B, V], what the sequential head adds to the logits of a block [..., B, d] of which all rows predict, behind
+    the tokens [..., B]."""
     sequential = head.markov_head
     embedded = sequential.embed(previous)
     return sequential.markov_w2(sequential.mix_block(hidden, embedded, sequential.initial_state(embedded[..., 0, :])))

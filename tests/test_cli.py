@@ -35,6 +35,7 @@ from dspark_hf.evaluation.bench import (
 )
 from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode, read_prompts
 from dspark_hf.hub.registry import published_heads
+from dspark_hf.training.check import Check
 
 PROMPT = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How many pencils are left?"
 
@@ -273,6 +274,37 @@ def test_train_writes_a_head_that_generates(tmp_path):
     assert log[-1]["step"] == 3 and log[-1]["total"] > 0
     output = run("generate", PROMPT, "--max-new-tokens", "8", "--json", *pair_options()[:2], "--head", str(head))
     assert json.loads(output)["tokens"] <= 8
+
+
+def test_train_packs_a_head_of_another_kind(tmp_path):
+    data, head = tmp_path / "data.jsonl", tmp_path / "head"
+    rows = [{"prompt": f"What is {a} + 2?", "response": f"It is {a + 2}."} for a in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--layers", "1", "--markov-rank", "8", "--anchors", "4", "--epochs", "1", "--batch-size", "1", "--pack"]
+    keys = {"sample_from_anchor": False, "draft_vocab_size": 256, "layer_types": ["sliding_attention"]}
+    options += ["--max-length", "96", "--config", json.dumps(keys | {"sliding_window": 16})]
+    printed = ran(
+        "train", "--model", str(FOLDER / "target"), "--data", str(data), "--output", str(head), *options
+    ).output
+    assert "100.0% of the supervised tokens are in the draft vocabulary of 256" in " ".join(printed.split())
+    config = json.loads((head / "config.json").read_text())
+    assert {key: config[key] for key in keys} == keys and json.loads((head / "log.jsonl").read_text())["step"] < 9
+    output = run("generate", PROMPT, "--max-new-tokens", "8", "--json", *pair_options()[:2], "--head", str(head))
+    assert json.loads(output)["tokens"] <= 8
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_train_check_ends_with_what_it_found(passes, tmp_path, monkeypatch):
+    """Nothing is written; the exit status says whether training works."""
+    data, output = tmp_path / "data.jsonl", tmp_path / "head"
+    data.write_text(json.dumps({"prompt": "What is 3 + 2?", "response": "It is 5."}) + "\n")
+    monkeypatch.setattr("dspark_hf.training.check.check", lambda *_, **__: Check(7.5 if passes else 1.5, 8, 100, 9.0))
+    args = ["--model", str(FOLDER / "target"), "--data", str(data), "--output", str(output), "--layers", "1", "--check"]
+    result = CliRunner().invoke(app, ["train", *args])
+    assert result.exit_code == (0 if passes else 1) and not output.exists()
+    assert ("check passed: tau 7.50 of 8" if passes else "check failed: tau 1.50 of 8") in " ".join(
+        result.output.split()
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ not agree on which row of a block follows which token, hardly a draft is accepte
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from transformers import PreTrainedModel
@@ -22,21 +23,19 @@ ROWS = 8
 # Tokens: of a prompt at most, its last ones, and of an answer beside whole blocks.
 PROMPT = 128
 BLOCKS = 6
-# Share of the longest possible tau that must be reached, and the steps between two looks at it.
+# Share of the longest possible tau that must be reached; the steps within which, and between two looks at it.
 ENOUGH = 0.9
-STEPS = 25
-# A fraction of what the paper's rate would need for so few rows; the optimizer's steps do not grow with the width.
+STEPS, LOOK = 400, 50
+ANCHORS = 16
 LEARNING_RATE = 2e-3
 CE_WEIGHT = 1.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """tau: tokens a round on the rows that were learnt; before: at first. most: block and bonus token.
-    steps, seconds: of training."""
+    """tau: tokens a round on the rows that were learnt. most: block and bonus token. steps, seconds: of training."""
 
     tau: float
-    before: float
     most: int
     steps: int
     seconds: float
@@ -46,18 +45,17 @@ class Check:
         return self.tau >= ENOUGH * self.most
 
     def __str__(self) -> str:
-        took = f"after {self.steps} steps in {self.seconds:.0f} s, at first {self.before:.2f}"
-        said = f"tau {self.tau:.2f} of {self.most} {took}"
+        said = f"tau {self.tau:.2f} of {self.most} after {self.steps} steps in {self.seconds:.0f} s"
         if self.passed:
             return f"check passed: {said}"
         return (
-            f"check failed: {said}; {ENOUGH * self.most:.1f} are needed. Such a head does not learn {ROWS} rows by heart: "
-            "it is too small, or training and decoding do not agree on what a row of a block predicts."
+            f"check failed: {said}; {ENOUGH * self.most:.1f} are needed. Such a head does not learn {ROWS} rows by "
+            "heart: it is too small, or training and decoding do not agree on what a row of a block predicts."
         )
 
 
-def check(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seconds: float = 120, seed: int = 0) -> Check:
-    """Train `head` on the target's answers to the prompts of the first rows, for so many seconds at most.
+def check(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seed: int = 0) -> Check:
+    """Train `head` on the target's answers to the prompts of the first rows until it drafts them.
 
     A reduced draft vocabulary is chosen anew, from the answers. The head is of no use afterwards.
 
@@ -68,21 +66,18 @@ def check(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seconds: f
     check_trainable(head, target)
     head.to(target.device)
     target.requires_grad_(False).eval()
+    most, started = head.config.gamma + 1, time.perf_counter()
     prompts = [_prompt(row) for row in rows[:ROWS]]
-    texts = [
-        row for row in _answers(target, prompts, 1 + BLOCKS * (head.config.gamma + 1)) if sum(row["loss_mask"]) > 1
-    ]
+    texts = [row for row in _answers(target, prompts, 1 + BLOCKS * most) if sum(row["loss_mask"]) > 1]
     if not texts:
         raise ValueError("The target ends its answer to every prompt of the data at once: there is nothing to learn.")
     if head.config.draft_vocab_size is not None:
         choose_draft_vocabulary(head, target, texts)
-    before, started, tau, steps = _tau(head, target, texts), time.perf_counter(), 0.0, 0
-    for steps in _trained(head, target, texts, seed):
-        if steps % STEPS == 0 or time.perf_counter() - started > seconds:
-            tau = _tau(head, target, texts)
-            if tau >= ENOUGH * (head.config.gamma + 1) or time.perf_counter() - started > seconds:
-                break
-    return Check(tau, before, head.config.gamma + 1, steps, time.perf_counter() - started)
+    tau, steps, trained = 0.0, 0, _trained(head, target, texts, seed)
+    while steps < STEPS and tau < ENOUGH * most:
+        steps = [next(trained) for _ in range(LOOK)][-1]
+        tau = tau_of(head, target, texts, 1 + BLOCKS * most)
+    return Check(tau, most, steps, time.perf_counter() - started)
 
 
 def _prompt(row: Row) -> list[int]:
@@ -97,10 +92,10 @@ def _left_padded(prompts: list[list[int]], device: torch.device) -> dict[str, to
     return {name: torch.tensor(x, device=device) for name, x in (("input_ids", ids), ("attention_mask", mask))}
 
 
-def _answers(target: PreTrainedModel, prompts: list[list[int]], count: int) -> list[Row]:
-    """Prompts and the target's greedy answers of at most `count` tokens, which are supervised."""
+def _answers(target: PreTrainedModel, prompts: list[list[int]], length: int) -> list[Row]:
+    """Prompts and the target's greedy answers of at most `length` tokens, which are supervised."""
     inputs = _left_padded(prompts, target.device)
-    output = target.generate(**inputs, max_new_tokens=count, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    output = target.generate(**inputs, max_new_tokens=length, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     ends = target.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     rows = []
@@ -111,7 +106,7 @@ def _answers(target: PreTrainedModel, prompts: list[list[int]], count: int) -> l
 
 
 def _trained(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seed: int) -> Iterator[int]:
-    """Steps that were made."""
+    """The number of the step that was made, on and on."""
     batch = {name: x.to(target.device) for name, x in collate(rows).items()}
     tables, generator = head.share_tables(target), torch.Generator().manual_seed(seed)
     for name in ("embed_tokens", "lm_head"):
@@ -119,27 +114,23 @@ def _trained(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seed: i
             getattr(head, name).requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
     states = target_states(target, batch["input_ids"], head.config.target_layer_ids)
-    steps = 0
-    while True:
+    for step in count(1):
         head.train()
-        losses = training_step(head, target, tables, batch, batch["input_ids"].shape[1], generator, CE_WEIGHT, states)
-        losses.total.backward()
+        training_step(head, target, tables, batch, ANCHORS, generator, CE_WEIGHT, states).total.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        steps += 1
-        yield steps
+        yield step
 
 
-def _tau(head: DSparkHead, target: PreTrainedModel, rows: list[Row]) -> float:
-    """Mean tokens a round of the rows decoded anew, in whole blocks; without the last round of a row, which ends where
-    the row does, unless there is no other."""
-    prompts = [row["input_ids"][: row["loss_mask"].index(1)] for row in rows]
+def tau_of(head: DSparkHead, target: PreTrainedModel, rows: list[Row], max_new_tokens: int) -> float:
+    """Mean tokens a round of the prompts of rows answered greedily, in whole blocks; without the last round of a row,
+    which ends where the row does, unless there is no other."""
     schedule = head.generation_config.num_assistant_tokens_schedule
     head.generation_config.num_assistant_tokens_schedule = "constant"
     output = target.generate(
-        **_left_padded(prompts, target.device),
-        max_new_tokens=max(sum(row["loss_mask"]) for row in rows),
+        **_left_padded([_prompt(row) for row in rows], target.device),
+        max_new_tokens=max_new_tokens,
         do_sample=False,
         assistant_model=head.eval(),
         return_dict_in_generate=True,

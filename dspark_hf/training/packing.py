@@ -4,6 +4,7 @@ A packed row also has `positions`, which begin at 0 in each of its documents. tr
 which documents do not see each other, in models that have nothing but attention; what a model really does is looked at.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import torch
@@ -16,18 +17,19 @@ ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def pack(rows: Sequence[Row], max_length: int) -> list[Row]:
-    """All rows, in packed ones of at most `max_length` tokens: the longest first, each into the first that has room."""
+    """All rows, in packed ones of at most `max_length` tokens: the longest first, each where the least room is left."""
     packed: list[list[Row]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # of packed rows, and which ones; increasing
     for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
         length = len(row["input_ids"])
-        place = next((i for i, free in enumerate(room) if free >= length), None)
-        if place is None:
+        found = bisect_left(room, (length,))
+        if found < len(room):
+            free, place = room.pop(found)
+        else:
+            free, place = max_length, len(packed)
             packed.append([])
-            room.append(max_length)
-            place = -1
         packed[place].append(row)
-        room[place] -= length
+        insort(room, (free - length, place))
     return [_joined(documents) for documents in packed]
 
 

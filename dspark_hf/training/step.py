@@ -44,7 +44,8 @@ def training_step(
     """Losses of one batch at freshly sampled anchors. `head` may be wrapped by accelerate.
 
     Args:
-        batch: see `data.collate`. generator: see [`~blocks.sample_blocks`]. states: of the batch, where they are known; see [`target_states`].
+        batch: see `data.collate`. generator: see [`~blocks.sample_blocks`].
+        states: of the batch, where they are known; see [`target_states`].
     """
     input_ids, loss_mask, positions = batch["input_ids"], batch["loss_mask"], batch.get("positions")
     own = getattr(head, "module", head)
