@@ -99,6 +99,7 @@ class DSparkHead(PreTrainedModel):
     base_model_prefix = ""
     _no_split_modules = ["DraftLayer"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     # speculators' mask of the draft vocabulary says what `d2t` says.
     _keys_to_ignore_on_load_unexpected = [r"^t2d$"]
 
@@ -457,6 +458,10 @@ class DSparkHead(PreTrainedModel):
             logits,
             tuple(weight for weight in tables_that_learn if weight.requires_grad),
         )
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The head's own, `None` where it drafts through the target's."""
+        return self.embed_tokens
 
     def whole_state_dict(self) -> dict[str, torch.Tensor]:
         """The state dict with copies of the target's tables that were freed."""

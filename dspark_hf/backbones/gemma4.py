@@ -7,8 +7,8 @@ DeepSpec's Gemma 4 heads; modules: transformers.
 """
 
 import torch
-from torch import nn
 from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 
 from ..configuration_dspark import DSparkConfig
@@ -32,7 +32,7 @@ class DraftAttention(qwen3.DraftAttention):
         return self.k_norm(projected), self.v_norm(values)
 
 
-class DraftLayer(nn.Module):
+class DraftLayer(GradientCheckpointingLayer):
     def __init__(self, config: DSparkConfig, layer_idx: int):
         super().__init__()
         self.self_attn = DraftAttention(config, layer_idx)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
@@ -71,7 +72,7 @@ class DraftAttention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
-class DraftLayer(nn.Module):
+class DraftLayer(GradientCheckpointingLayer):
     def __init__(self, config: DSparkConfig, layer_idx: int):
         super().__init__()
         self.self_attn = DraftAttention(config, layer_idx)

@@ -1,5 +1,6 @@
 """Training of a head."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,10 @@ from transformers.utils import logging
 
 from .. import DSparkHead
 from ..checkpoints.files import check_source
-from .common import app, say
+from .common import app, entries, say
+
+# Processes wait so long for one that evaluates, or writes features or a checkpoint.
+PATIENCE = timedelta(days=1)
 
 
 @app.command()
@@ -38,18 +42,39 @@ def train(
         bool, typer.Option("--check", help="Only see whether such a head learns 8 rows by heart, in two minutes.")
     ] = False,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")] = False,
+    save_total_limit: Annotated[int, typer.Option(min=1, help="Checkpoints to keep, beside the best.")] = 2,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint in --output.")] = False,
+    eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations of tau.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Data for them. Default: rows of --data, held out.")] = None,
+    eval_prompts: Annotated[int, typer.Option(min=1, help="Rows whose prompts are answered.")] = 32,
+    eval_tokens: Annotated[int, typer.Option(min=1, help="New tokens of an answer.")] = 64,
+    early_stopping_patience: Annotated[
+        int | None, typer.Option(min=1, help="End after so many evaluations without a better tau.")
+    ] = None,
+    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Batches of a process a step.")] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for the draft layers, more time.")
+    ] = False,
+    cache_features: Annotated[
+        Path | None, typer.Option(help="Folder for the target's states, computed once instead of in every epoch.")
+    ] = None,
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: the target's.")
+    ] = None,
+    report_to: Annotated[str, typer.Option(help="Trackers of accelerate: tensorboard,trackio,wandb, ..")] = "none",
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "bf16",
     seed: int = 0,
 ) -> None:
-    """Train a head. Best on text that the target itself wrote (see examples/embedded_pair)."""
-    from accelerate import Accelerator
+    """Train a head. Best on text that the target itself wrote (see docs/training.md)."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     from ..training.check import check as checked
     from ..training.data import load_rows
     from ..training.heads import fresh_head, head_from, read_keys
+    from ..training.held_out import split
     from ..training.packing import check_packing
     from ..training.packing import pack as packed
+    from ..training.reporting import check_trackers
     from ..training.trainer import TrainingArguments
     from ..training.trainer import train as run
 
@@ -60,7 +85,19 @@ def train(
     keys = {} if config is None else read_keys(config)
     if head is not None and keys:
         raise ValueError("--config is for fresh heads; one that is given with --head brings its own.")
-    rows = load_rows(data, tokenizer, max_length)
+    rows, held_out = load_rows(data, tokenizer, max_length), None
+    if eval_data is not None:
+        held_out = load_rows(eval_data, tokenizer, max_length)[:eval_prompts]
+    elif eval_every is not None:
+        rows, held_out = split(rows, eval_prompts, seed)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        log_with=check_trackers(entries("--report-to", report_to)) or None,
+        project_dir=output,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    tell = say if accelerator.is_main_process else lambda text: None
     target = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     torch.manual_seed(seed)
     if head is not None:
@@ -76,10 +113,10 @@ def train(
         }
         draft_head, said = fresh_head(target, rows, **own | keys)
     if said:
-        say(said)
+        tell(said)
     if check:
         found = checked(draft_head, target, rows, seed=seed)
-        say(str(found))
+        tell(str(found))
         raise typer.Exit(int(not found.passed))
     if pack:
         check_packing(target)
@@ -93,11 +130,20 @@ def train(
         ce_weight=ce_weight,
         anchors_per_sequence=anchors,
         save_every=save_every,
+        save_total_limit=save_total_limit,
         seed=seed,
+        eval_every=eval_every,
+        eval_tokens=eval_tokens,
+        early_stopping_patience=early_stopping_patience,
+        gradient_checkpointing=gradient_checkpointing,
+        cache_features=cache_features,
+        cache_dtype=cache_dtype,
     )
-    say(f"{len(rows)} sequences, {draft_head.num_parameters():,} parameters in the head")
-    run(draft_head, target, rows, args, Accelerator(mixed_precision=mixed_precision), resume)
-    say(f"head written to {output}")
+    tell(f"{len(rows)} sequences, {draft_head.num_parameters():,} parameters in the head")
+    run(draft_head, target, rows, args, accelerator, resume, held_out)
+    tell(f"head written to {output}")
+    # The trackers have ended with the run.
+    accelerator.state.destroy_process_group()
 
 
 def _mask_token(tokenizer, vocab_size: int) -> int | None:

@@ -30,7 +30,7 @@ class Card:
     of the table of facts. own: whether the repository brings `custom_generate`. embedded: whether it is the pair that
     ships with the package. serving: a command for vLLM, or else `no_serving` says why there is none. paper: numbers of
     the paper, `{"settings": .., "rows": [{"name", "slug", "accepted_length"}, ..]}`. results: what `dspark-hf eval`
-    wrote. A card has numbers of one of both, never of both.
+    wrote. A card has numbers of one of both, never of both. training: what `dspark-hf train` wrote of its run.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Card:
     datasets: list[str] | None = None
     paper: dict | None = None
     results: dict | None = None
+    training: dict | None = None
     limits: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -122,12 +123,14 @@ def card_of(
     results: dict | None = None,
     license: str | License | None = None,
     datasets: list[str] | None = None,
+    training: dict | None = None,
 ) -> Card:
     """The card of a head, from its config.
 
     Args:
         repository, target: Hub ids. own: whether the repository brings `custom_generate`. results: from
-            [`~evaluation.results.read_results`]. license: an identifier that the Hub knows, or a `License`.
+            [`~evaluation.results.read_results`]. license: an identifier that the Hub knows, or a `License`. training:
+            what is in `training.json`.
 
     Raises:
         ValueError: for a licence that the Hub refuses.
@@ -149,6 +152,7 @@ def card_of(
         license=as_license(license),
         datasets=datasets,
         results=results,
+        training=training,
     )
 
 

@@ -94,11 +94,19 @@ def build(
         _write_custom_generate(folder, repository)
         if found is not None:
             (folder / RESULTS).write_text(json.dumps(found, indent=2) + "\n")
-        card = card_of(head, repository, target, results=found, license=license)
+        training = _curve_of(source)
+        card = card_of(head, repository, target, results=found, license=license, training=training)
         (folder / "README.md").write_text(str(render(card)), encoding="utf-8")
         checked = check(folder, target)
         _replace(output, folder)
     return checked
+
+
+def _curve_of(source: Path) -> dict | None:
+    """What `dspark-hf train` wrote of the run that made a head; `None` where there is nothing of it."""
+    path = source / "training.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content if content.get("curve") else None
 
 
 def _check_id(name: str, what: str) -> None:
