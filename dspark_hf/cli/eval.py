@@ -50,10 +50,11 @@ def evaluate(
     from ..evaluation import results as reports
     from ..evaluation.acceptance import summarise
     from ..evaluation.data_sets import load_data_sets
-    from ..evaluation.evaluate import Log, Processes, Settings
+    from ..evaluation.evaluate import Log, Settings
     from ..evaluation.evaluate import evaluate as records_of
     from ..evaluation.plots import check_picture
     from ..evaluation.report import device_name
+    from ..evaluation.runs import Processes
 
     if plot is not None:
         check_picture(plot)

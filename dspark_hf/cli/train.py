@@ -39,6 +39,7 @@ def train(
     from accelerate import Accelerator
 
     from ..training.data import load_rows
+    from ..training.data_check import check_data
     from ..training.trainer import TrainingArguments
     from ..training.trainer import train as run
     from ..training.warm_start import warm_start
@@ -77,8 +78,11 @@ def train(
         save_every=save_every,
         seed=seed,
     )
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    if accelerator.is_main_process:
+        check_data(target, rows, data, accelerator.device)
     say(f"{len(rows)} sequences, {draft_head.num_parameters():,} parameters in the head")
-    run(draft_head, target, rows, args, Accelerator(mixed_precision=mixed_precision), resume)
+    run(draft_head, target, rows, args, accelerator, resume)
     say(f"head written to {output}")
 
 
