@@ -6,15 +6,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import GSM8K_SAMPLE, tiny_head, tiny_target
 from test_cli import fails, run
 
 from dspark_hf.embedded import FOLDER, embedded_pair
+from dspark_hf.training import data_check
 from dspark_hf.training import regenerate as module
 from dspark_hf.training.data import load_rows
-from dspark_hf.training.regenerate import Prompt, Rows, Settings, load_prompts, regenerate, sampling_config
+from dspark_hf.training.data_check import compare
+from dspark_hf.training.regenerate import (
+    Prompt,
+    Rows,
+    Settings,
+    describe_run,
+    load_prompts,
+    regenerate,
+    sampling_config,
+)
 
 OPTIONS = ["--data", str(GSM8K_SAMPLE), "--dtype", "float32", "--max-new-tokens", "16", "--temperature", "0"]
 
@@ -244,3 +255,61 @@ def test_a_target_that_writes_no_numbers():
         target.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="Prompt 1 could not be answered: .* hold NaN"):
         list(regenerate(target, None, {0: Prompt([1, 2], None)}, Settings(max_new_tokens=4)))
+
+
+# -- Whether data look like the target's text --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """A target, prompts, and its answers to them as training rows."""
+    target = tiny_target(vocab_size=40, sharpness=3)
+    target.generation_config.update(do_sample=True, top_k=0)
+    prompts = {number: Prompt([1 + number % 39, 1 + number // 39], None) for number in range(24)}
+    return target, prompts
+
+
+def rows_of(prompts, answers) -> list[dict]:
+    return [
+        {"input_ids": prompts[a.prompt].ids + a.tokens, "loss_mask": [0] * 2 + [1] * len(a.tokens)} for a in answers
+    ]
+
+
+def test_text_of_the_target_is_told_from_other_text(texts):
+    target, prompts = texts
+    own = rows_of(prompts, regenerate(target, None, prompts, Settings(max_new_tokens=40, seed=1)))
+    found = compare(target, own)
+    assert not found.differs and found.rows == 16 and abs(np.log(found.data / found.own)) < 4 * found.error
+    colder = rows_of(prompts, regenerate(target, None, prompts, Settings(max_new_tokens=40, temperature=0)))
+    assert not compare(target, colder).differs
+    other = [row | {"input_ids": row["input_ids"][:2] + row["input_ids"][:1:-1]} for row in own]
+    found = compare(target, other)
+    assert found.differs and found.data > 2 * found.own
+
+
+def test_perplexity_from_its_definition(texts):
+    target, prompts = texts
+    [row] = rows_of(prompts, regenerate(target, None, {0: prompts[0]}, Settings(max_new_tokens=5)))
+    with torch.no_grad():
+        logprobs = target(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+    likely = [logprobs[i - 1, token].item() for i, token in enumerate(row["input_ids"])][2:]
+    assert compare(target, [row]).data == pytest.approx(np.exp(-np.mean(likely)), rel=1e-5)
+    assert not compare(target, [row]).differs
+
+
+def test_data_are_compared_with_answers_sampled_as_they_were(texts, tmp_path, monkeypatch):
+    """Sampled hotter than the target's generation config says, which their run file tells; otherwise with a warning."""
+    target, prompts = texts
+    settings, warnings = Settings(max_new_tokens=40, temperature=1.5, seed=1), []
+    rows, config = rows_of(prompts, regenerate(target, None, prompts, settings)), sampling_config(target, settings)
+    monkeypatch.setattr(data_check.logger, "warning", warnings.append)
+    source = write(tmp_path / "a.jsonl", *rows)
+    Rows(tmp_path / "b.jsonl", describe_run("x", torch.float32, list(prompts.values()), settings, config)).begin()
+    assert not data_check.check_data(target, rows, str(tmp_path / "b.jsonl"), target.device).differs
+    assert not warnings
+    found = data_check.check_data(target, rows, source, target.device)
+    [warning] = warnings
+    assert f"is {found.data:.2f} under the target" in warning and f"{found.own:.2f}. Drafts" in warning
+    assert "in 16 rows" in warning and f"regenerate --data {source}" in warning
+    long = {"input_ids": [1] * 2000, "loss_mask": [0] * 1990 + [1] * 10}
+    assert data_check.check_data(target, [long], source, target.device) is None

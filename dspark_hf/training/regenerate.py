@@ -24,7 +24,6 @@ from ..configuration_dspark import DSparkConfig
 from ..evaluation.prompts import chat_as_model_input, sampling, turns_of
 from ..evaluation.runs import append_lines, check_same_run, read_lines
 from ..modeling_dspark import DSparkHead
-from ..serving.manager import DSparkBatchingManager
 from .data import check_messages, read_data, usable
 
 # Seconds between looks whether the thread that decodes is still there.
@@ -169,7 +168,7 @@ def regenerate(
     batching = ContinuousBatchingConfig(max_requests_per_batch=settings.batch_size, allow_block_sharing=False)
     drafting = undrafting_head(model) if head is None else head
     config = sampling_config(model, settings) if config is None else config
-    manager = DSparkBatchingManager(model, drafting, config, batching)
+    manager = model.init_continuous_batching(config, batching, assistant_model=drafting)
     manager.drafts = head is not None
     # The longest first: whether there is memory for it is known at once, and slots need not grow later.
     waiting = iter(sorted(prompts.items(), key=lambda item: -len(item[1].ids)))
