@@ -13,12 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .. import DSparkHead, __version__
 from ..checkpoints.files import check_source
 from ..embedded import embedded_pair
+from ..evaluation.baselines import Others
 from ..heads import head_of
 
 app = typer.Typer(
@@ -52,6 +53,12 @@ Head = Annotated[str | None, typer.Option(help="Draft head for --model: a Hub id
 Dtype = Annotated[str, typer.Option(help=f"dtype of target and head: {', '.join(DTYPES)}. auto: as stored.")]
 Prompts = Annotated[Path | None, typer.Option(help="JSON lines with turns, prompt or question, or a prompt a line.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts only.")]
+Assistant = Annotated[
+    str | None, typer.Option(help="Baseline: a small model that drafts in transformers' assisted loop.")
+]
+BaselineHead = Annotated[
+    str | None, typer.Option(help="Baseline: another draft head for --model, of DFlash for instance.")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 
 
@@ -94,6 +101,15 @@ def load(model: str | None, head: str | None, dtype: str, needs_head: bool = Tru
     target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
     loaded = DSparkHead.from_pretrained(head, dtype=dtype).eval().to(device) if head else None
     return target, loaded, AutoTokenizer.from_pretrained(model)
+
+
+def load_others(target: PreTrainedModel, assistant: str | None, baseline_head: str | None) -> Others:
+    """What `--assistant` and `--baseline-head` name, where the target is and in its dtype."""
+    for source in filter(None, (assistant, baseline_head)):
+        check_source(source)
+    model = AutoModelForCausalLM.from_pretrained(assistant, dtype=target.dtype) if assistant else None
+    head = DSparkHead.from_pretrained(baseline_head, dtype=target.dtype) if baseline_head else None
+    return Others(*(one and one.eval().to(target.device) for one in (model, head)))
 
 
 def say(text: str, style: str | None = None) -> None:

@@ -33,17 +33,19 @@ class DataSet:
 
 
 def load_data_sets(sources: list[str], limit: int | None = None) -> list[DataSet]:
-    """Data sets by [`load_data_set`], with names that differ.
-
-    Raises:
-        ValueError: when two have one name, as results are kept by name.
-    """
+    """Data sets by [`load_data_set`], with names that differ."""
     found = [load_data_set(source, limit) for source in sources]
-    names = [data.name for data in found]
+    check_names(found)
+    return found
+
+
+def check_names(data_sets: list[DataSet]) -> None:
+    """Raise a ValueError when two have one name, as results are kept by name."""
+    names = [data.name for data in data_sets]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"Several data sets are called {', '.join(twice)}: {', '.join(sources)}. Rename a file.")
-    return found
+        sources = ", ".join(data.source for data in data_sets)
+        raise ValueError(f"Several data sets are called {', '.join(twice)}: {sources}. Rename a file.")
 
 
 def load_data_set(source: str, limit: int | None = None) -> DataSet:
