@@ -14,6 +14,7 @@ from . import (  # noqa: F401
     inspect,
     profile,
     publish,
+    regenerate,
     serve,
     train,
     verify,

@@ -7,6 +7,8 @@ import typer
 
 from ..evaluation.prompts import DOMAINS, domain_prompts, read_prompts
 from .common import (
+    Assistant,
+    BaselineHead,
     DraftWindow,
     Dtype,
     Head,
@@ -18,6 +20,7 @@ from .common import (
     counts,
     entries,
     load,
+    load_others,
     note,
     output_file,
     progress,
@@ -36,8 +39,13 @@ def bench(
     batch_sizes: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4",
     methods: Annotated[
         str,
-        typer.Option(help="Comma-separated: plain, stock, dspark (the head as it is set), load, fixed-1 and so on."),
+        typer.Option(
+            help="Comma-separated: plain, stock, dspark (the head as it is set), load, fixed-1 and so on; mtp (the "
+            "target's own layers for it), lookup (n-grams of the text)."
+        ),
     ] = "plain,stock,dspark",
+    assistant: Assistant = None,
+    baseline_head: BaselineHead = None,
     compiled: Annotated[
         bool,
         typer.Option(
@@ -70,7 +78,8 @@ def bench(
     ] = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Measure plain decoding, transformers' stock assisted loop and DSpark on the same prompts, alternately.
+    """Measure plain decoding, transformers' stock assisted loop and DSpark on the same prompts, alternately; and other
+    ways to draft, where they are named.
 
     A sweep without --prompts takes problems of GSM8K and beginnings of Python source, 64 of each with --limit 64.
     """
@@ -96,8 +105,11 @@ def bench(
     given = {name: texts[:limit] for name, texts in sets.items()}
     target, draft_head, tokenizer = load(model, head, dtype)
     set_window(draft_head, draft_window)
+    others = load_others(target, assistant, baseline_head)
     if sweep_batch is None:
         [texts] = given.values()
+        names += others.methods
+        others.check(target, names)
         cells = speed.cells_of(draft_head, texts, sizes, names)
     else:
         cells = sweep.sweep_cells(draft_head, given, sizes)
@@ -106,7 +118,8 @@ def bench(
     note(speed.expectation(cells, turn_seconds, seconds))
     records = []
     with progress("measuring") as report:
-        for record in speed.bench(target, draft_head, tokenizer, cells, turn_seconds, max_new_tokens, seconds, report):
+        limits = (turn_seconds, max_new_tokens, seconds, report)
+        for record in speed.bench(target, draft_head, tokenizer, cells, *limits, others=others):
             records.append(record)
             if json_file is not None:
                 # What is measured is kept, should the rest be cut off.

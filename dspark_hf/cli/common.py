@@ -13,12 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .. import DSparkHead, __version__
 from ..checkpoints.files import check_source
 from ..embedded import embedded_pair
+from ..evaluation.baselines import Others
 from ..heads import head_of
 
 app = typer.Typer(
@@ -57,6 +58,12 @@ DraftWindow = Annotated[
     typer.Option(
         min=1, help="Tokens of the context that the head sees and keeps. Default: as its generation_config says."
     ),
+]
+Assistant = Annotated[
+    str | None, typer.Option(help="Baseline: a small model that drafts in transformers' assisted loop.")
+]
+BaselineHead = Annotated[
+    str | None, typer.Option(help="Baseline: another draft head for --model, of DFlash for instance.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 
@@ -106,6 +113,15 @@ def set_window(head: DSparkHead, window: int | None) -> None:
     """Let a head keep so many tokens of the context, or as many as it is set to where nothing is said."""
     if window is not None:
         head.generation_config.draft_window = window
+
+
+def load_others(target: PreTrainedModel, assistant: str | None, baseline_head: str | None) -> Others:
+    """What `--assistant` and `--baseline-head` name, where the target is and in its dtype."""
+    for source in filter(None, (assistant, baseline_head)):
+        check_source(source)
+    model = AutoModelForCausalLM.from_pretrained(assistant, dtype=target.dtype) if assistant else None
+    head = DSparkHead.from_pretrained(baseline_head, dtype=target.dtype) if baseline_head else None
+    return Others(*(one and one.eval().to(target.device) for one in (model, head)))
 
 
 def say(text: str, style: str | None = None) -> None:

@@ -8,7 +8,23 @@ from typing import Annotated
 import typer
 
 from ..evaluation.prompts import DOMAINS
-from .common import Dtype, Head, Limit, Model, app, entries, load, output_file, progress, say, show, write_json
+from .common import (
+    Assistant,
+    BaselineHead,
+    Dtype,
+    Head,
+    Limit,
+    Model,
+    app,
+    entries,
+    load,
+    load_others,
+    output_file,
+    progress,
+    say,
+    show,
+    write_json,
+)
 
 
 @app.command("eval")
@@ -22,6 +38,19 @@ def evaluate(
             "openai/gsm8k:main:test. Comma-separated or several times. Default: gsm8k,code."
         ),
     ] = None,
+    benchmarks: Annotated[
+        str | None,
+        typer.Option(
+            help="Benchmarks of the paper, from the Hub: all, or gsm8k,math500,aime25,mbpp,humaneval,livecodebench,"
+            "mt-bench,alpaca,arena-hard-v2. Instead of the default of --data, or beside --data."
+        ),
+    ] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(help="Also measure other ways to draft: mtp (the target's own layers for it), lookup, stock."),
+    ] = None,
+    assistant: Assistant = None,
+    baseline_head: BaselineHead = None,
     results: Annotated[
         Path | None,
         output_file("--results", help="JSON file for the results; the prompts done so far are kept beside it."),
@@ -49,18 +78,27 @@ def evaluate(
     """
     from ..evaluation import results as reports
     from ..evaluation.acceptance import summarise
-    from ..evaluation.data_sets import load_data_sets
-    from ..evaluation.evaluate import Log, Processes, Settings
+    from ..evaluation.benchmarks import load_benchmark, names_of, paper_of
+    from ..evaluation.comparison import as_table, check_methods, compare
+    from ..evaluation.data_sets import check_names, load_data_sets
+    from ..evaluation.evaluate import Log, Settings
     from ..evaluation.evaluate import evaluate as records_of
     from ..evaluation.plots import check_picture
     from ..evaluation.report import device_name
+    from ..evaluation.runs import Processes
 
     if plot is not None:
         check_picture(plot)
-    sources = [source for given in data or DOMAINS for source in entries("--data", given)]
-    sets = load_data_sets(sources, limit)
+    names = names_of(entries("--benchmarks", benchmarks)) if benchmarks else []
+    chosen = data or ([] if benchmarks else DOMAINS)
+    sets = load_data_sets([source for given in chosen for source in entries("--data", given)], limit)
+    sets += [load_benchmark(name, limit) for name in names]
+    check_names(sets)
     processes = Processes()
     target, draft_head, tokenizer = load(model, head, dtype)
+    others = load_others(target, assistant, baseline_head)
+    methods = (entries("--baselines", baselines) if baselines else []) + others.methods
+    check_methods(target, methods, others)
     settings = Settings(max_new_tokens, temperature, batch_size, first_turn, thinking, seed)
     run = {
         "head": "embedded" if model is None else draft_head.name_or_path,
@@ -87,10 +125,17 @@ def evaluate(
         return
     records = [records[one.name, i] for one in sets for i in range(len(one.conversations))]
     found = [summarise(one.name, [r for r in records if r.data == one.name]) for one in sets]
-    for table in reports.as_tables(found):
+    paper = paper_of(run["target"])
+    for table in reports.as_tables(found, paper):
         show(table)
     say(f"{max_new_tokens} new tokens, {run['dtype']}, {run['device']}", style="dim")
     if plot is not None:
         reports.plot(found, records, plot)
     if results is not None:
         write_json(results, reports.as_json(run, found))
+    if methods:
+        with progress("measuring other ways to draft") as report:
+            beside = [*compare(target, draft_head, tokenizer, sets, methods, others, settings, report)]
+        show(as_table(beside, settings))
+        if results is not None:
+            write_json(results, reports.as_json(run, found) | {"compared": [asdict(one) for one in beside]})

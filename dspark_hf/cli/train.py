@@ -70,6 +70,7 @@ def train(
 
     from ..training.check import check as checked
     from ..training.data import load_rows
+    from ..training.data_check import check_data
     from ..training.heads import fresh_head, head_from, read_keys
     from ..training.held_out import split
     from ..training.packing import check_packing
@@ -118,6 +119,8 @@ def train(
         found = checked(draft_head, target, rows, seed=seed)
         tell(str(found))
         raise typer.Exit(int(not found.passed))
+    if accelerator.is_main_process:
+        check_data(target, rows, data, accelerator.device)
     if pack:
         check_packing(target)
         rows = packed(rows, max_length)

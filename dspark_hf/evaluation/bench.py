@@ -17,7 +17,8 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel, PreTr
 from ..generation.hook import stock_loop
 from ..generation.stats import DSparkStats, synchronize
 from ..modeling_dspark import DSparkHead
-from .prompts import encode
+from .baselines import BASELINES, ONE_ROW, Others, RoundCounter, keeping_mtp
+from .prompts import encode, sampling
 from .report import format_cell
 
 # Rounds of median polish; it mostly settles in three.
@@ -95,11 +96,13 @@ class Record:
 @dataclass(frozen=True)
 class Run:
     """One method over one batch of prompts. tokens: of all rows, steps: of the longest. outputs: new tokens of every
-    row. stats: where the method drafts with our loop."""
+    row. stats: where the method drafts with our loop. committed: tokens of each round of transformers' assisted loop,
+    where that is used."""
 
     seconds: float
     outputs: list[list[int]]
     stats: DSparkStats | None
+    committed: list[int] | None = None
 
     @property
     def tokens(self) -> int:
@@ -127,12 +130,13 @@ def cells_of(
     Args:
         methods: `plain`; `stock`, transformers' own loop with the same head, at batch 1 only; `dspark`, the head as it
             is set; `load` and `fixed-1`, `fixed-2`, .., the head with that schedule; the first three also
-            with `-static` behind, compiled.
+            with `-static` behind, compiled; and the baselines of `baselines.py`, those of transformers' loop at batch 1
+            only.
 
     Raises:
         ValueError: for a method that there is not, and a batch size without prompts or methods for it.
     """
-    known = ["plain", "stock", "dspark", *static_methods(), "load", *fixed_methods(head)]
+    known = ["plain", "stock", "dspark", *static_methods(), "load", *fixed_methods(head), *BASELINES]
     unknown = set(methods) - set(known)
     if unknown:
         raise ValueError(f"Unknown methods {sorted(unknown)}; choose from {', '.join(known)}.")
@@ -143,9 +147,9 @@ def cells_of(
                 f"Batch size {size} needs as many prompts, and there are {len(prompts)}: give more --prompts, a higher "
                 "--limit, or a smaller batch."
             )
-        chosen = [method for method in methods if not method.startswith("stock") or size == 1]
+        chosen = [method for method in methods if size == 1 or not method.startswith(ONE_ROW)]
         if not chosen:
-            raise ValueError(f"No method is left at batch size {size}: transformers' stock loop takes one row only.")
+            raise ValueError(f"No method is left at batch size {size}: transformers' assisted loop takes one row only.")
         batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)]
         cells.append(Cell(batches, chosen, turns, domain))
     return cells
@@ -212,6 +216,7 @@ def bench(
     seconds: float = SECONDS,
     report: Callable[[str], None] = lambda text: None,
     clock: Callable[[], float] = time.perf_counter,
+    others: Others | None = None,
 ) -> Iterator[Record]:
     """Records of every cell, as soon as it is measured. Decoding is greedy.
 
@@ -224,6 +229,7 @@ def bench(
         turn_seconds: see [`estimate`].
         seconds: the time limit; compiling, for methods that do, comes before.
         report: told of every turn.
+        others: what the methods `assistant` and `baseline-head` draft with.
 
     Raises:
         ValueError: when one turn of every cell would take longer than the limit.
@@ -239,7 +245,7 @@ def bench(
     room = _room(cells, head, tokenizer, max_new_tokens) if compiles else None
 
     def run_one(method: str, inputs) -> Run:
-        return run_method(method, model, head, inputs, max_new_tokens, clock, room)
+        return run_method(method, model, head, inputs, max_new_tokens, clock, room, others)
 
     for cell in cells:
         for method in filter(lambda method: method.endswith(STATIC), cell.methods):
@@ -306,20 +312,35 @@ def _is_settled(runs: Runs, fewest: int, batches: int) -> bool:
 
 
 def run_method(
-    method: str, model, head, inputs, max_new_tokens: int, clock: Callable[[], float], room: int | None = None
+    method: str,
+    model,
+    head,
+    inputs,
+    max_new_tokens: int,
+    clock: Callable[[], float],
+    room: int | None = None,
+    others: Others | None = None,
+    temperature: float = 0.0,
 ) -> Run:
     """Decode with a method.
 
     Args:
-        room: tokens that static caches hold.
+        room: tokens that static caches hold. others: see [`bench`]. temperature: 0 is greedy.
     """
-    kwargs = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+    kwargs = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True} | sampling(temperature)
     if method.endswith(STATIC):
         method, kwargs = method.removesuffix(STATIC), kwargs | _static_options(room)
+    # Of transformers' loop only what it streams says what its rounds came to.
+    rounds = RoundCounter() if method.startswith(ONE_ROW) else None
+    if rounds is not None:
+        kwargs["streamer"] = rounds
     synchronize(model.device)
     started = clock()
     if method == "plain":
         output = model.generate(**inputs, **kwargs)
+    elif method in BASELINES:
+        with keeping_mtp():
+            output = model.generate(**inputs, **(others or Others()).arguments(method), **kwargs)
     else:
         with stock_loop() if method == "stock" else schedule_of(head, method):
             output = model.generate(**inputs, assistant_model=head, **kwargs)
@@ -327,7 +348,7 @@ def run_method(
     seconds = clock() - started
     new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     outputs = [until_eos(row, model.generation_config.eos_token_id) for row in new]
-    return Run(seconds, outputs, getattr(output, "dspark", None))
+    return Run(seconds, outputs, getattr(output, "dspark", None), rounds and rounds.committed)
 
 
 def _static_options(room: int | None) -> dict[str, Any]:
@@ -377,6 +398,8 @@ def _records(measured: dict[str, Runs], cell: Cell, cut_short: bool) -> Iterator
             if plain:
                 step_ms = 1000 * sum(run.seconds for run in of_plain) / sum(run.steps for run in of_plain)
                 fields["ceiling"] = fields["tau"] * step_ms / (fields["draft_ms"] + fields["verify_ms"])
+        elif any(run.committed for run in every):
+            fields["tau"] = float(np.mean([length for run in every for length in run.committed or ()]))
         share = float(noise[index]) if np.isfinite(noise[index]) else None
         counts = (len(runs) * cell.batch_size, len(every), cut_short)
         yield Record(method, cell.batch_size, float(speeds[method]), share, *counts, cell.domain, **fields)
@@ -441,6 +464,9 @@ def as_table(records: list[Record]) -> Table:
         padding=(0, 1, 0, 0),
     )
     columns = ("batch", "prompts", "turns", "tok/s", "speed up", "tau", "draft ms", "verify ms", "ceiling", "of it")
+    domains = any(r.domain for r in records)
+    if domains:
+        table.add_column("data", no_wrap=True)
     table.add_column("method", no_wrap=True)
     for column in (*columns, "same"):
         table.add_column(column, justify="right")
@@ -448,6 +474,7 @@ def as_table(records: list[Record]) -> Table:
         share = r.speedup / r.ceiling if r.ceiling else None
         same = {None: "-", True: "yes", False: "NO"}[r.identical]
         table.add_row(
+            *([r.domain or "-"] if domains else []),
             r.method,
             str(r.batch_size),
             str(r.prompts),

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from .prompts import DOMAINS, read_conversations, turns_of
@@ -31,17 +33,19 @@ class DataSet:
 
 
 def load_data_sets(sources: list[str], limit: int | None = None) -> list[DataSet]:
-    """Data sets by [`load_data_set`], with names that differ.
-
-    Raises:
-        ValueError: when two have one name, as results are kept by name.
-    """
+    """Data sets by [`load_data_set`], with names that differ."""
     found = [load_data_set(source, limit) for source in sources]
-    names = [data.name for data in found]
+    check_names(found)
+    return found
+
+
+def check_names(data_sets: list[DataSet]) -> None:
+    """Raise a ValueError when two have one name, as results are kept by name."""
+    names = [data.name for data in data_sets]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"Several data sets are called {', '.join(twice)}: {', '.join(sources)}. Rename a file.")
-    return found
+        sources = ", ".join(data.source for data in data_sets)
+        raise ValueError(f"Several data sets are called {', '.join(twice)}: {sources}. Rename a file.")
 
 
 def load_data_set(source: str, limit: int | None = None) -> DataSet:
@@ -61,8 +65,8 @@ def load_data_set(source: str, limit: int | None = None) -> DataSet:
     elif path.suffix in (".jsonl", ".json", ".txt"):
         raise ValueError(f"There is no file {source!r}.")
     elif "/" in source:
-        rows, name = _read_from_hub(source), source.partition(":")[0].rstrip("/").rpartition("/")[2]
-        conversations = [turns_of(row, f"Row {number} of {source!r}") for number, row in enumerate(rows[:limit], 1)]
+        rows, name = islice(read_split(source), limit), source.partition(":")[0].rstrip("/").rpartition("/")[2]
+        conversations = [turns_of(row, f"Row {number} of {source!r}") for number, row in enumerate(rows, 1)]
     else:
         raise ValueError(
             f"{source!r} is no data set: expected a .jsonl file, {' or '.join(DOMAINS)}, or a Hub id as USER/NAME."
@@ -72,15 +76,24 @@ def load_data_set(source: str, limit: int | None = None) -> DataSet:
     return DataSet(name, source, conversations[:limit])
 
 
-def _read_from_hub(source: str) -> list[dict]:
+def read_split(source: str, default: str = "test") -> Iterable[dict]:
+    """The rows of a Hub data set, or of a folder laid out like one, and its columns as `column_names`.
+
+    Args:
+        source: `USER/NAME`, `USER/NAME:SPLIT` or `USER/NAME:CONFIG:SPLIT`. default: the split where none is named and
+            there are several, or where it is there.
+
+    Raises:
+        ValueError: for a split that there is not. ImportError: without `datasets`.
+    """
     from datasets import load_dataset
 
     repository, *config, split = source.split(":") if ":" in source else (source, None)
     data = load_dataset(repository, *config)
     if split is None:
-        split = "test" if "test" in data or len(data) > 1 else next(iter(data))
+        split = default if default in data or len(data) > 1 else next(iter(data))
     if split not in data:
         raise ValueError(
             f"{repository!r} has no split {split!r}, only {', '.join(data)}: take {repository}:{[*data][0]}."
         )
-    return list(data[split])
+    return data[split]

@@ -1,10 +1,7 @@
 """Evaluates a head on data sets: decodes their conversations with whole blocks and records every round."""
 
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -17,9 +14,7 @@ from .acceptance import Record, record_of
 from .bench import schedule_of, until_eos
 from .data_sets import DataSet
 from .prompts import chat_as_model_input, sampling, tokenize
-
-# Processes wait so long for the slowest of them.
-PATIENCE = timedelta(days=7)
+from .runs import append_lines, check_same_run, read_lines
 
 
 @dataclass(frozen=True)
@@ -116,63 +111,17 @@ class Log:
         """
         records = {}
         for path in sorted(self.path.parent.glob(self.pattern)):
-            first, *lines = map(_parsed, path.read_text(encoding="utf-8").splitlines() or [""])
-            if first is not None and first != self.run:
-                changed = [key for key in sorted(self.run | first) if self.run.get(key) != first.get(key)]
-                raise ValueError(
-                    f"{str(path)!r} holds prompts of another run: {', '.join(changed)} differ. Give another --results, "
-                    "or delete the file to start anew."
-                )
-            for record in (Record(**line) for line in lines if line is not None):
-                records[record.data, record.prompt] = record
+            for place, line in read_lines(path):
+                if place == 0:
+                    check_same_run(path, line, self.run)
+                else:
+                    records[line["data"], line["prompt"]] = Record(**line)
         return list(records.values())
 
     def append(self, records: list[Record]) -> None:
         """Add what one batch gave, at once."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(asdict(record)) for record in records]
-        if not self.path.exists() or not self.path.read_bytes():
-            lines.insert(0, json.dumps(self.run))
-        elif not self.path.read_bytes().endswith(b"\n"):
-            lines.insert(0, "")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-
-
-def _parsed(line: str) -> dict | None:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
-
-
-class Processes:
-    """The processes of this run: one, or as many as accelerate's launcher (or torchrun) has started."""
-
-    def __init__(self):
-        self.index, self.count = 0, 1
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from accelerate import PartialState
-
-            self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-            self.index, self.count = self.state.process_index, self.state.num_processes
-
-    def wait(self) -> None:
-        """Until all have come here."""
-        if self.count > 1:
-            self.state.wait_for_everyone()
-
-    def gather(self, records: list[Record]) -> list[Record]:
-        """Those of all processes."""
-        if self.count == 1:
-            return records
-        from accelerate.utils import gather_object
-
-        return gather_object(records)
-
-    def close(self) -> None:
-        if self.count > 1:
-            self.state.destroy_process_group()
+        is_new = not self.path.exists() or not self.path.stat().st_size
+        append_lines(self.path, [self.run] * is_new + [asdict(record) for record in records])
 
 
 def evaluate(

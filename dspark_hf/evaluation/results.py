@@ -81,16 +81,23 @@ def check_results(results: dict, head: DSparkHead, name: str) -> None:
         )
 
 
-def as_tables(results: list[Result]) -> list[Table]:
-    """The results as people read them: of every data set, then of every position."""
+def as_tables(results: list[Result], paper: dict[str, dict[str, float]] | None = None) -> list[Table]:
+    """The results as people read them: of every data set, then of every position.
+
+    Args:
+        paper: accepted lengths to show beside them, by drafter and data set; see `benchmarks.paper_of`.
+    """
+    paper = {drafter: row for drafter, row in (paper or {}).items() if any(r.name in row for r in results)}
     options = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
     table = Table(
         title="whole blocks verified every round",
-        caption="accepted: tokens a round, bonus included. verify rate: share of the verified tokens that became text.",
+        caption="accepted: tokens a round, bonus included. verify rate: share of the verified tokens that became text."
+        + ("\npaper: accepted, table 1, temperature 1, blocks of 7." if paper else ""),
         **options,
     )
     by_position = Table(title="drafts kept, by position", **options)
-    columns = ("prompts", "proposals", "drafts", "accepted", "verify rate", "ECE", "AUC", "Brier")
+    columns = ("prompts", "proposals", "drafts", "accepted", *(f"paper: {drafter}" for drafter in paper))
+    columns += ("verify rate", "ECE", "AUC", "Brier")
     positions = max(len(result.positions) for result in results)
     for part, names in ((table, columns), (by_position, map(str, range(1, positions + 1)))):
         part.add_column("data", no_wrap=True)
@@ -103,6 +110,7 @@ def as_tables(results: list[Result]) -> list[Table]:
             str(r.proposals),
             f"{r.proposal_length:.2f}+1",
             f"{r.accepted_length:.2f}",
+            *(format_cell(row.get(r.name), "{:.2f}") for row in paper.values()),
             f"{r.verify_rate:.1%}",
             format_cell(r.ece, "{:.1%}"),
             format_cell(r.auc, "{:.3f}"),

@@ -5,12 +5,14 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from ..evaluation.data_sets import read_split
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +28,7 @@ PLACEHOLDER = "[[what the assistant wrote]]"
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Row = dict[str, list[int]]
+T = TypeVar("T")
 
 
 def load_rows(source: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
@@ -33,39 +36,52 @@ def load_rows(source: str, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     out with one warning that names the first of them by number, counted from 1.
 
     Args:
-        source: a `.json`, `.jsonl` or `.parquet` file, or the id of a Hub data set (its `train` split).
+        source: a `.json`, `.jsonl` or `.parquet` file, or a Hub data set as `USER/NAME`, `USER/NAME:SPLIT` or
+            `USER/NAME:CONFIG:SPLIT` (its `train` split where none is named).
 
     Raises:
         ValueError: when the columns are none of the known layouts, or no row can be used.
     """
-    data, columns = _read(source)
+    data, columns = read_data(source)
     encode = _encoder(columns, source)
-    rows, bad = [], []
+    return usable(data, lambda row: _checked(encode(row, tokenizer), max_length), source, "supervised")
+
+
+def usable(data: Iterable[Any], convert: Callable[[Any], T], source: str, use: str) -> list[T]:
+    """What `convert` makes of the rows of a source; those that it raises for are left out with one warning.
+
+    Args:
+        use: what is done with rows, for the error.
+
+    Raises:
+        ValueError: when none is left.
+    """
+    good, bad = [], []
     for number, content in enumerate(data, start=1):
         try:
-            rows.append(_checked(encode(content, tokenizer), max_length))
+            good.append(convert(content))
         except BAD_ROW as error:
             bad.append(f"row {number}: {_reason(error)}")
     listed = "; ".join(bad[:NAMED_ROWS]) + ("; ..." if len(bad) > NAMED_ROWS else "")
-    if not rows:
-        raise ValueError(f"No row of {source!r} can be supervised ({listed or 'it is empty'}).")
+    if not good:
+        raise ValueError(f"No row of {source!r} can be {use} ({listed or 'it is empty'}).")
     if bad:
-        logger.warning(f"{len(bad)} of {len(bad) + len(rows)} rows of {source!r} are left out: {listed}")
-    return rows
+        logger.warning(f"{len(bad)} of {len(bad) + len(good)} rows of {source!r} are left out: {listed}")
+    return good
 
 
-def _read(source: str) -> tuple[Iterable[Any], set[str]]:
+def read_data(source: str) -> tuple[Iterable[Any], set[str]]:
     """The rows of a source, and its columns. JSON is read row by row, so that one bad row spoils no other."""
     path = Path(source)
     if path.suffix in (".json", ".jsonl"):
         data = _read_json(path)
         return data, {key for row in data if isinstance(row, dict) for key in row}
-    from datasets import load_dataset
-
     if path.suffix == ".parquet":
+        from datasets import load_dataset
+
         data = load_dataset("parquet", data_files=str(path), split="train")
     else:
-        data = load_dataset(source, split="train")
+        data = read_split(source, "train")
     return data, set(data.column_names)
 
 
@@ -134,7 +150,7 @@ def encode_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBa
         ValueError: for messages that are none, and for an answer that cannot be found.
         jinja2.TemplateError: when the template refuses the chat.
     """
-    _check_messages(messages)
+    check_messages(messages)
     template = tokenizer.get_chat_template()
     if tokenizer.is_fast and GENERATION_BLOCK.search(template):
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
@@ -161,7 +177,7 @@ def encode_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBa
     return {"input_ids": ids, "loss_mask": mask}
 
 
-def _check_messages(messages: Any) -> None:
+def check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise ValueError(f"`messages` is {messages!r:.40}, not a list of messages with a `role`")
     for number, message in enumerate(messages, start=1):
