@@ -164,7 +164,7 @@ class DSparkConfig(Qwen3Config):
         markov_head_type: str = "vanilla",
         target_layer_ids: list[int] | None = None,
         mask_token_id: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> "DSparkConfig":
         """Configuration of a fresh head for a decoder-only target.
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import dspark_kernels
 import torch
@@ -19,7 +20,7 @@ from .tables import LMHead, Logits, Tables, is_plain, raw_rows, same, target_log
 # Draft tokens [R] from logits [R, V], and what they were sampled from ([R, V], `None` when they are the argmax).
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 # A mask for all layers, or one a layer type.
-Masks = torch.Tensor | dict[str, torch.Tensor]
+Masks: TypeAlias = torch.Tensor | dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,14 @@ class DSparkHead(PreTrainedModel):
             _, state = self.markov_head.mix(hidden, embedded, state)
         return state
 
-    def _sample_fused(self, passed, hidden, base_logits, anchors, select) -> DraftBlock:
+    def _sample_fused(
+        self,
+        passed: torch.Tensor,
+        hidden: torch.Tensor,
+        base_logits: torch.Tensor,
+        anchors: torch.Tensor,
+        select: Any,
+    ) -> DraftBlock:
         """`sample_block` with few launches a position, for the vanilla head one."""
         options = {"temperature": select.temperature, "return_logits": select.sample}
         count, head = base_logits.shape[1], self.markov_head
