@@ -14,7 +14,7 @@ newest := --upgrade transformers
 
 # A worker a core, up to eight; the tests of a file stay together.
 PYTEST := python -m pytest -n auto --maxprocesses 8 --dist loadfile
-# Of the tests that take minutes: a share a day, and those of test files that the last commit changed.
+# Of the tests that take minutes: a share a day, and those about what the last commit changed.
 SHARES := 6
 SHARE ?= $(shell echo $$(($$(date +%s) / 86400 % $(SHARES) + 1)))/$(SHARES)
 

@@ -1,6 +1,5 @@
 import os
 import shutil
-import subprocess
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from shares import add_options, choose
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
 
 from dspark_hf import DSparkConfig, DSparkHead
@@ -41,47 +41,11 @@ FIXTURES = HERE / "fixtures"
 GSM8K_SAMPLE = HERE / "data" / "gsm8k_test_24.jsonl"
 
 
-def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="also run the tests that take minutes")
-    parser.addoption(
-        "--slow", metavar="I/N", help="run the I-th of N shares of the tests that take minutes, and no others"
-    )
-    parser.addoption(
-        "--changed", metavar="COMMIT", help="with --slow: also those of test files that changed since then"
-    )
+pytest_addoption, pytest_collection_modifyitems = add_options, choose
 
 
 def pytest_unconfigure(config):
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
-
-
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        kept = slow_share(items, config.getoption("--slow"), changed_files(config.getoption("--changed")))
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
-    elif not config.getoption("--all"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --all"))
-
-
-def slow_share(items: list[pytest.Item], share: str, changed: set[Path]) -> list[pytest.Item]:
-    """The slow tests of a share "I/N", every N-th of them, and those of the files that changed."""
-    part, _, count = share.partition("/")
-    if not (part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
-        raise pytest.UsageError(f"--slow {share}: expected a share such as 1/4.")
-    slow = [item for item in items if "slow" in item.keywords]
-    chosen = set(sorted(item.nodeid for item in slow)[int(part) - 1 :: int(count)])
-    return [item for item in slow if item.nodeid in chosen or item.path in changed]
-
-
-def changed_files(commit: str | None) -> set[Path]:
-    """Files that differ from a commit; none where git does not know it, as in a shallow clone."""
-    if commit is None:
-        return set()
-    told = subprocess.run(["git", "diff", "--name-only", commit], cwd=HERE, capture_output=True, text=True)
-    return {HERE.parent / name for name in told.stdout.split()}
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from documents import PAGES, ROOT, broken_anchors, check_commands, links, run, snippets
+from documents import PAGES, README, ROOT, broken_anchors, check_commands, links, options, run, snippets
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -35,10 +35,8 @@ def test_commands_and_links(page, tmp_path, monkeypatch):
 
 
 def test_every_command_is_in_the_docs(tmp_path, monkeypatch):
-    from documents import options
-
     monkeypatch.chdir(tmp_path)
-    assert {name for page in PAGES for name in check_commands(page)} == set(options())
+    assert {name for page in [README, *PAGES] for name in check_commands(page)} == set(options())
 
 
 @pytest.mark.parametrize("page, code", SNIPPETS)
