@@ -14,8 +14,11 @@ newest := --upgrade transformers
 
 # A worker a core, up to eight; the tests of a file stay together.
 PYTEST := python -m pytest -n auto --maxprocesses 8 --dist loadfile
+# Of the tests that take minutes: a share a day, and those about what the last commit changed.
+SHARES := 6
+SHARE ?= $(shell echo $$(($$(date +%s) / 86400 % $(SHARES) + 1)))/$(SHARES)
 
-.PHONY: demo-generate test test-oldest test-newest lint embedded-pair clean
+.PHONY: demo-generate test test-slow test-package test-oldest test-newest lint docs embedded-pair clean
 
 demo-generate: $(VENV)/installed
 	@echo "--- plain decoding"
@@ -27,6 +30,13 @@ demo-generate: $(VENV)/installed
 test: $(VENV)/installed-for-tests lint
 	HF_HUB_OFFLINE=1 $(BIN)/$(PYTEST)
 
+test-slow: $(VENV)/installed-for-tests
+	HF_HUB_OFFLINE=1 $(BIN)/$(PYTEST) --slow $(SHARE) --changed HEAD~1
+
+# What pip makes of the package, in venvs of their own.
+test-package: $(VENV)/installed-for-tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --all tests/test_package.py
+
 test-oldest test-newest: test-%: $(VENV)-%/layered
 	$(VENV)-$*/bin/python -m pip install --quiet $($*)
 	$(VENV)-$*/bin/python -m pip check
@@ -36,6 +46,11 @@ test-oldest test-newest: test-%: $(VENV)-%/layered
 lint: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The pages of docs/ and the API as a site in build/site.
+docs: $(VENV)/installed-for-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Trains target and head anew and puts them into the package; see the script for what it reads and how long it takes.
 embedded-pair: $(VENV)/installed-for-tests
@@ -54,6 +69,10 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml
 $(VENV)/installed-for-tests: $(VENV)/torch pyproject.toml
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-for-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
 
 # A venv that sees all of .venv behind what is installed into itself: made in seconds, and without a second torch.
 $(VENV)-%/layered: $(VENV)/installed-for-tests

@@ -165,7 +165,7 @@ class DSparkConfig(Qwen3Config):
         target_layer_ids: list[int] | None = None,
         mask_token_id: int | None = None,
         backbone: str = "qwen3",
-        **kwargs,
+        **kwargs: Any,
     ) -> "DSparkConfig":
         """Configuration of a fresh head for a decoder-only target.
 

@@ -28,7 +28,7 @@ from .scheduling.settings import HEAD_SETTINGS
 
 
 def from_pretrained(
-    cls: type[DSparkHead], pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs
+    cls: type[DSparkHead], pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any
 ) -> DSparkHead:
     """Load a head from a Hub id or a folder; arguments as in `PreTrainedModel.from_pretrained`. Those of a target do
     where its checkpoint holds the head (DeepSeek V4), or its folder `dspark` does.
@@ -54,7 +54,7 @@ def from_pretrained(
             kwargs = {"key_mapping": checkpoint.key_mapping} | kwargs | {"use_safetensors": True}
         else:
             source, kwargs = None, _from_weights(cls, checkpoint, kwargs)
-    loaded = super(DSparkHead, cls).from_pretrained(source, *model_args, **kwargs)
+    loaded = super(DSparkHead, cls).from_pretrained(source, *model_args, **kwargs)  # type: ignore[misc]
     head = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
     if source is None and pretrained_model_name_or_path is not None:
         head.config._name_or_path = checkpoint.source
@@ -74,7 +74,7 @@ def _from_weights(cls: type[DSparkHead], checkpoint: Checkpoint, kwargs: dict[st
     return kwargs | dtype | {"config": config, "state_dict": checkpoint.weights}
 
 
-def head_of(target: str, **hub) -> str:
+def head_of(target: str, **hub: Any) -> str:
     """The folder or Hub id to load the head for a target from: its own where it brings one, inside its checkpoint or in
     its folder `dspark`; else that of the registry.
 
@@ -84,7 +84,7 @@ def head_of(target: str, **hub) -> str:
     return target if target and brings_head(target, **hub) else head_for(target).head
 
 
-def for_target(cls: type[DSparkHead], target: PreTrainedModel | str | os.PathLike, **kwargs) -> DSparkHead:
+def for_target(cls: type[DSparkHead], target: PreTrainedModel | str | os.PathLike, **kwargs: Any) -> DSparkHead:
     """Load the head that a target brings, or the published one for it; see [`head_of`].
 
     Args:
@@ -102,7 +102,7 @@ def for_target(cls: type[DSparkHead], target: PreTrainedModel | str | os.PathLik
     return head if "device_map" in kwargs else head.to(target.device)
 
 
-def save_pretrained(self: DSparkHead, save_directory: str | os.PathLike, **kwargs) -> None:
+def save_pretrained(self: DSparkHead, save_directory: str | os.PathLike, **kwargs: Any) -> None:
     """Write the head in DeepSpec's layout, which other engines load, or in our own where DeepSpec's cannot express
     it (see `checkpoints`); arguments as in transformers. [`~checkpoints.export.export`] writes other layouts.
 
@@ -146,10 +146,12 @@ def push_to_hub(
 
 
 def get_config_dict(
-    cls: type[DSparkConfig], pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    cls: type[DSparkConfig], pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """As in transformers, with the published layout of the checkpoint translated to the keys of `DSparkConfig`."""
-    config, kwargs = super(DSparkConfig, cls).get_config_dict(pretrained_model_name_or_path, **kwargs)
+    config, kwargs = super(DSparkConfig, cls).get_config_dict(  # type: ignore[misc]
+        pretrained_model_name_or_path, **kwargs
+    )
     return read_config(config, str(pretrained_model_name_or_path)), kwargs
 
 

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import dspark_kernels
 import torch
@@ -20,9 +20,9 @@ from .tables import LMHead, Logits, Tables, is_plain, raw_rows, same, target_log
 # Draft tokens [R] from logits [R, V], and what they were sampled from ([R, V], `None` when they are the argmax).
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 # A mask for all layers, or one a layer type.
-Masks = torch.Tensor | dict[str, torch.Tensor]
+Masks: TypeAlias = torch.Tensor | dict[str, torch.Tensor]
 # See `DSparkHead.forward`.
-Finish = Callable[["KnownBlocks"], Any]
+Finish: TypeAlias = Callable[["KnownBlocks"], Any]
 
 
 @dataclass(frozen=True)
@@ -365,7 +365,14 @@ class DSparkHead(PreTrainedModel):
             _, state = self.markov_head.mix(hidden, embedded, state)
         return state
 
-    def _sample_fused(self, passed, hidden, base_logits, anchors, select) -> DraftBlock:
+    def _sample_fused(
+        self,
+        passed: torch.Tensor,
+        hidden: torch.Tensor,
+        base_logits: torch.Tensor,
+        anchors: torch.Tensor,
+        select: Any,
+    ) -> DraftBlock:
         """`sample_block` with few launches a position, for the vanilla head one."""
         count, head = base_logits.shape[1], self.markov_head
 
@@ -458,10 +465,6 @@ class DSparkHead(PreTrainedModel):
             logits,
             tuple(weight for weight in tables_that_learn if weight.requires_grad),
         )
-
-    def get_input_embeddings(self) -> nn.Module | None:
-        """The head's own, `None` where it drafts through the target's."""
-        return self.embed_tokens
 
     def whole_state_dict(self) -> dict[str, torch.Tensor]:
         """The state dict with copies of the target's tables that were freed."""

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from shares import add_options, choose
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
 
 from dspark_hf import DSparkConfig, DSparkHead
@@ -41,20 +42,11 @@ FIXTURES = HERE / "fixtures"
 GSM8K_SAMPLE = HERE / "data" / "gsm8k_test_24.jsonl"
 
 
-def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="also run the tests that take minutes")
+pytest_addoption, pytest_collection_modifyitems = add_options, choose
 
 
 def pytest_unconfigure(config):
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
-
-
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("--all"):
-        return
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --all"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Compiled rounds. What is the same for every backend of the compiler is tested with one that only traces, which takes
-a second where inductor takes half a minute; a round in earnest, and the families, are behind `--all` but for one."""
+a second where inductor takes half a minute, on models of one layer; rounds in earnest, and the families but for one,
+are behind `--all`."""
 
 import gc
 import logging
@@ -41,7 +42,7 @@ def batch(rows: int, longest: int = 12, vocabulary: int = VOCABULARY) -> dict:
 
 @pytest.fixture
 def pair():
-    target = tiny_target(vocab_size=VOCABULARY, sharpness=3)
+    target = tiny_target(vocab_size=VOCABULARY, sharpness=3, num_hidden_layers=1)
     return target, tiny_head(target)
 
 
@@ -124,14 +125,14 @@ def test_nothing_is_compiled_after_a_warm_up(pair):
         return graph.forward
 
     options = static(counting) | {"assistant_model": head, "do_sample": True, "top_k": 0, "temperature": 0.9}
-    for rows in (4, 2, 1):
+    for rows in (4, 1):
         target.generate(**batch(rows, 200), max_new_tokens=50, **options)
     graphs = graphs_of(head, target)
-    assert len(compiles) == graphs.count == 12
+    assert len(compiles) == graphs.count == 8
     for call in range(100):
-        inputs = batch(1 + call % 4, 5 + 37 * call % 196)
+        inputs = batch((1, 3, 4)[call % 3], 5 + 37 * call % 196)
         target.generate(**inputs, max_new_tokens=2 + call % 13, **options | {"temperature": 0.5 + call / 250})
-    assert len(compiles) == graphs.count == 12
+    assert len(compiles) == graphs.count == 8
 
 
 def test_a_pass_is_one_graph_that_the_device_runs_alone(pair):
@@ -157,7 +158,7 @@ def test_a_changed_model_is_captured_again(pair):
     inputs = batch(2)
     new_tokens(target, inputs, assistant_model=head, **static())
     torch.manual_seed(3)
-    target.model.layers[1].mlp = type(target.model.layers[1].mlp)(target.config).eval()
+    target.model.layers[0].mlp = type(target.model.layers[0].mlp)(target.config).eval()
     found = new_tokens(target, inputs, assistant_model=head, **static())
     assert found.tolist() == new_tokens(target, inputs).tolist()
     hook = target.model.layers[0].register_forward_hook(lambda module, args, output: output * 0.5)
@@ -286,7 +287,7 @@ def test_a_returned_cache_goes_on(pair):
 
 
 def test_graphs_are_freed_with_the_models():
-    target = tiny_target(vocab_size=VOCABULARY, sharpness=3)
+    target = tiny_target(vocab_size=VOCABULARY, sharpness=3, num_hidden_layers=1)
     head = tiny_head(target)
     new_tokens(target, batch(1), assistant_model=head, **static())
     gone = [weakref.ref(own) for own in (target, head, graphs_of(head, target))]
@@ -314,8 +315,9 @@ def test_powers_of_two(number, power):
     assert power_of_two(number) == power
 
 
+@pytest.mark.slow
 def test_inductor_writes_the_same_text():
-    """The one quick case in earnest: one layer and drafts of one token."""
+    """The smallest case in earnest: one layer and drafts of one token."""
     target = tiny_target(vocab_size=VOCABULARY, sharpness=3, num_hidden_layers=1)
     head, inputs = tiny_head(target, block_size=1), batch(2)
     found = new_tokens(target, inputs, assistant_model=head, **static("inductor"))

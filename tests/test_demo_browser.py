@@ -205,6 +205,7 @@ def heights(page, plot: str, color: str) -> list[float]:
     return [-float(y) for y in re.findall(r"[ML][-\d.]+,([-\d.]+)", path)]
 
 
+@pytest.mark.slow
 def test_ten_requests_join_and_leave_and_the_chart_rises(visit):
     page = visit("Load")
     page.fill("#load-level input[type=number]", "10")
@@ -233,6 +234,7 @@ def test_ten_requests_join_and_leave_and_the_chart_rises(visit):
     wait_for(page, "#load-batch", "Stopped.")
 
 
+@pytest.mark.slow
 def test_chat_decodes_beside_the_load(visit, answers):
     """In one batch, and says the same."""
     busy, page = visit("Load"), visit("Chat")
@@ -246,6 +248,7 @@ def test_chat_decodes_beside_the_load(visit, answers):
     busy.click("#load-stop")
 
 
+@pytest.mark.slow
 def test_two_visitors_get_their_own_texts(visit, answers):
     pages = {prompt: visit("Chat") for prompt in (SHORT, LONG)}
     for prompt, page in pages.items():
@@ -257,6 +260,7 @@ def test_two_visitors_get_their_own_texts(visit, answers):
         assert page.locator("#chat-history .user.message").inner_text().strip() == prompt
 
 
+@pytest.mark.slow
 def test_a_closed_tab_frees_the_model(visit):
     """Long before what runs in it would have ended by itself."""
     busy, next_one = visit("Load"), visit()

@@ -149,6 +149,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_table(tmp_path, monkeypatch):
         run("eval", *options, "--seed", "1", "--results", str(results))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_table(tmp_path):
     options = ["eval", "--data", "gsm8k,code", "--limit", "3", "--max-new-tokens", "16", "--batch-size", "1"]
     alone, together = tmp_path / "alone.json", tmp_path / "together.json"

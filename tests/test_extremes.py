@@ -3,7 +3,7 @@ that must be copied letter by letter, and heads that are of no use."""
 
 import pytest
 import torch
-from conftest import tiny_head, tiny_target, whole_blocks
+from conftest import rest_slow, tiny_head, tiny_target, whole_blocks
 from test_batching import config, results
 from test_compiled import static
 from test_sampling import draw, exact_distribution, p_value
@@ -76,7 +76,7 @@ def code(pair):
     return inputs, model.generate(**inputs)
 
 
-@pytest.mark.parametrize("length", range(1, 8))
+@pytest.mark.parametrize("length", rest_slow(range(1, 8), quick=(1, 4, 7)))
 def test_names_are_written_as_in_plain_at_every_draft_length(length, pair, code):
     model, head, _ = pair
     inputs, plain = code
@@ -85,7 +85,7 @@ def test_names_are_written_as_in_plain_at_every_draft_length(length, pair, code)
     assert max(map(max, output.dspark.drafted_lengths)) == length
 
 
-@pytest.mark.parametrize("length", range(1, 9))
+@pytest.mark.parametrize("length", rest_slow(range(1, 9), quick=(1, 5, 8)))
 def test_names_that_recur_at_every_length_of_a_block_of_8(length):
     target = tiny_target(vocab_size=40, sharpness=3)
     head, names = tiny_head(target, block_size=8), torch.randint(1, 40, (3, 12))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_head
+from shares import rest_slow
 from test_sampling import p_value
 from test_targets import EXPERTS, GROUPED, SIZES, VOCAB, bigram_head
 from transformers import CompileConfig, ContinuousBatchingConfig
@@ -107,9 +108,17 @@ def check_same(target, head, inputs, **kwargs):
     return output
 
 
-@pytest.mark.parametrize("lengths", [[9], [9, 4, 6]], ids=["one", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family(family, lengths):
+def test_family(family):
+    check_family(family, 9, 4, 6)
+
+
+@pytest.mark.parametrize("family", rest_slow(FAMILIES, KINDS))
+def test_family_at_batch_1(family):
+    check_family(family, 9)
+
+
+def check_family(family: str, *lengths: int) -> None:
     target, head = pair(family)
     output = check_same(target, head, prompts(*lengths))
     assert min(len(set(row)) for row in output.sequences[:, 9:].tolist()) > 4
@@ -119,12 +128,13 @@ def test_family(family, lengths):
 @pytest.mark.parametrize(
     "lengths",
     # Kernels have 3 or 4 tokens, chunks 16 or 64.
-    [[1], [1, 2, 3, 4, 5], [CHUNK - 1, CHUNK, CHUNK + 1], [63, 64, 65], [70, 2, 70]],
+    rest_slow(
+        [[1], [1, 2, 3, 4, 5], [CHUNK - 1, CHUNK, CHUNK + 1], [63, 64, 65], [70, 2, 70]],
+        quick=[[1, 2, 3, 4, 5], [63, 64, 65]],
+    ),
     ids=str,
 )
-@pytest.mark.parametrize(
-    "family", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", rest_slow(FAMILIES, KINDS))
 def test_prompts_on_both_sides_of_kernels_and_chunks(family, lengths):
     check_same(*pair(family), prompts(*lengths), max_new_tokens=20)
 
@@ -136,7 +146,7 @@ def test_rows_that_end_early(family):
     check_same(target, head, prompts(9, 4, 6), eos_token_id=int(common), pad_token_id=0)
 
 
-@pytest.mark.parametrize("family", ["qwen3-next", "nemotron-h", "jamba", "lfm2"])
+@pytest.mark.parametrize("family", rest_slow(["qwen3-next", "nemotron-h", "jamba", "lfm2"], quick=["nemotron-h"]))
 def test_sampled(family):
     """The joint distribution of the first three tokens, against the target's own."""
     target = build(family, vocab_size=16, initializer_range=0.3)
@@ -152,7 +162,7 @@ def test_sampled(family):
     assert 0 < sum(stats.accepted) < sum(stats.verified)
 
 
-@pytest.mark.parametrize("pattern", ["hhh", "php", "hph"])
+@pytest.mark.parametrize("pattern", rest_slow(["hhh", "php", "hph"], quick=["hph"]))
 @pytest.mark.parametrize("family", KINDS)
 def test_a_cache_goes_from_turn_to_turn(family, pattern):
     """Of a row that ended within a block it holds no more than its text."""
@@ -181,7 +191,7 @@ def test_a_cache_goes_from_turn_to_turn(family, pattern):
     torch.testing.assert_close(torch.cat(found.logits), torch.cat(expected.logits), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("piece", [None, 5])
+@pytest.mark.parametrize("piece", rest_slow([None, 5], quick=[5]))
 @pytest.mark.parametrize("family", KINDS)
 def test_requests_that_come_and_go(family, piece):
     """With long prompts read in pieces too. A state is none of a text's beginning, so nothing is reused."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from conftest import whole_blocks
+from shares import rest_slow
 from torch.nn.attention.flex_attention import create_mask
 
 from dspark_hf import DSparkConfig, DSparkHead
@@ -129,7 +130,7 @@ def test_windows_are_smaller_than_the_text(family):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3"])
+@pytest.mark.parametrize("family", rest_slow(["llama", "mistral-sliding", "gemma3"], quick=["gemma3"]))
 def test_attention_implementations(family, implementation):
     target = build(family, attn_implementation=implementation)
     assert target.config._attn_implementation == implementation

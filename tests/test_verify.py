@@ -171,6 +171,7 @@ def test_a_later_error_is_broken_though_the_first_difference_is_a_tie(pair, toke
     assert row.difference.worst_position > row.difference.position and verdict_of([row]) == BROKEN
 
 
+@pytest.mark.slow
 def test_bfloat16_is_never_broken(tokenizer):
     """Real rounding of real runs: deep enough that some rows leave plain's tokens."""
     verdicts = set()

@@ -88,7 +88,9 @@ class Behind:
         # What is added to the scores.
         self.mask = torch.zeros_like(shown, dtype=context.dtype).masked_fill(~shown, torch.finfo(context.dtype).min)
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **kwargs: Any):
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         keys = torch.cat([self.context, keys], dim=2)
         if self.cache is not None:
             keys, _ = self.cache.update(keys, no_values(keys), layer_idx)

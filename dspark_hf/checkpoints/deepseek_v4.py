@@ -199,7 +199,7 @@ ELSEWHERE = "Heads of DeepSeek V4 are known as in V4-Flash-DSpark and V4-Pro-DSp
 
 def scatter(tensors: dict[str, torch.Tensor], native: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Tensors by the file's names, in its parts, of those by this project's; the inverse of `gather`, unquantised."""
-    written = {}
+    written: dict[str, torch.Tensor] = {}
     for own, names in layout(native["num_hidden_layers"], native["stage_config"]["n_routed_experts"]):
         tensor = tensors[own]
         if own.endswith(tuple(EXPERTS)):

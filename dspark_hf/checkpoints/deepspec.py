@@ -33,7 +33,7 @@ NAMES_OF_GEMMA4 = {
 # For training only, but DeepSpec's class demands it: its trainer's default for heads that were trained elsewhere.
 NUM_ANCHORS = 512
 # Keys of ours that go without saying in this layout, or have no place in it.
-UNSAID = (
+UNSAID: tuple[str, ...] = (
     "backbone",
     "sample_from_anchor",
     "draft_vocab_size",
@@ -106,15 +106,17 @@ def write_config(native: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CannotExpress: for what only other layouts know.
     """
-    native = {"num_anchors": NUM_ANCHORS} | native
+    native, unsaid = {"num_anchors": NUM_ANCHORS} | native, UNSAID
     refuse("DeepSpec", native, sample_from_anchor=True, draft_vocab_size=None, confidence_head_bias=True)
     refuse("DeepSpec", native, borrow_lm_head=native["borrow_embeddings"])
     refuse("DeepSpec", native, layer_types=["full_attention"] * native["num_hidden_layers"])
     if native["backbone"] == "gemma4":
-        published, unsaid = native | _write_gemma4(native), UNSAID + UNSAID_OF_GEMMA4
+        published = native | _write_gemma4(native)
+        unsaid += UNSAID_OF_GEMMA4
     else:
         refuse("DeepSpec", native, final_logit_softcapping=None, embedding_scale=None)
-        published, unsaid = native | {"architectures": [QWEN3], "model_type": "qwen3"}, UNSAID + UNSAID_OF_QWEN3
+        published = native | {"architectures": [QWEN3], "model_type": "qwen3"}
+        unsaid += UNSAID_OF_QWEN3
     if not native["borrow_embeddings"]:
         unsaid += ("borrow_embeddings",)
     if native["borrow_logit_scaling"] or not native["borrow_lm_head"]:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -81,7 +82,7 @@ def _check_target(head: DSparkHead, target: PreTrainedModel) -> None:
         )
 
 
-def _published_name(name: str, layout) -> str:
+def _published_name(name: str, layout: ModuleType) -> str:
     for published, own in layout.PREFIXES.items():
         if name.startswith(own):
             return published + name.removeprefix(own)

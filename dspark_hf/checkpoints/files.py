@@ -76,8 +76,8 @@ class Checkpoint:
         stated = self.native["num_hidden_layers"]
         if len(layers) != stated:
             key = self.dialect.names(self.published).get("num_hidden_layers", "num_hidden_layers")
-            expected = f"{len(layers)}, the layers in the file"
-            raise CheckpointError(config_file(self.source), key, str(stated), expected, ELSEWHERE)
+            in_file = f"{len(layers)}, the layers in the file"
+            raise CheckpointError(config_file(self.source), key, str(stated), in_file, ELSEWHERE)
         expected = {name: tuple(tensor.shape) for name, tensor in self.build(head_class).state_dict().items()}
         if "t2d" in self.tensors and "d2t" in expected:
             expected["t2d"] = (self.native["vocab_size"],)
@@ -121,7 +121,7 @@ class Checkpoint:
             return file.get_tensor(self.published_names[name])
 
 
-def open_checkpoint(source: str | os.PathLike, download: bool = True, **hub) -> Checkpoint:
+def open_checkpoint(source: str | os.PathLike, download: bool = True, **hub: Any) -> Checkpoint:
     """Look at the head in a folder or of a Hub id; of a target's own, at the head that it brings.
 
     Args:
@@ -169,7 +169,7 @@ def _published_and_place(source: str, hub: dict[str, Any]) -> tuple[dict[str, An
     return published, hub
 
 
-def brings_head(target: str, **hub) -> bool:
+def brings_head(target: str, **hub: Any) -> bool:
     """Whether a target's folder or repository holds its head, among its own tensors or in a folder of it."""
     try:
         published = read_published(target, **hub)
@@ -193,7 +193,7 @@ def _renamed(name: str, dialect: ModuleType) -> str:
     return name
 
 
-def read_published(source: str, **hub) -> dict[str, Any]:
+def read_published(source: str, **hub: Any) -> dict[str, Any]:
     """The `config.json` of a folder or repository, as it is."""
     path = find(source, "config.json", hub)
     if path is None:
@@ -207,7 +207,7 @@ def read_published(source: str, **hub) -> dict[str, Any]:
     return published
 
 
-def read_draft_settings(source: str, **hub) -> dict[str, Any]:
+def read_draft_settings(source: str, **hub: Any) -> dict[str, Any]:
     """What a `generation_config.json` beside a head says about drafting; nothing where there is none. The rest of it is
     about text, and may be that of its target.
 

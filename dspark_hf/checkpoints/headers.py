@@ -82,7 +82,7 @@ def _is_cached(source: str, hub: dict[str, Any], prefix: str) -> bool:
         return False
 
 
-def find_file(source: str, name: str, **hub) -> str | None:
+def find_file(source: str, name: str, **hub: Any) -> str | None:
     """The path of a file, `None` where a folder or repository does not have it or cannot be asked."""
     try:
         return find(source, name, hub)

@@ -45,7 +45,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         model_outputs: ModelOutput | None = None,
         is_first_iteration: bool = False,
         n_last_matches: int = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """Candidates behind `input_ids` [1, length].
 

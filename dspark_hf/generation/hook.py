@@ -6,7 +6,7 @@ any other assistant both call straight through.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -65,7 +65,7 @@ def install() -> None:
     attention.install()
 
 
-def _wrap_unknown(stock, differences: list[str]):
+def _wrap_unknown(stock: Callable, differences: list[str]) -> Callable:
     @functools.wraps(stock)
     def generate(self, *args, **kwargs):
         if isinstance(kwargs.get("assistant_model"), DSparkHead):

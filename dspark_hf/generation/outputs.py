@@ -1,6 +1,6 @@
 """Scores, logits, hidden states and attentions of a generation, one entry a token, as plain `generate` gives them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -107,7 +107,7 @@ class Recorder:
         return found
 
 
-def _by_token(rows: list[list]):
+def _by_token(rows: list[list]) -> Iterator[list]:
     """Entries of all rows, token by token; zeros where a row has ended."""
     for i in range(max(map(len, rows))):
         sample = next(row[i] for row in rows if i < len(row))

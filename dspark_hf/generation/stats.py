@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -46,7 +47,8 @@ class DSparkStats:
 
     @classmethod
     def empty(cls, rows: int, gamma: int) -> "DSparkStats":
-        return cls(gamma, *([[] for _ in range(rows)] for _ in range(7)))
+        lists: Any = [[[] for _ in range(rows)] for _ in range(7)]
+        return cls(gamma, *lists)
 
     @property
     def rounds(self) -> int:

@@ -12,7 +12,7 @@ LOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revisi
 _heads: WeakKeyDictionary[PreTrainedModel, dict[tuple, DSparkHead]] = WeakKeyDictionary()
 
 
-def generate_with(model: PreTrainedModel, repository: str, **kwargs) -> Any:
+def generate_with(model: PreTrainedModel, repository: str, **kwargs: Any) -> Any:
     """`model.generate(**kwargs)` with the head in a repository or folder, which is loaded once for a model; what
     `custom_generate/generate.py` of a published head calls.
 

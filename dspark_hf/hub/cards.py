@@ -85,9 +85,9 @@ def _front_matter(card: Card) -> ModelCardData:
         base_model_relation="adapter" if card.target else None,
         pipeline_tag="text-generation",
         tags=tags,
-        license=card.license and card.license.identifier,
-        license_name=card.license and card.license.name,
-        license_link=card.license and card.license.link,
+        license=card.license.identifier if card.license else None,
+        license_name=card.license.name if card.license else None,
+        license_link=card.license.link if card.license else None,
         datasets=card.datasets,
         model_name=card.name if measured else None,
         eval_results=measured or None,
@@ -95,11 +95,11 @@ def _front_matter(card: Card) -> ModelCardData:
 
 
 def _eval_results(card: Card) -> list[EvalResult]:
+    source: dict[str, Any] = {}
     if card.paper:
         source = {"source_name": PAPER_NAME, "source_url": PAPER}
         rows = [(row["slug"], row["name"], row["accepted_length"]) for row in card.paper["rows"]]
     else:
-        source = {}
         rows = [(row["name"], row["name"], row["accepted_length"]) for row in (card.results or {}).get("results", [])]
     return [
         EvalResult(

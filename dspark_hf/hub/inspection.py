@@ -44,7 +44,7 @@ class Inspection:
     problems: list[str]
 
 
-def inspect_head(source: str, target: str | None = None, **hub) -> Inspection:
+def inspect_head(source: str, target: str | None = None, **hub: Any) -> Inspection:
     """Look at a head.
 
     Args:
@@ -163,7 +163,7 @@ def _memory(found: Inspection) -> str:
     return f"{least} beside the target once its copies of the target's tables are freed, {whole} before"
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -224,7 +225,7 @@ def publish(
     return checked, commit.commit_url
 
 
-def publish_head(head: DSparkHead, repository: str, **kwargs) -> str:
+def publish_head(head: DSparkHead, repository: str, **kwargs: Any) -> str:
     """[`publish`] for a head in memory; the address of the commit."""
     with tempfile.TemporaryDirectory() as scratch:
         head.save_pretrained(scratch)
@@ -277,5 +278,5 @@ def _errors_of_the_hub(repository: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         reason = error.server_message or str(error).splitlines()[0]
         raise OSError(f"The Hub refused {repository}: {reason}. No files were uploaded.") from error
-    except HTTPError as error:
+    except HTTPError as error:  # type: ignore[misc]
         raise OSError(f"The Hub cannot be reached ({error}). No files were uploaded; try again.") from error

@@ -115,7 +115,8 @@ class LoadSchedule(ConstantSchedule):
         self.costs, self.packs = costs, packs
         self.tiers = None if tiers is None else sorted({min(length, settings.most) for length in tiers})
         # The last plan, the load it was made for, rounds since it was made, and for how many it is good.
-        self.last, self.plan_load, self.age, self.lasts = NO_DRAFT, None, 0, 1
+        self.last, self.age, self.lasts = NO_DRAFT, 0, 1
+        self.plan_load: Load | None = None
         self.probes = 0
 
     def plan(self, max_drafts, context, load, pending=0):

@@ -151,14 +151,21 @@ def prepare(
     return prepared
 
 
-def _decoding(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs) -> Prepared:
+def _decoding(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **kwargs: Any,
+) -> Prepared:
     return Prepared(generation_config, logits_processor, stopping_criteria)
 
 
 class Kinds:
     """How requests choose their tokens; requests that do so alike share it, so that a round treats them as one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.known: WeakValueDictionary[tuple, BlockProcessors] = WeakValueDictionary()
 
     def of(self, prepared: Prepared) -> BlockProcessors:

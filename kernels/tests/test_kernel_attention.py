@@ -2,7 +2,7 @@
 
 # ruff: isort: skip_file
 
-from interpreter import DEVICE, spaced
+from interpreter import CASES, DEVICE, spaced
 import pytest
 import torch
 from dspark_kernels import attention
@@ -48,7 +48,7 @@ def inputs(rows, kv_heads, groups, queries, width, capacity, dtype, seed):
     return [x.to(DEVICE) for x in (query, key, value, spaced(starts), spaced(counts), sinks)]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=2 * CASES, deadline=None)
 @given(cases, st.sampled_from([None, 1, 5, 40]), st.booleans())
 def test_is_its_reference(case, window, has_sinks):
     query, key, value, starts, counts, sinks = inputs(**case)

@@ -86,7 +86,8 @@ def test_import_needs_no_triton():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("dtypes", [["bf16"], pytest.param(["fp32", "fp16"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtypes", [["bf16"], ["fp32", "fp16"]])
 def test_kernels_compile_for_a_gpu(dtypes, tmp_path):
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}

@@ -2,7 +2,7 @@
 
 # ruff: isort: skip_file
 
-from interpreter import DEVICE, spaced, strided
+from interpreter import CASES, DEVICE, spaced, strided
 import pytest
 import torch
 from dspark_kernels import INVALID, sequential
@@ -34,7 +34,7 @@ def inputs(rows, positions, vocabulary, rank, dtype, how, seed):
     return [x.to(DEVICE) for x in (base, w1, w2, spaced(anchors), spaced(seeds))]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=CASES, deadline=None)
 @given(cases, st.booleans(), st.sampled_from([0.6, 1.0, 1.5]))
 def test_block_is_its_reference(case, sample, temperature):
     base, w1, w2, anchors, seeds = inputs(**case)
@@ -56,7 +56,7 @@ def test_block_is_its_reference(case, sample, temperature):
             assert best[expected[r, same]] - best[tokens[r, same]] < 1e-3
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=CASES, deadline=None)
 @given(cases, st.booleans())
 def test_position_is_its_reference(case, sample):
     base, w1, w2, anchors, seeds = inputs(**case)

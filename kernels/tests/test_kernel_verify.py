@@ -2,7 +2,7 @@
 
 # ruff: isort: skip_file
 
-from interpreter import DEVICE, spaced, strided
+from interpreter import CASES, DEVICE, spaced, strided
 import pytest
 import torch
 from dspark_kernels import INVALID, verify
@@ -54,7 +54,7 @@ def inputs(rows, drafts, vocabulary, dtype, how, scale, agree, seed):
     return target, draft, tokens, spaced(lengths.to(DEVICE)), spaced(seeds.to(DEVICE))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=CASES, deadline=None)
 @given(cases)
 def test_greedy_is_its_reference(case):
     target, _, tokens, lengths, _ = inputs(**case)
@@ -63,7 +63,7 @@ def test_greedy_is_its_reference(case):
         assert torch.equal(a, b)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=CASES, deadline=None)
 @given(cases)
 def test_sampled_is_its_reference(case):
     target, draft, tokens, lengths, seeds = inputs(**case)
