@@ -2,8 +2,8 @@
 
     python examples/embedded_pair/measure.py --target dspark_hf/pair/target --gsm8k ../shared/data/gsm8k_test.jsonl
 
-The tokens a round of the head are `dspark-hf eval`'s to measure. simple_problems.jsonl was written by hand and is no part
-of the training text, as the problems made here have a seed of their own.
+The tokens a round of the head are `dspark-hf eval`'s to measure. The problems of simple_problems.jsonl were written by
+hand; those made by rules have a seed of their own. The target has trained on neither.
 """
 
 import argparse
@@ -40,9 +40,7 @@ def perplexities(
 
 
 @torch.no_grad()
-def share_right(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[dict[str, str]]
-) -> float:
+def share_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[dict[str, str]]) -> float:
     """Share of the problems whose greedy answer ends with the number behind `####`."""
     right = 0
     for start in range(0, len(documents), BATCH_SIZE):

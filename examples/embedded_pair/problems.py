@@ -9,23 +9,28 @@ import random
 
 from corpus import worked
 
+
+def words(*lines: str) -> list[str]:
+    return " ".join(lines).split()
+
+
 NAMES = {
-    "She": (
-        "Anna Carla Emma Grace Ivy Kate Mia Olga Rosa Tina Uma Wendy Natalia Natasha Betty Julie Lisa Sarah Mary Maria "
-        "Alice Jenny Laura Nina Sofia Ella Gina Hannah Jane Lily Nora Susan Weng Zoe"
-    ).split(),
-    "He": (
-        "Ben David Felix Henry Jack Leo Noah Paul Sam Tom Victor James Mark Peter John Bob Kevin Mike Oscar Ryan Tim Alex "
-        "Daniel Frank Ian Ken Max Owen Randy Toby"
-    ).split(),
+    "She": words(
+        "Anna Carla Emma Grace Ivy Kate Mia Olga Rosa Tina Uma Wendy Natalia Natasha Betty Julie Lisa Sarah Mary Maria",
+        "Alice Jenny Laura Nina Sofia Ella Gina Hannah Jane Lily Nora Susan Weng Zoe",
+    ),
+    "He": words(
+        "Ben David Felix Henry Jack Leo Noah Paul Sam Tom Victor James Mark Peter John Bob Kevin Mike Oscar Ryan Tim",
+        "Alex Daniel Frank Ian Ken Max Owen Randy Toby",
+    ),
 }
-THINGS = (
-    "marbles apples oranges pencils books stickers cookies cards coins flowers eggs balloons candies toys stamps pens "
-    "shells clips bananas cupcakes tickets stones beads muffins roses shirts bottles buttons crayons notebooks photos "
-    "plants chairs cans letters bracelets peaches lemons pears boxes blocks dolls cars pages points pies fish birds"
-).split()
-GROUPS = "bag box pack basket jar tray carton crate bundle packet".split()
-PLACES = "store farm school library bakery market shop garden park zoo".split()
+THINGS = words(
+    "marbles apples oranges pencils books stickers cookies cards coins flowers eggs balloons candies toys stamps pens",
+    "shells clips bananas cupcakes tickets stones beads muffins roses shirts bottles buttons crayons notebooks photos",
+    "plants chairs cans letters bracelets peaches lemons pears boxes blocks dolls cars pages points pies fish birds",
+)
+GROUPS = words("bag box pack basket jar tray carton crate bundle packet")
+PLACES = words("store farm school library bakery market shop garden park zoo")
 
 
 def plural(noun: str) -> str:
@@ -269,7 +274,7 @@ def shopping(rng: random.Random) -> dict[str, str]:
     story.step(f"{paid} - {total}", paid - total, "dollars")
     if rng.random() < 0.5:
         story.sentences.insert(0, f"{name} has ${paid}.")
-        return story.document(f"How much money does {name} have left?", f"How much money is left?")
+        return story.document(f"How much money does {name} have left?", "How much money is left?")
     story.say(f"{story.who()} pays with ${paid}.")
     return story.document(f"How much change does {name} get?", f"How much money does {pronoun} get back?")
 
