@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# Makes the embedded pair from text: about two hours on two cores, no GPU, no download.
+# Trains the embedded pair further: less than two hours on one core, no GPU, no download.
 #
 #   bash examples/embedded_pair/recipe.sh [GSM8K_TRAIN_JSONL] [WORK_FOLDER]
 #
-# Every stage that has finished is skipped when the script runs again.
+# Goes on from the pair in the package. Every stage that has finished is skipped when the script runs again.
 set -euo pipefail
 here=$(dirname "$0")
 gsm8k=${1:-../shared/data/gsm8k_train.jsonl}
 work=${2:-build/pair}
+start="$here/../../dspark_hf/pair"
 mkdir -p "$work"
 
 # glibc hands large blocks back to the system after every operation, which costs time on a CPU; this keeps them.
 export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 
 if [ ! -e "$work/target.done" ]; then
-    python "$here/train_target.py" --gsm8k "$gsm8k" --output "$work/target"
+    python "$here/train_target.py" --gsm8k "$gsm8k" --start "$start/target" --output "$work/target" \
+        --steps 470 --learning-rate 1.5e-3
     touch "$work/target.done"
 fi
 if [ ! -e "$work/responses.done" ]; then
@@ -24,8 +26,8 @@ fi
 if [ ! -e "$work/head.done" ]; then
     resume=$([ -e "$work/head/checkpoint/step.json" ] && echo --resume || true)
     dspark-hf train --model "$work/target" --data "$work/responses.jsonl" --output "$work/head" \
-        --layers 3 --markov-rank 64 --batch-size 8 --anchors 32 --epochs 3.5 --max-length 512 \
-        --optimizer muon --learning-rate 3e-3 --ce-weight 1 --save-every 300 $resume
+        --head "$start/head" --batch-size 8 --anchors 32 --epochs 4 --max-length 512 \
+        --optimizer muon --learning-rate 2e-3 --ce-weight 1 --save-every 300 $resume
     touch "$work/head.done"
 fi
 if [ ! -e "$work/calibrated.done" ]; then

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 from corpus import code_documents, gsm8k_documents
+from problems import problems
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspark_hf.evaluation.prompts import encode
 
+PROBLEMS_SEED = 2  # other problems than those that the target was trained on
 BATCH_SIZE, MAX_NEW_TOKENS, SAMPLED_EVERY, TEMPERATURE = 128, 192, 3, 0.7
 
 
@@ -47,10 +49,12 @@ def respond(model, tokenizer, prompts: list[str], sampled: bool) -> list[dict[st
 
 
 def main(args: argparse.Namespace) -> None:
-    model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     code = random.Random(0).sample(code_documents(), args.code)
-    batches = batches_of(gsm8k_documents(args.gsm8k)[: args.limit]) + batches_of(code)
+    gsm8k = random.Random(0).sample(gsm8k_documents(args.gsm8k), args.problems)
+    made = problems(args.made_problems, PROBLEMS_SEED)
+    batches = batches_of(gsm8k) + batches_of(made) + batches_of(code)
     random.Random(0).shuffle(batches)
     done = sum(1 for _ in args.output.open()) if args.output.exists() else 0
     with args.output.open("a") as output:
@@ -69,7 +73,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True)
     parser.add_argument("--gsm8k", required=True, help="GSM8K training split, a .jsonl file")
-    parser.add_argument("--code", type=int, default=1500, help="how many code prompts")
-    parser.add_argument("--limit", type=int, default=None, help="use the first so many GSM8K problems only")
+    parser.add_argument("--problems", type=int, default=3200, help="how many problems of GSM8K")
+    parser.add_argument("--made-problems", type=int, default=768, help="how many problems made by rules")
+    parser.add_argument("--code", type=int, default=1792, help="how many code prompts")
     parser.add_argument("--output", type=Path, required=True)
     main(parser.parse_args())

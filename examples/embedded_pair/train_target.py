@@ -1,6 +1,9 @@
 """Train the embedded target: a small Qwen3 on whole chats packed into rows of equal length.
 
-python examples/embedded_pair/train_target.py --gsm8k ../shared/data/gsm8k_train.jsonl --output build/pair/target
+    python examples/embedded_pair/train_target.py --gsm8k ../shared/data/gsm8k_train.jsonl \
+        --start dspark_hf/pair/target --output build/pair/target
+
+Goes on from the target and tokenizer in --start; without it, both begin from nothing.
 """
 
 import argparse
@@ -11,14 +14,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from corpus import code_documents, gsm8k_documents
+from corpus import code_documents, gsm8k_documents, worked_gsm8k_documents
+from problems import problems
 from tokenizer import as_chat, train_tokenizer
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 VOCAB_SIZE = 4096
-ROW_LENGTH, ROWS_A_PASS, PASSES_A_STEP = 512, 8, 4
-PEAK_LR, WARMUP_STEPS, WEIGHT_DECAY = 3e-3, 40, 0.1
-CODE_SHARE = 0.15  # of the documents in a step; the rest is GSM8K
+ROW_LENGTH, ROWS_A_PASS, PASSES_A_STEP = 512, 8, 2
+WARMUP_STEPS, WEIGHT_DECAY = 40, 0.1
+SHARES = {"gsm8k": 0.26, "worked gsm8k": 0.18, "problems": 0.44, "code": 0.12}  # of the documents in a step
+PROBLEMS = 60_000
+HELD_OUT = 100  # problems of GSM8K's training split, the last ones
 IGNORED = -100
 
 
@@ -54,16 +60,17 @@ class DocumentStream:
         return self.waiting.pop()
 
 
-def packed_rows(math: DocumentStream, code: DocumentStream, rng: random.Random, pad: int) -> torch.Tensor:
+def packed_rows(streams: dict[str, DocumentStream], rng: random.Random, pad: int) -> torch.Tensor:
     """[PASSES_A_STEP * ROWS_A_PASS, ROW_LENGTH] whole documents one after another, padded at the end of a row."""
     rows = torch.full((PASSES_A_STEP * ROWS_A_PASS, ROW_LENGTH), pad)
-    ids = next(math)
+    names = list(streams)
+    ids = next(streams[names[0]])
     for row in rows:
         filled = 0
         while filled + len(ids) <= ROW_LENGTH:
             row[filled : filled + len(ids)] = torch.tensor(ids)
             filled += len(ids)
-            ids = next(code if rng.random() < CODE_SHARE else math)
+            ids = next(streams[rng.choices(names, [SHARES[name] for name in names])[0]])
     return rows
 
 
@@ -81,54 +88,65 @@ def backward_of_cross_entropy(hidden: torch.Tensor, head: torch.Tensor, labels: 
     return total
 
 
-def build_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: Qwen3ForCausalLM, peak: float) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     matrix_ids = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in matrix_ids]
     return [
-        torch.optim.Muon(matrices, lr=PEAK_LR, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=PEAK_LR, weight_decay=0.0, betas=(0.9, 0.95)),
+        torch.optim.Muon(matrices, lr=peak, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=peak, weight_decay=0.0, betas=(0.9, 0.95)),
     ]
 
 
-def learning_rate(step: int, steps: int) -> float:
-    return PEAK_LR * min((step + 1) / WARMUP_STEPS, (steps - step) / (steps - WARMUP_STEPS))
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    return peak * min((step + 1) / WARMUP_STEPS, (steps - step) / (steps - WARMUP_STEPS))
 
 
 @torch.no_grad()
-def held_out_loss(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[dict[str, str]]
-) -> float:
-    """Nats per token on whole chats."""
-    total, count = 0.0, 0
-    for document in documents:
-        ids = torch.tensor([tokenizer(as_chat(document))["input_ids"][:ROW_LENGTH]])
-        total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-        count += ids.shape[1] - 1
-    return total / count
+def losses_of(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: dict[str, list[dict[str, str]]]
+) -> dict[str, float]:
+    """Nats per token on whole chats of each kind."""
+    losses = {}
+    for name, documents in held_out.items():
+        rows = [tokenizer(as_chat(document))["input_ids"][:ROW_LENGTH] for document in documents]
+        total = sum(
+            model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            for ids in map(torch.tensor, [[row] for row in rows])
+        )
+        losses[name] = total / sum(len(row) - 1 for row in rows)
+    return losses
 
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    math_documents = gsm8k_documents(args.gsm8k)
-    math_documents, math_held_out = math_documents[:-100], math_documents[-100:]
-    code, code_held_out = code_documents(), code_documents(held_out=True)[:50]
-    tokenizer = train_tokenizer(math_documents + code, VOCAB_SIZE)
-    streams = DocumentStream(math_documents, tokenizer, rng), DocumentStream(code, tokenizer, rng)
-    print(
-        f"documents: {len(streams[0].tokens)} GSM8K ({sum(map(len, streams[0].tokens))} tokens), "
-        f"{len(streams[1].tokens)} code ({sum(map(len, streams[1].tokens))} tokens)",
-        flush=True,
-    )
-
-    model = Qwen3ForCausalLM(target_config(tokenizer))
+    documents = {
+        "gsm8k": gsm8k_documents(args.gsm8k),
+        "worked gsm8k": worked_gsm8k_documents(args.gsm8k),
+        "problems": problems(PROBLEMS, args.seed),
+        "code": code_documents(),
+    }
+    held_out = {"gsm8k": documents["gsm8k"][-HELD_OUT:], "code": code_documents(held_out=True)[:50]}
+    unseen = {document["prompt"] for document in held_out["gsm8k"]}
+    documents = {name: [d for d in those if d["prompt"] not in unseen] for name, those in documents.items()}
+    if args.start:
+        tokenizer = AutoTokenizer.from_pretrained(args.start)
+        model = Qwen3ForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(documents["gsm8k"] + documents["code"], VOCAB_SIZE)
+        model = Qwen3ForCausalLM(target_config(tokenizer))
+    streams = {name: DocumentStream(those, tokenizer, rng) for name, those in documents.items()}
+    for name, stream in streams.items():
+        print(f"{name}: {len(stream.tokens)} documents, {sum(map(len, stream.tokens))} tokens", flush=True)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
+    print(json.dumps({"step": 0} | losses_of(model, tokenizer, held_out)), flush=True)
+    model.train()
     backbone = torch.compile(model.model)
-    optimizers = build_optimizers(model)
+    optimizers = build_optimizers(model, args.learning_rate)
     started, running = time.time(), None
     for step in range(args.steps):
-        rows = packed_rows(*streams, rng, tokenizer.pad_token_id)
+        rows = packed_rows(streams, rng, tokenizer.pad_token_id)
         labels = rows.roll(-1, 1)
         labels[:, -1] = tokenizer.pad_token_id
         labels = labels.masked_fill(labels == tokenizer.pad_token_id, IGNORED)
@@ -141,27 +159,20 @@ def train(args: argparse.Namespace) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps)
+                group["lr"] = learning_rate(step, args.steps, args.learning_rate)
             optimizer.step()
             optimizer.zero_grad()
         running = loss if running is None else 0.95 * running + 0.05 * loss
         if step % 10 == 0 or step == args.steps - 1:
             print(
-                f"step {step + 1}/{args.steps} loss {running:.3f} epochs {streams[0].epochs}/{streams[1].epochs} "
+                f"step {step + 1}/{args.steps} loss {running:.3f} "
+                f"epochs {' '.join(str(stream.epochs) for stream in streams.values())} "
                 f"minutes {(time.time() - started) / 60:.1f}",
                 flush=True,
             )
-        if (step + 1) % 200 == 0 or step == args.steps - 1:
+        if (step + 1) % 150 == 0 or step == args.steps - 1:
             save(model, tokenizer, args.output)
-    model.eval()
-    report = {
-        "held_out_loss_gsm8k": held_out_loss(model, tokenizer, math_held_out),
-        "held_out_loss_code": held_out_loss(model, tokenizer, code_held_out),
-        "steps": args.steps,
-        "tokens_a_step": PASSES_A_STEP * ROWS_A_PASS * ROW_LENGTH,
-        "minutes": (time.time() - started) / 60,
-    }
-    print(json.dumps(report), flush=True)
+            print(json.dumps({"step": step + 1} | losses_of(model, tokenizer, held_out)), flush=True)
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
@@ -175,9 +186,11 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gsm8k", required=True, help="GSM8K training split, a .jsonl file")
+    parser.add_argument("--start", help="target to go on from; without it, one from noise with a new tokenizer")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its peak")
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
