@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspark_hf.evaluation.prompts import encode
 
-PROBLEMS_SEED = 2  # other problems than those that the target was trained on
+PROBLEMS_SEED = 20_000  # other problems than those that the target was trained on
 BATCH_SIZE, MAX_NEW_TOKENS, SAMPLED_EVERY, TEMPERATURE = 128, 192, 3, 0.7
 
 
@@ -73,8 +73,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True)
     parser.add_argument("--gsm8k", required=True, help="GSM8K training split, a .jsonl file")
-    parser.add_argument("--problems", type=int, default=3200, help="how many problems of GSM8K")
-    parser.add_argument("--made-problems", type=int, default=768, help="how many problems made by rules")
-    parser.add_argument("--code", type=int, default=1792, help="how many code prompts")
+    parser.add_argument("--problems", type=int, default=2560, help="how many problems of GSM8K")
+    parser.add_argument("--made-problems", type=int, default=640, help="how many problems made by rules")
+    parser.add_argument("--code", type=int, default=1408, help="how many code prompts")
     parser.add_argument("--output", type=Path, required=True)
     main(parser.parse_args())
