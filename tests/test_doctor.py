@@ -92,9 +92,10 @@ def test_nothing_is_wrong_with_the_embedded_pair(head):
 
 # Each examines a pair once and decodes with three heads; the others run with --all.
 QUICK = ("alignment", "mask token", "window")
+MARKED = [own if own in QUICK else pytest.param(own, marks=pytest.mark.slow) for own in FAULTS]
 
 
-@pytest.mark.parametrize("fault", [own if own in QUICK else pytest.param(own, marks=pytest.mark.slow) for own in FAULTS])
+@pytest.mark.parametrize("fault", MARKED)
 def test_a_planted_key_is_named_first_with_the_tau_of_mending_it(fault, head):
     key = next(iter(FAULTS[fault]))
     plant(head, FAULTS[fault])
