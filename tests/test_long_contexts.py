@@ -1,6 +1,10 @@
 """Long contexts: a window of the context is all that the head keeps where it is told to, prompts are read in pieces,
 and what is written stays the target's."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_head, tiny_target
@@ -11,8 +15,10 @@ from test_compressed import pair as v4_pair
 from test_hybrids import build as build_hybrid
 from test_targets import DYNAMIC, LONGROPE, build
 from transformers import GenerationConfig, LogitsProcessorList
+from typer.testing import CliRunner
 
 from dspark_hf import DSparkHead
+from dspark_hf.cli import app
 from dspark_hf.generation import drafting, pieces
 from dspark_hf.generation.drafting import Drafter, window_of
 from dspark_hf.generation.engine import Engine
@@ -352,3 +358,33 @@ def test_recorded_states_are_of_whole_prompts(passes):
     found = target.generate(**kwargs, assistant_model=tiny_head(target), prefill_chunk_size=16)
     plain = target.generate(**kwargs)
     assert found.hidden_states[0][1].shape == plain.hidden_states[0][1].shape == (1, 60, 32)
+
+
+# -- What the docs say ------------------------------------------------------------------------------------------------
+
+DOCS = (Path(__file__).parents[1] / "docs" / "long_contexts.md").read_text()
+
+
+def test_the_snippet_of_the_docs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)
+    exec(compile(code, "docs/long_contexts.md", "exec"), {"__name__": "__main__"})
+    assert "What is 3 times 4?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["bench", "doctor"])
+def test_the_commands_of_the_docs_take_a_window(command, tmp_path, monkeypatch):
+    (line,) = re.findall(rf"^    dspark-hf ({command} .*)$", DOCS, flags=re.MULTILINE)
+    prompts, found, windows = tmp_path / "prompts.jsonl", tmp_path / "found.json", set()
+    prompts.write_text("".join(f"Tom has {n} boxes of 12 pencils. How many pencils has he?\n" for n in range(2, 7)))
+    line = line.replace("prompts.jsonl", str(prompts)).replace("2048", "3")
+    line += f" --max-new-tokens 24 --limit 5 --dtype float32 --json {found}"
+    line += " --batch-sizes 5 --methods plain,dspark" if command == "bench" else ""
+    init = Drafter.__init__
+    monkeypatch.setattr(Drafter, "__init__", lambda own, *args: (init(own, *args), windows.add(own.window))[0])
+    result = CliRunner().invoke(app, line.split(), env={"COLUMNS": "200"})
+    written = json.loads(found.read_text())
+    if command == "bench":
+        assert result.exit_code == 0 and windows == {3} and written[1]["identical"]
+    else:
+        # The doctor finds that it takes away what the head needs.
+        assert result.exit_code == 1 and windows >= {3, None} and written["findings"][0]["name"] == "draft_window"
