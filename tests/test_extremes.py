@@ -7,9 +7,11 @@ from conftest import rest_slow, tiny_head, tiny_target, whole_blocks
 from test_batching import config, results
 from test_compiled import static
 from test_sampling import draw, exact_distribution, p_value
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TorchAoConfig
 
 import dspark_hf
+from dspark_hf import DSparkHead
+from dspark_hf.embedded import FOLDER
 from dspark_hf.evaluation.bench import bench, cells_of, estimate
 from dspark_hf.generation import observers
 from dspark_hf.generation.drafting import Drafter
@@ -246,10 +248,17 @@ def test_nothing_is_said_of_heads_that_help_or_did_not_draft(pair, code, warning
 # -- Quantised heads ------------------------------------------------------------------------------------------------
 
 
-def test_bench_takes_a_quantised_head():
+@pytest.mark.parametrize("by_transformers", [False, True])
+def test_bench_takes_a_quantised_head(by_transformers):
     quantization = pytest.importorskip("torchao.quantization")
     model, head, tokenizer = dspark_hf.embedded_pair(torch.float32)
-    quantization.quantize_(head, quantization.Int8WeightOnlyConfig())
+    int8 = quantization.Int8WeightOnlyConfig()
+    if by_transformers:
+        config = TorchAoConfig(int8)
+        head = DSparkHead.from_pretrained(FOLDER / "head", quantization_config=config, dtype=torch.float32)
+    else:
+        quantization.quantize_(head, int8)
+    assert type(head.fc.weight) is not torch.nn.Parameter
     cells = cells_of(head, ["Tom has 3 boxes of 12 pencils."], [1], ["plain", "dspark"], turns=1)
     records = list(bench(model, head, tokenizer, cells, estimate(model, head, tokenizer, cells, 16), 16))
     plain, dspark = records
