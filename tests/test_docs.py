@@ -22,7 +22,9 @@ def test_every_row_of_the_matrix_has_its_test(name):
     assert f"def {function}(" in (ROOT / "tests" / file).read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/features.md", "docs/doctor.md", "docs/training_data.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/features.md", "docs/doctor.md", "docs/training_data.md", "docs/evaluation.md"]
+)
 def test_links_lead_somewhere(document):
     text = (ROOT / document).read_text()
     for link in re.findall(r"\]\((?!https?://|#)([^)]+)\)", text):
