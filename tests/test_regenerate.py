@@ -322,8 +322,8 @@ def test_train_compares_before_it_starts(tmp_path, monkeypatch):
     mixed = [{"prompt": a["question"], "response": b["answer"]} for a, b in zip(rows, rows[1:], strict=False)]
     data, warnings, trained = write(tmp_path / "mixed.jsonl", *mixed), [], []
     alone = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
-    monkeypatch.setattr("accelerate.Accelerator", lambda **kwargs: alone)
     monkeypatch.setattr("dspark_hf.training.trainer.train", lambda *args: trained.append(len(warnings)))
+    monkeypatch.setattr("accelerate.Accelerator", lambda **kwargs: alone)
     monkeypatch.setattr(data_check.logger, "warning", warnings.append)
     monkeypatch.setattr(data_check, "TOKENS", 24)
     run("train", "--model", str(FOLDER / "target"), "--data", data, "--output", str(tmp_path / "head"), "--layers", "1")
