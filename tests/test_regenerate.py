@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -313,3 +314,17 @@ def test_data_are_compared_with_answers_sampled_as_they_were(texts, tmp_path, mo
     assert "in 16 rows" in warning and f"regenerate --data {source}" in warning
     long = {"input_ids": [1] * 2000, "loss_mask": [0] * 1990 + [1] * 10}
     assert data_check.check_data(target, [long], source, target.device) is None
+
+
+def test_train_compares_before_it_starts(tmp_path, monkeypatch):
+    """Answers to other questions."""
+    rows = lines_of(GSM8K_SAMPLE)[:7]
+    mixed = [{"prompt": a["question"], "response": b["answer"]} for a, b in zip(rows, rows[1:], strict=False)]
+    data, warnings, trained = write(tmp_path / "mixed.jsonl", *mixed), [], []
+    alone = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
+    monkeypatch.setattr("dspark_hf.training.trainer.train", lambda *args: trained.append(len(warnings)))
+    monkeypatch.setattr("accelerate.Accelerator", lambda **kwargs: alone)
+    monkeypatch.setattr(data_check.logger, "warning", warnings.append)
+    monkeypatch.setattr(data_check, "TOKENS", 24)
+    run("train", "--model", str(FOLDER / "target"), "--data", data, "--output", str(tmp_path / "head"), "--layers", "1")
+    assert trained == [1] and "in 6 rows of" in warnings[0]

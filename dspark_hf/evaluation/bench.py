@@ -464,9 +464,6 @@ def as_table(records: list[Record]) -> Table:
         padding=(0, 1, 0, 0),
     )
     columns = ("batch", "prompts", "turns", "tok/s", "speed up", "tau", "draft ms", "verify ms", "ceiling", "of it")
-    domains = any(r.domain for r in records)
-    if domains:
-        table.add_column("data", no_wrap=True)
     table.add_column("method", no_wrap=True)
     for column in (*columns, "same"):
         table.add_column(column, justify="right")
@@ -474,7 +471,6 @@ def as_table(records: list[Record]) -> Table:
         share = r.speedup / r.ceiling if r.ceiling else None
         same = {None: "-", True: "yes", False: "NO"}[r.identical]
         table.add_row(
-            *([r.domain or "-"] if domains else []),
             r.method,
             str(r.batch_size),
             str(r.prompts),
