@@ -324,6 +324,27 @@ def test_train_check_ends_with_what_it_found(passes, tmp_path, monkeypatch):
         (["bench", "--sweep-batch", ""], "--sweep-batch '' has an empty entry"),
         (["bench", "--methods", "plain,"], "--methods 'plain,' has an empty entry"),
         (["eval", "--data", "gsm8k,"], "--data 'gsm8k,' has an empty entry"),
+        (
+            [
+                "train",
+                "--model",
+                str(FOLDER / "target"),
+                "--data",
+                "d",
+                "--output",
+                "o",
+                "--head",
+                "h",
+                "--config",
+                "{}x",
+            ],
+            "--config '{}x' is no JSON",
+        ),
+        (
+            ["train", "--model", str(FOLDER / "target"), "--data", "d", "--output", "o", "--head", "h"]
+            + ["--config", '{"block_size": 4}'],
+            "--config is for fresh heads",
+        ),
         (["profile", "--dtype", "nonsense"], "--dtype nonsense: expected one of auto, float64, float32, bfloat16"),
         (["profile", "--plot", "times.foo"], "'times.foo' names no picture: expected one of"),
     ],

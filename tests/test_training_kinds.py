@@ -212,26 +212,19 @@ def test_logits_are_made_some_rows_at_a_time(monkeypatch):
     """Of the head and of the target; the gradients are the same."""
     target, rows = task()
     head, batch, made = head_of(target, {}).train(), collate(rows[:4]), []
-    tables, real = head.share_tables(target), DSparkHead._logits_of
-
-    def noted(self, normed, tables):
-        made.append(normed.shape[0])
-        return real(self, normed, tables)
-
-    monkeypatch.setattr(DSparkHead, "_logits_of", noted)
-    lm_head = target.get_output_embeddings()
-    hook = lm_head.register_forward_hook(lambda module, args, output: made.append(output.shape[:-1].numel()))
+    tables = head.share_tables(target)
+    hook = target.lm_head.register_forward_hook(lambda *args: made.append(args[-1].shape[:-1].numel()))
+    states = target_states(target, batch["input_ids"], head.config.target_layer_ids)
     gradients = []
-    for chunk in (1000, 24 * 10):
-        made.clear()
-        monkeypatch.setattr(step, "CHUNK", chunk * 24 if chunk == 1000 else chunk)
-        states = target_states(target, batch["input_ids"], head.config.target_layer_ids)
+    for rows_at_once in (1000, 10):
+        monkeypatch.setattr(step, "CHUNK", rows_at_once * target.config.vocab_size)
         made.clear()
         head.zero_grad()
         generator = torch.Generator().manual_seed(0)
         training_step(head, target, tables, batch, 8, generator, states=states).total.backward()
         gradients.append({name: p.grad.clone() for name, p in head.named_parameters()})
-        assert max(made) == (10 if chunk == 240 else max(made)) and (chunk == 240 or max(made) > 100)
+        # Both ends of all rows: the head's logits and the target's.
+        assert max(made) == min(rows_at_once, sum(made) // 2) and sum(made) > 200
     hook.remove()
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, atol=1e-6, rtol=1e-4, msg=name)
@@ -448,6 +441,19 @@ def test_keys_of_a_config(tmp_path):
     for given, named in (("{no}", "is no JSON"), ('{"window": 3}', "a head has no window")):
         with pytest.raises(ValueError, match=named):
             read_keys(given)
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "training_kinds.md"
+
+
+@pytest.mark.parametrize("given", re.findall("--config '([^']+)'", DOCUMENT.read_text()))
+def test_configs_of_the_document(given):
+    keys = read_keys(given)
+    target = gemma(False, vocab_size=24) if keys.get("backbone") == "gemma4" else task()[0]
+    if "draft_vocab_size" in keys:
+        keys["draft_vocab_size"] = 9
+    head, _ = fresh_head(target, task()[1], num_hidden_layers=2, markov_rank=8, **keys)
+    assert all(getattr(head.config, key) == value for key, value in keys.items())
 
 
 def test_sequential_heads_of_blocks():

@@ -84,6 +84,8 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(model)
     # What is wrong with the data is said before the models are loaded.
     keys = {} if config is None else read_keys(config)
+    if head is not None and keys:
+        raise ValueError("--config is for fresh heads; one that is given with --head brings its own.")
     rows, held_out = load_rows(data, tokenizer, max_length), None
     if eval_data is not None:
         held_out = load_rows(eval_data, tokenizer, max_length)[:eval_prompts]
@@ -120,7 +122,7 @@ def train(
     if check:
         found = checked(draft_head, target, rows, seed=seed)
         tell(str(found))
-        raise typer.Exit(not found.passed)
+        raise typer.Exit(int(not found.passed))
     if pack:
         check_packing(target)
         rows = packed(rows, max_length)

@@ -5,9 +5,8 @@ w_k = exp(-(k-1) / decay) for k = 1..G, since a late draft counts only when all 
 
 Logits of all rows at once would be the largest tensors of a step by far: 512 anchors x 7 rows x 151,936 tokens are two
 gigabytes in float32, and a dozen of that size would be needed. So logits are made, compared and differentiated some
-rows at a time, and only the gradients of what they are made of are kept. (Liger-Kernel's fused linear cross entropy
-does the same for a cross entropy or a divergence of two distributions; ours needs both losses of one softmax, and the
-distance itself as the confidence head's target.)
+rows at a time, and only the gradients of what they are made of are kept. (Liger-Kernel does so for an LM head with one
+loss behind it; here logits are the sum of two products, with two losses of one softmax.)
 """
 
 from collections.abc import Callable, Sequence
