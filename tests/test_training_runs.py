@@ -10,15 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import TorchDynamoPlugin
 from conftest import tiny_head, tiny_target
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from workers import training as worker
 
 from dspark_hf import DSparkHead
@@ -148,6 +153,45 @@ def test_one_process_goes_on_where_two_were(kind, in_two, straight, task, head, 
     train(head, target, rows, worker.arguments(tmp_path), resume=True)
     assert_same_losses(tmp_path, straight)
     assert_close_weights(tmp_path, straight)
+
+
+@pytest.mark.slow
+def test_the_command_in_two_processes(task, tmp_path):
+    """With what accelerate's launcher sets for FSDP, which makes transformers load weights in one process only: losses
+    and tau are those of one process. (On a CPU it launches one process; torch's launches more.)"""
+    target, rows = task
+    target.save_pretrained(tmp_path / "target")
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(worker.VOCABULARY)}, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "target")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"--model": tmp_path / "target", "--data": data, "--layers": 1, "--markov-rank": 8, "--anchors": 6}
+    options |= {"--epochs": 4, "--eval-every": 4, "--eval-prompts": 4, "--mixed-precision": "no", "--save-every": 4}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_FSDP": "true"}
+    environment |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_VERSION": "2"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    for processes, batch_size in ((1, 8), (2, 4)):
+        own = options | {"--output": tmp_path / str(processes), "--batch-size": batch_size}
+        command = [*launch, "--nproc-per-node", processes, "-m", "dspark_hf.cli", "train", *chain(*own.items())]
+        command += ["--cache-features", tmp_path / "cache"] if processes == 2 else []
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-6000:]
+        assert done.stdout.count("head written to") == 1
+    assert_same_losses(tmp_path / "2", tmp_path / "1")
+    taus = [[line["tau"] for line in read_log(tmp_path / name) if "tau" in line] for name in ("1", "2")]
+    assert len(taus[0]) == 3 and taus[0] == taus[1]
+
+
+@pytest.mark.slow
+def test_layers_that_accelerate_compiles(straight, task, head, tmp_path):
+    target, rows = task
+    plugin = TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=True, dynamic=True)
+    AcceleratorState._reset_state()
+    trained = train(head, target, rows, worker.arguments(tmp_path), Accelerator(dynamo_plugin=plugin))
+    AcceleratorState._reset_state()
+    assert_same_losses(tmp_path, straight)
+    assert_close_weights(tmp_path, straight)
+    assert type(trained.layers[0]).__name__ == "DraftLayer"
 
 
 def test_another_global_batch_is_refused_by_name(straight, task, head, tmp_path):

@@ -67,6 +67,7 @@ def train(
 ) -> None:
     """Train a head. Best on text that the target itself wrote (see docs/training.md)."""
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import disable_fsdp_ram_efficient_loading
 
     from ..training.check import check as checked
     from ..training.data import load_rows
@@ -91,7 +92,11 @@ def train(
         held_out = load_rows(eval_data, tokenizer, max_length)[:eval_prompts]
     elif eval_every is not None:
         rows, held_out = split(rows, eval_prompts, seed)
+    # It would leave the target of all processes but the first without weights: only the head is sharded.
+    disable_fsdp_ram_efficient_loading()
     accelerator = Accelerator(
+        # Without it several processes on a CPU do not find each other.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=check_trackers(entries("--report-to", report_to)) or None,

@@ -182,6 +182,11 @@ def _check(args: TrainingArguments, held_out: list[Row] | None, accelerator: Acc
             f"Heads are trained in one process, with DDP or with FSDP2; accelerate was configured for {kind.value}. "
             "Launch with --multi_gpu, or with --use_fsdp --fsdp_version 2."
         )
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "With `cpu_ram_efficient_loading` of FSDP, transformers loads no weights of the target in all processes "
+            "but one: call accelerate's `disable_fsdp_ram_efficient_loading` before anything else."
+        )
 
 
 def _settings(
