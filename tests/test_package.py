@@ -1,5 +1,5 @@
-"""What `python -m build` makes of the project, and the Space, each in a venv of what it asks for and nothing else: behind
-behind `--all`, and always run by CI (`make test-package`)."""
+"""What `python -m build` makes of the project, and the Space, each in a venv of what it asks for and nothing else. They
+run with `--all`, and always in CI (`make test-package`)."""
 
 import os
 import shutil
