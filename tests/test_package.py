@@ -1,18 +1,24 @@
-"""What `python -m build` makes of the project, and a fresh venv with it: behind `--all`, and always run by CI
-(`make test-package`)."""
+"""What `python -m build` makes of the project, and the Space, each in a venv of what it asks for and nothing else. They
+run with `--all`, and always in CI (`make test-package`)."""
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
-import sysconfig
 import tarfile
+import time
+import urllib.request
 import zipfile
+from collections.abc import Iterable
 from email import message_from_bytes
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 from documents import README, snippets
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import dspark_hf
 
@@ -31,6 +37,53 @@ DATA = [
     "dspark_hf/pair/head/model.safetensors",
     "dspark_hf/pair/target/tokenizer.json",
 ]
+# What a busy machine may take to start the Space.
+SECONDS = 300
+
+# -- Venvs without downloads -----------------------------------------------------------------------------------------
+
+
+def needed(requirements: Iterable[str]) -> set[str]:
+    """Names of the distributions that pip would install for these requirements, from those that are installed here."""
+    pending, seen = [Requirement(line) for line in requirements], set()
+    while pending:
+        one = pending.pop()
+        key = canonicalize_name(one.name), frozenset(one.extras)
+        if key in seen:
+            continue
+        seen.add(key)
+        assert distribution(one.name).version in one.specifier or not one.specifier, one
+        for child in map(Requirement, distribution(one.name).requires or ()):
+            if child.marker is None or any(child.marker.evaluate({"extra": extra}) for extra in one.extras or {""}):
+                pending.append(child)
+    return {name for name, _ in seen}
+
+
+def fresh_venv(folder: Path, requirements: Iterable[str]) -> Path:
+    """The Python of a new venv that sees what the requirements need, and no other package."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    for name in needed(requirements):
+        own = distribution(name)
+        for top in {file.parts[0] for file in own.files} - {"..", "/", "__pycache__"}:
+            place = packages / top
+            if not place.exists():
+                place.symlink_to(Path(own.locate_file(top)))
+    return folder / "bin" / "python"
+
+
+def run_in(python: Path, *arguments: str, cwd: Path) -> str:
+    """What Python prints."""
+    done = subprocess.run([str(python), *arguments], cwd=cwd, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | more
+
+
+# -- Wheel and sdist -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -48,41 +101,33 @@ def built(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(built, tmp_path_factory) -> Path:
-    """The Python of a venv with the wheel, which sees the packages that the tests run with behind it."""
-    folder = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    python = folder / "bin" / "python"
-    [wheel] = built.glob("*.whl")
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*install, str(wheel)], check=True)
-    [packages] = folder.glob("lib/python*/site-packages")
-    (packages / "behind.pth").write_text(f"import site; site.addsitedir({sysconfig.get_paths()['purelib']!r})\n")
-    return python
+def wheel(built) -> Path:
+    [found] = built.glob("dspark_hf-*-py3-none-any.whl")
+    return found
 
 
-def run_in(python: Path, *arguments: str, cwd: Path) -> str:
-    """What a command of the venv prints."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([str(python), *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def metadata(wheel: Path):
+    with zipfile.ZipFile(wheel) as file:
+        [name] = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
+        return message_from_bytes(file.read(name))
 
 
-def test_the_wheel_has_what_belongs_into_it(built):
-    [wheel] = built.glob("dspark_hf-*-py3-none-any.whl")
+def always(wheel: Path) -> list[str]:
+    """What it asks for without any extra."""
+    return [line for line in metadata(wheel).get_all("Requires-Dist") if "extra ==" not in line]
+
+
+def test_the_wheel_has_what_belongs_into_it(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
-        [metadata] = [name for name in names if name.endswith(".dist-info/METADATA")]
-        told = message_from_bytes(file.read(metadata))
     assert set(DATA) <= set(names)
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dspark_hf", "dspark_kernels"}
+    told = metadata(wheel)
     assert told["Name"] == "dspark-hf" and told["Version"] == dspark_hf.__version__
     assert told["License-Expression"] == "MIT" and told["Requires-Python"] == ">=3.11"
     assert {"train", "eval", "serve", "demo", "plot", "kernels", "docs", "test"} == set(told.get_all("Provides-Extra"))
-    always = [name for name in told.get_all("Requires-Dist") if "extra ==" not in name]
-    assert sorted(name.partition(">")[0] for name in always) == ["rich", "torch", "transformers", "typer"]
+    assert sorted(Requirement(line).name for line in always(wheel)) == ["rich", "torch", "transformers", "typer"]
 
 
 def test_the_sdist_has_the_licence_and_the_readme(built):
@@ -92,29 +137,54 @@ def test_the_sdist_has_the_licence_and_the_readme(built):
     assert {"LICENSE", "README.md", "pyproject.toml", "dspark_hf/py.typed"} <= names
 
 
-def test_the_first_commands_run_from_the_wheel(installed, tmp_path):
-    """Not from the checkout: those of the README on the embedded pair."""
-    where = run_in(
-        installed, "-c", "import dspark_hf, dspark_kernels as k; print(dspark_hf.__file__, k.__file__)", cwd=tmp_path
+def test_the_first_commands_run_from_the_wheel(wheel, tmp_path):
+    """Those of the README on the embedded pair, without any extra."""
+    python = fresh_venv(tmp_path / "venv", always(wheel))
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*install, str(wheel)], check=True)
+    files = run_in(
+        python, "-c", "import dspark_hf as a, dspark_kernels as b; print(a.__file__, b.__file__)", cwd=tmp_path
     )
-    assert all(Path(path).is_relative_to(installed.parents[1]) for path in where.split())
-    command = str(installed.with_name("dspark-hf"))
-    assert dspark_hf.__version__ in run_in(installed, command, "--version", cwd=tmp_path)
+    assert all(Path(file).is_relative_to(tmp_path) for file in files.split())
+    command = [str(python.with_name("dspark-hf")), "generate", "What is 3 times 4?", "--max-new-tokens", "16"]
     plain, drafted = (
-        run_in(
-            installed,
-            command,
-            "generate",
-            "What is 3 times 4?",
-            "--max-new-tokens",
-            "24",
-            "--dtype",
-            "float32",
-            *more,
-            cwd=tmp_path,
-        )
-        for more in (["--no-draft"], [])
+        run_in(python, *command, "--dtype", "float32", *more, cwd=tmp_path) for more in (["--no-draft"], [])
     )
     assert plain.splitlines()[0] == drafted.splitlines()[0] and "tau" in drafted and "tau" not in plain
     [code] = [code for code in snippets(README) if "embedded_pair" in code]
-    assert "tokens a round" in run_in(installed, "-c", code, cwd=tmp_path)
+    assert "tokens a round" in run_in(python, "-c", code, cwd=tmp_path)
+
+
+# -- The Space -------------------------------------------------------------------------------------------------------
+
+
+def test_the_space_answers(tmp_path):
+    """As it is uploaded: `demo/` with the two packages beside `app.py`, and its requirements."""
+    space = Path(shutil.copytree(ROOT / "demo", tmp_path / "space"))
+    for package in (ROOT / "dspark_hf", ROOT / "kernels" / "torch-ext" / "dspark_kernels"):
+        shutil.copytree(package, space / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    python = fresh_venv(tmp_path / "venv", (space / "requirements.txt").read_text().split())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = environment(GRADIO_SERVER_PORT=str(port), GRADIO_ANALYTICS_ENABLED="False")
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        server = subprocess.Popen([str(python), "app.py"], cwd=space, env=settings, stdout=file, stderr=file)
+    try:
+        assert "gradio" in answer(f"http://127.0.0.1:{port}", server, log).lower()
+    finally:
+        server.terminate()
+        server.wait()
+    assert "Traceback" not in log.read_text()
+
+
+def answer(address: str, server: subprocess.Popen, log: Path) -> str:
+    """The page, as soon as there is one."""
+    for _ in range(4 * SECONDS):
+        assert server.poll() is None, log.read_text()
+        try:
+            return urllib.request.urlopen(address).read().decode()
+        except OSError:
+            time.sleep(0.25)
+    raise TimeoutError(log.read_text())
