@@ -3,7 +3,8 @@ that must be copied letter by letter, and heads that are of no use."""
 
 import pytest
 import torch
-from conftest import rest_slow, tiny_head, tiny_target, whole_blocks
+from conftest import tiny_head, tiny_target, whole_blocks
+from shares import rest_slow
 from test_batching import config, results
 from test_compiled import static
 from test_sampling import draw, exact_distribution, p_value
