@@ -160,10 +160,10 @@ class Engine:
         if self.past is not None:
             self.past.load(joining, places, cache, self.drafter)
         lengths = [len(row.prompt_columns) + row.lag for row in joining]
-        prompts, those = [row.prompt for row in joining], places if present else None
         if self.piece is not None:
-            prompts = read_ahead(state, self.target, self.piece, prompts, lengths, those)
-        passed = rounds.prefill(state, self.target, prompts, lengths, those)
+            read_ahead(state, self.target, self.piece, joining, lengths, places if present else None)
+        prompts = [row.prompt for row in joining]
+        passed = rounds.prefill(state, self.target, prompts, lengths, places if present else None)
         layout = rounds.undrafted(len(joining))
         host, next_tokens, logits = accept(joining, self.lockstep, None, layout, passed)
         state.anchors = torch.cat([state.anchors, next_tokens])
