@@ -126,8 +126,7 @@ class Engine:
             layout = rounds.schedule(planner.scheduler, plan, block, confidence, max_drafts, self.target.device)
         with clock.part("verify"):
             read_at = read_lengths(rows, 1 + layout.most, self.target)
-            prompts, *where = self._seat(joining) if joining else ([],)
-            part = rounds.prompt_part(state, self.target, prompts, *where) if joining else None
+            part = rounds.prompt_part(state, self.target, *self._seat(joining)) if joining else None
             passed, drafts = passes.verify(state, self.target, block, layout, read_at, part)
         with clock.part("other"):
             host, next_tokens, logits = accept(rows, self.lockstep, block, layout, passed, drafts, confidence)
@@ -142,9 +141,8 @@ class Engine:
             # Of a row that ends in the middle of a block no more than its text: a state cannot be cut back later.
             rounds.commit(state, passed.features, [max(len(kept), 1) for kept in done.kept], next_tokens)
             if joining:
-                counts = list(map(len, prompts))
-                state.cache.commit(counts, list(range(len(rows), len(self.rows))))
-            return self._settle([done, self._begin(joining, passed.read, counts)] if joining else [done])
+                state.cache.commit([len(row.prompt) for row in joining], list(range(len(rows), len(self.rows))))
+            return self._settle([done, self._begin(joining, passed.read)] if joining else [done])
 
     # -- Rows come and go ---------------------------------------------------------------------------------------
 
@@ -171,21 +169,22 @@ class Engine:
         if self.past is not None:
             self.past.load(joining, list(range(present, len(self.rows))), cache, self.drafter)
         lengths = [len(row.prompt_columns) + row.lag for row in joining]
-        prompts, places = [row.prompt for row in joining], list(range(present, len(self.rows)))
         if self.piece is not None:
-            prompts = read_ahead(self.state, self.target, self.piece, prompts, lengths, places if present else None)
-        return prompts, lengths, present
+            places = list(range(present, len(self.rows))) if present else None
+            read_ahead(self.state, self.target, self.piece, joining, lengths, places)
+        return [row.prompt for row in joining], lengths, present
 
     def _prefill(self, joining: list[Row]) -> list[Row]:
         """Read the prompts of rows in a pass of their own."""
         prompts, lengths, present = self._seat(joining)
         places = list(range(present, len(self.rows))) if present else None
         passed = rounds.prefill(self.state, self.target, prompts, lengths, places)
-        return self._settle([self._begin(joining, passed, list(map(len, prompts)))])
+        return self._settle([self._begin(joining, passed)])
 
-    def _begin(self, joining: list[Row], passed: TargetPass, counts: list[int]) -> CommittedRound:
-        """The first tokens of rows whose prompts were read, the last counts[i] tokens of each in this pass."""
+    def _begin(self, joining: list[Row], passed: TargetPass) -> CommittedRound:
+        """The first tokens of rows whose prompts were read."""
         layout, present = rounds.undrafted(len(joining)), len(self.rows) - len(joining)
+        counts = [len(row.prompt) for row in joining]
         host, next_tokens, logits = accept(joining, self.lockstep, None, layout, passed)
         self.state.anchors = torch.cat([self.state.anchors, next_tokens])
         self.planner.scheduler.add(len(joining))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from .cache import on_device
 from .round import RoundState
+from .rows import Row
 from .target import Target
 
 # Tokens of a prompt that are read at once, where `prefill_chunk_size` does not say. Beside keys and values a pass holds
@@ -16,25 +17,23 @@ def read_ahead(
     state: RoundState,
     target: Target,
     piece: int,
-    prompts: Sequence[list[int]],
+    rows: Sequence[Row],
     lengths: list[int],
     joining: list[int] | None = None,
-) -> list[list[int]]:
-    """Read prompts, target and head both, until at most `piece` tokens of each are left. Returns these.
+) -> None:
+    """Read prompts, target and head both, until at most `piece` tokens of each row's `prompt` are left.
 
     Args:
-        prompts, lengths, joining: as of `round.prefill`, which reads the rest.
+        lengths, joining: as of `round.prefill`, which reads the rest.
     """
-    left, device = list(prompts), target.device
-    places = list(range(len(left))) if joining is None else joining
-    while long := [i for i, prompt in enumerate(left) if len(prompt) > piece]:
-        tokens = on_device([left[i][:piece] for i in long], device)
-        rows = None if joining is None and len(long) == len(left) else [places[i] for i in long]
+    places, device = list(range(len(rows))) if joining is None else joining, target.device
+    while long := [i for i, row in enumerate(rows) if len(row.prompt) > piece]:
+        tokens = on_device([rows[i].prompt[:piece] for i in long], device)
+        those = None if joining is None and len(long) == len(rows) else [places[i] for i in long]
         read_at = on_device([lengths[i] for i in long], device)[:, None].expand_as(tokens) if target.growing else None
-        passed = target.forward(tokens, state.cache, on_device([piece - 1], device), read_at, rows)
+        passed = target.forward(tokens, state.cache, on_device([piece - 1], device), read_at, those)
         counts = [piece] * len(long)
-        state.cache.commit(counts, rows)
-        state.drafter.read(rows, passed.features, counts)
+        state.cache.commit(counts, those)
+        state.drafter.read(those, passed.features, counts)
         for i in long:
-            left[i] = left[i][piece:]
-    return left
+            rows[i].prompt = rows[i].prompt[piece:]

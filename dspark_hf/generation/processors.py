@@ -117,7 +117,7 @@ class BlockProcessors:
         return drawn(logits, torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device))
 
     def next_tokens(self, logits: torch.Tensor) -> torch.Tensor:
-        """The same, and `INVALID` where logits are no distribution."""
+        """Tokens [R] of the target from its processed logits [R, V], where nothing was drafted."""
         return self.choose(logits) if self.do_sample else likeliest(logits)
 
     def seeds(self, rows: int, device: torch.device) -> torch.Tensor | None:
@@ -246,7 +246,8 @@ class Selection:
             processed = own(logits.float()[:, None], None)[:, 0]
         else:
             processed = logits.float() if self.sample else logits
-        tokens, processed = as_drafted(own.next_tokens(processed), processed if self.sample else None)
+        tokens = own.choose(processed) if self.sample else likeliest(processed)
+        tokens, processed = as_drafted(tokens, processed if self.sample else None)
         if own.needs_prefix:
             self.prefixes = self.prefixes.longer(tokens.clamp(min=0))
         return tokens, processed

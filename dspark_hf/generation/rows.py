@@ -18,7 +18,7 @@ class Row:
 
     index: place in the batch.
     given: its `input_ids` as plain generate holds them, padding included.
-    prompt: the tokens of it that are neither padding nor cached.
+    prompt: the tokens of it that are neither padding nor cached, or read ahead of the rest.
     prompt_columns: columns of cached and prompt tokens in plain's layout (one column a token, padding included).
     cached: how many of them are cached.
     width: columns of cache and prompt together.
