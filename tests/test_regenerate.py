@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import GSM8K_SAMPLE, tiny_head, tiny_target
 from test_cli import fails, run
+from test_hybrids import build
 
 from dspark_hf.embedded import FOLDER, embedded_pair
 from dspark_hf.training import data_check
@@ -250,6 +251,16 @@ def test_limits_of_an_answer():
     assert answer.tokens == found[0].tokens[:2] and not answer.is_cut
 
 
+@pytest.mark.parametrize("family", ["qwen3-next", "lfm2"])
+def test_recurrent_targets_without_a_head(family):
+    target = build(family)
+    prompts = {number: Prompt([3 + number, 7, 5][: 1 + number], None) for number in range(3)}
+    for answer in regenerate(target, None, prompts, Settings(max_new_tokens=12, batch_size=2, temperature=0)):
+        ids = torch.tensor([prompts[answer.prompt].ids])
+        plain = target.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        assert answer.tokens == plain.tolist()
+
+
 def test_a_target_that_writes_no_numbers():
     target = tiny_target()
     with torch.no_grad():
@@ -276,8 +287,9 @@ def rows_of(prompts, answers) -> list[dict]:
     ]
 
 
-def test_text_of_the_target_is_told_from_other_text(texts):
+def test_text_of_the_target_is_told_from_other_text(texts, monkeypatch):
     target, prompts = texts
+    monkeypatch.setattr(data_check, "TOKENS", 40)
     own = rows_of(prompts, regenerate(target, None, prompts, Settings(max_new_tokens=40, seed=1)))
     found = compare(target, own)
     assert not found.differs and found.rows == 16 and abs(np.log(found.data / found.own)) < 4 * found.error
@@ -304,6 +316,7 @@ def test_data_are_compared_with_answers_sampled_as_they_were(texts, tmp_path, mo
     settings, warnings = Settings(max_new_tokens=40, temperature=1.5, seed=1), []
     rows, config = rows_of(prompts, regenerate(target, None, prompts, settings)), sampling_config(target, settings)
     monkeypatch.setattr(data_check.logger, "warning", warnings.append)
+    monkeypatch.setattr(data_check, "TOKENS", 40)
     source = write(tmp_path / "a.jsonl", *rows)
     Rows(tmp_path / "b.jsonl", describe_run("x", torch.float32, list(prompts.values()), settings, config)).begin()
     assert not data_check.check_data(target, rows, str(tmp_path / "b.jsonl"), target.device).differs

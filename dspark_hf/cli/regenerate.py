@@ -65,6 +65,7 @@ def regenerate(
     if model is not None and head is None and not no_draft:
         head = _known_head(model)
     target, draft_head, _ = load(model, head, dtype, needs_head=False)
+    drafting = None if no_draft else draft_head
     settings = answers.Settings(max_new_tokens, max_length, temperature, top_p, thinking, seed, batch_size)
     config = answers.sampling_config(target, settings)
     run = answers.describe_run(model or "embedded", target.dtype, prompts, settings, config)
@@ -78,7 +79,7 @@ def regenerate(
         todo = [number for number in range(len(prompts)) if number not in done][processes.index :: processes.count]
         own, totals, started = {number: prompts[number] for number in todo}, answers.Totals(), time.perf_counter()
         with progress("answering") if processes.index == 0 else nullcontext(lambda text: None) as report:
-            for answer in answers.regenerate(target, None if no_draft else draft_head, own, settings, config):
+            for answer in answers.regenerate(target, drafting, own, settings, config):
                 rows.append(answers.row_of(prompts[answer.prompt], answer, tokenizer))
                 totals += answers.Totals.of(answer)
                 ended = min(len(done) + totals.answers * processes.count, len(prompts))
@@ -87,7 +88,7 @@ def regenerate(
         totals = sum(processes.gather([totals]), answers.Totals())
         if processes.index == 0:
             rows.finish()
-            say(_described(totals, time.perf_counter() - started), style="dim")
+            say(_described(totals, time.perf_counter() - started, drafting is not None), style="dim")
     processes.close()
     if processes.index == 0:
         say(f"{len(prompts)} rows in {output}: dspark-hf train --model {model or FOLDER / 'target'} --data {output}")
@@ -103,8 +104,8 @@ def _known_head(model: str) -> str | None:
     return head
 
 
-def _described(totals: "Totals", seconds: float) -> str:
-    tau = f", tau {totals.tau:.2f}" if totals.tau else ""
+def _described(totals: "Totals", seconds: float, drafts: bool) -> str:
+    tau = f", tau {totals.tau:.2f}" if drafts and totals.tau else ""
     return (
         f"{totals.answers} answers, {totals.tokens} tokens in {seconds:.0f} s: {totals.tokens / seconds:.0f} tokens/s"
         f"{tau}; {totals.cut} reached a limit before their end"
