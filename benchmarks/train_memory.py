@@ -46,8 +46,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
     ids = torch.randint(0, args.vocabulary, (1, LENGTH), generator=generator)
     batch = {"input_ids": ids, "loss_mask": torch.ones_like(ids)}
-    # A small step first: what the optimizer keeps is there when the whole one begins.
-    for anchors in (1, args.anchors):
+    # Small steps first: what the optimizer keeps is there when the whole one begins.
+    for anchors in (1, args.anchors // 8, args.anchors):
         started = time.perf_counter()
         losses = step.training_step(head, target, tables, batch, anchors, generator)
         losses.total.backward()

@@ -19,8 +19,8 @@ from .blocks import NO_LABEL
 
 CE_WEIGHT, L1_WEIGHT, CONFIDENCE_WEIGHT = 0.1, 0.9, 1.0
 POSITION_DECAY = 4.0
-# Logits at a time: 128 MiB in float32, of which about eight are alive at once.
-CHUNK = 2**25
+# Logits at a time: 64 MiB in float32, of which about six are alive at once.
+CHUNK = 2**24
 
 # Logits [n, V] of n rows, from what they are made of, [n, ...] each.
 MakeLogits = Callable[..., torch.Tensor]
@@ -70,15 +70,16 @@ def dspark_losses(
     # Rows outside the mask are left out before the vocabulary-sized work, not multiplied by zero after it.
     states, labels = target[supervised], labels[supervised]
 
-    def compare(rows: slice, *made_of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def compared(rows: slice, logits: torch.Tensor) -> Compared:
         with torch.no_grad():
             theirs = target_logits(states[rows]).float().softmax(-1)
-        return row_losses(draft_logits(*made_of), theirs, labels[rows], draft_tokens)
+            return compare(logits, theirs, labels[rows], draft_tokens)
 
     own = [x[supervised] for x in draft]
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (*own, *parameters))
     rows = rows_at_once or max(1, len(labels))
-    ce, distance, total = _ByChunk.apply(compare, rows, weights, ce_weight, learns, len(own), *own, *parameters)
+    by_row = draft_logits, compared, rows, weights, ce_weight
+    ce, distance, total = _ByChunk.apply(*by_row, learns, len(own), *own, *parameters)
     norm = weight + 1e-6
     ce_loss, l1_loss, total = (ce * weights).sum() / norm, (distance * weights).sum() / norm, total / norm
     if confidence_logits is None:
@@ -89,21 +90,47 @@ def dspark_losses(
     return Losses(ce_loss, l1_loss, confidence_loss.detach(), total + CONFIDENCE_WEIGHT * confidence_loss, weight)
 
 
-def row_losses(
+@dataclass(frozen=True)
+class Compared:
+    """Draft and target distributions of n rows. ce: [n], cross entropy, 0 where there is no label. distance: [n], L1.
+    draft: [n, draft vocabulary], the draft distribution. sign: the same, of what it exceeds the target's by.
+    labels: [n]."""
+
+    ce: torch.Tensor
+    distance: torch.Tensor
+    draft: torch.Tensor
+    sign: torch.Tensor
+    labels: torch.Tensor
+
+    def gradient(self, of_ce: torch.Tensor, of_distance: torch.Tensor) -> torch.Tensor:
+        """Of the logits, of the sum of `of_ce` [n] times the cross entropies and `of_distance` [n] times the distances:
+        a (q - 1[label]) + b q (sign - <q, sign>). It takes the place of `sign`."""
+        q, labelled = self.draft, self.labels != NO_LABEL
+        of_ce = of_ce * labelled
+        gradient = self.sign.sub_(torch.linalg.vecdot(q, self.sign)[:, None])
+        gradient.mul_(of_distance[:, None]).add_(of_ce[:, None]).mul_(q)
+        at_label = self.labels.where(labelled, 0)[:, None]
+        return gradient.scatter_add_(1, at_label, -of_ce[:, None])
+
+
+def compare(
     draft_logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, draft_tokens: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy, 0 where there is no label, and L1 distance of both distributions, [n] each, of n rows.
+) -> Compared:
+    """Without a gradient: what the losses of n rows are, and what their gradients are made of.
 
     Args:
-        draft_logits: [n, draft vocabulary]. target: [n, V], the target's distribution.
+        draft_logits: [n, draft vocabulary]. target: [n, V], the target's distribution; it is overwritten.
     """
-    draft_logits, outside = draft_logits.float(), 0.0
+    outside = 0.0
     if draft_tokens is not None:
         target = target[:, draft_tokens]
         # What the target gives to other tokens is never drafted: all of that is distance.
         outside = 1 - target.sum(-1)
-    ce = F.cross_entropy(draft_logits, labels, reduction="none", ignore_index=NO_LABEL)
-    return ce, (draft_logits.softmax(-1) - target).abs().sum(-1) + outside
+    log_q = draft_logits.float().log_softmax(-1)
+    ce = F.nll_loss(log_q, labels, reduction="none", ignore_index=NO_LABEL)
+    q = log_q.exp_()
+    apart = target.neg_().add_(q)
+    return Compared(ce, torch.linalg.vector_norm(apart, ord=1, dim=-1) + outside, q, apart.sign_(), labels)
 
 
 class _ByChunk(torch.autograd.Function):
@@ -111,23 +138,27 @@ class _ByChunk(torch.autograd.Function):
     after the other, so that the logits of one chunk only are ever there."""
 
     @staticmethod
-    def forward(ctx, compare, rows, weights, ce_weight, learns, count, *inputs):
+    def forward(ctx, draft_logits, compared, rows, weights, ce_weight, learns, count, *inputs):
         made_of, parameters = inputs[:count], inputs[count:]
         found, gradients = [], [torch.zeros_like(x) if learns else None for x in inputs]
         for start in range(0, len(weights), rows):
             chunk = slice(start, start + rows)
             with torch.set_grad_enabled(learns):
                 own = [x[chunk].detach().requires_grad_(learns) for x in made_of]
-                ce, distance = compare(chunk, *own)
-                loss = ((ce_weight * ce + L1_WEIGHT * distance) * weights[chunk]).sum()
-            found.append(torch.stack([ce.detach(), distance.detach()]))
-            if learns:
-                with torch.autocast(loss.device.type, enabled=False):
-                    of_chunk = torch.autograd.grad(loss, [*own, *parameters])
-                for whole, part in zip(gradients[:count], of_chunk, strict=False):
-                    whole[chunk] = part
-                for whole, part in zip(gradients[count:], of_chunk[count:], strict=True):
-                    whole += part
+                logits = draft_logits(*own)
+            result = compared(chunk, logits.detach())
+            found.append(torch.stack([result.ce, result.distance]))
+            if not learns:
+                continue
+            of_logits = result.gradient(ce_weight * weights[chunk], L1_WEIGHT * weights[chunk]).to(logits.dtype)
+            with torch.autocast(logits.device.type, enabled=False):
+                of_chunk = torch.autograd.grad(logits, [*own, *parameters], of_logits)
+            for whole, part in zip(gradients[:count], of_chunk, strict=False):
+                whole[chunk] = part
+            for whole, part in zip(gradients[count:], of_chunk[count:], strict=True):
+                whole += part
+            # Before the next chunk is made.
+            del logits, result, of_logits, of_chunk
         ctx.gradients = gradients
         ce, distance = torch.cat(found, dim=1) if found else weights.new_zeros(2, 0)
         ctx.mark_non_differentiable(ce, distance)
@@ -135,4 +166,4 @@ class _ByChunk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _ce, _distance, gradient):
-        return *[None] * 6, *(gradient.to(x.dtype) * x for x in ctx.gradients)
+        return *[None] * 7, *(gradient.to(x.dtype) * x for x in ctx.gradients)
