@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import TorchDynamoPlugin
@@ -27,7 +27,8 @@ from transformers import PreTrainedTokenizerFast
 from workers import training as worker
 
 from dspark_hf import DSparkHead
-from dspark_hf.hub.cards import card_of, render
+from dspark_hf.generation import observers
+from dspark_hf.hub import publishing
 from dspark_hf.training import checkpointing, features, trainer
 from dspark_hf.training.checkpointing import saved_steps
 from dspark_hf.training.held_out import prompt_of, split
@@ -339,16 +340,20 @@ def test_the_head_of_the_best_evaluation_is_written_and_a_run_ends_early(task, h
     assert (tmp_path / "training.png").stat().st_size > 1000
     run = json.loads((tmp_path / "training.json").read_text())
     assert (run["steps"], run["written"], run["tau"]) == (16, 8, 2.5)
-    card = str(render(card_of(trained, "a/head", "a/target", training=run)))
+    publishing.build(tmp_path, "a/head", tmp_path / "repository", "a/target")
+    card = (tmp_path / "repository" / "README.md").read_text()
     assert "16 steps; this is the head of step 8" in card
     assert f"| 8 | {log[7]['total']:.3f} | 2.50 |" in card
 
 
-def test_an_evaluation_decodes_prompts_and_changes_nothing(straight, task, head, tmp_path):
-    """Its tau is that of answering the prompts one by one; rounds that begin within the limit count, in full."""
+def test_an_evaluation_decodes_prompts_and_changes_nothing(straight, task, head, tmp_path, monkeypatch):
+    """Its tau is that of answering the prompts one by one; rounds that begin within the limit count, in full. A head
+    that hardly helps yet is no reason for a warning."""
     target, rows = task
+    monkeypatch.setattr(observers.logger, "handle", lambda record: pytest.fail(record.getMessage()))
     held_out = worker.task(30)[1][22:]
     trained = train(head, target, rows, worker.arguments(tmp_path, eval_every=STEPS), held_out=held_out)
+    monkeypatch.undo()
     assert losses(tmp_path) == losses(straight) and same_bits(tmp_path, straight)
     accepted = []
     for row in held_out:
@@ -378,6 +383,22 @@ def test_arguments_that_contradict_each_other(task, head, tmp_path):
             train(head, target, rows, worker.arguments(tmp_path, **kwargs), held_out=held_out)
     with pytest.raises(ValueError, match="early stopping needs `eval_every`"):
         train(head, target, rows, worker.arguments(tmp_path, early_stopping_patience=1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin", "named"),
+    [
+        (DistributedType.DEEPSPEED, None, "configured for DEEPSPEED"),
+        (DistributedType.FSDP, SimpleNamespace(fsdp_version=1), "configured for FSDP"),
+        (DistributedType.FSDP, SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True), "loads no weights"),
+    ],
+)
+def test_what_heads_are_not_trained_in(kind, plugin, named, task, head, tmp_path):
+    target, rows = task
+    is_fsdp2 = plugin is not None and plugin.fsdp_version == 2
+    accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=is_fsdp2, state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ValueError, match=named):
+        train(head, target, rows, worker.arguments(tmp_path), accelerator)
 
 
 def test_trackers_by_name():

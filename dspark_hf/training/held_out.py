@@ -1,5 +1,8 @@
 """Tau on rows that are not trained on: their prompts are answered greedily by the engine, with whole blocks."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -8,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..evaluation.acceptance import record_of
 from ..evaluation.bench import schedule_of
+from ..generation import observers
 from ..modeling_dspark import DSparkHead
 from .data import Row
 
@@ -62,7 +66,7 @@ def _accepted(target: PreTrainedModel, head: DSparkHead, prompts: list[list[int]
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=target.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=target.device)
-    with schedule_of(head, "whole"):
+    with schedule_of(head, "whole"), _without_advice():
         stats = target.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -74,3 +78,14 @@ def _accepted(target: PreTrainedModel, head: DSparkHead, prompts: list[list[int]
         ).dspark
     records = [record_of("", row, 0, stats, row, max_new_tokens, False) for row in range(len(prompts))]
     return [tokens for record in records for tokens in record.accepted]
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without the warning that a head hardly helps: one that begins to learn does not."""
+    level = observers.logger.level
+    observers.logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        observers.logger.setLevel(level)

@@ -28,7 +28,7 @@ if [ ! -e "$work/responses.done" ]; then
     touch "$work/responses.done"
 fi
 if [ ! -e "$work/head.done" ]; then
-    resume=$([ -e "$work/head/checkpoint/step.json" ] && echo --resume || true)
+    resume=$(compgen -G "$work/head/checkpoint-*" > /dev/null && echo --resume || true)
     dspark-hf train --model "$work/target" --data "$work/responses.jsonl" --output "$work/head" \
         --head "$start/head" --batch-size 8 --anchors 32 --epochs 4 --max-length 512 \
         --optimizer muon --learning-rate 2e-3 --ce-weight 1 --save-every 300 $resume
