@@ -3,12 +3,12 @@ that must be copied letter by letter, and heads that are of no use."""
 
 import pytest
 import torch
+from conftest import tiny_head, tiny_target, whole_blocks
 from shares import rest_slow
 from test_batching import config, results
 from transformers import GenerationConfig
 
 import dspark_hf
-from conftest import tiny_head, tiny_target, whole_blocks
 from dspark_hf.evaluation.bench import bench, cells_of, estimate
 from dspark_hf.generation import observers
 from dspark_hf.generation.drafting import Drafter
