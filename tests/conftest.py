@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from shares import add_options, choose
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
 
 from dspark_hf import DSparkConfig, DSparkHead
@@ -40,9 +39,6 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 HERE = Path(__file__).parent
 FIXTURES = HERE / "fixtures"
 GSM8K_SAMPLE = HERE / "data" / "gsm8k_test_24.jsonl"
-
-
-pytest_addoption, pytest_collection_modifyitems = add_options, choose
 
 
 def pytest_unconfigure(config):

@@ -5,8 +5,8 @@ import os
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Random cases for a test: others in every run, and many where that takes no time or with DSPARK_CASES.
-CASES = int(os.environ.get("DSPARK_CASES", 10 if DEVICE == "cpu" else 80))
+# Random cases for a test: others in every run, and more where they take no time or DSPARK_CASES asks for them.
+CASES = int(os.environ.get("DSPARK_CASES", 20 if DEVICE == "cpu" else 80))
 if DEVICE == "cpu":
     # Read when triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
