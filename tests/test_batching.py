@@ -310,12 +310,13 @@ def test_a_long_prompt_is_read_between_the_rounds_of_others(pair):
 @pytest.mark.parametrize("attention, shares", [("sdpa", True), ("eager", False)])
 def test_prompts_are_read_in_the_rounds_of_others(attention, shares):
     """In one pass of the target, where its attention can be packed: who is there writes on while others join."""
-    target = tiny_target(vocab_size=40, sharpness=3, attn_implementation=attention, **LONG)
+    target = tiny_target(vocab_size=40, sharpness=3, **LONG)
+    target.set_attn_implementation(attention)
     manager = target.init_continuous_batching(
         GenerationConfig(do_sample=False, max_new_tokens=20), config(), assistant_model=whole_blocks(tiny_head(target))
     )
     loop, passes, prompts = manager.loop, [], texts(3, seed=5)
-    hook = target.register_forward_pre_hook(lambda *args: passes.append(1))
+    handle = target.register_forward_pre_hook(lambda *args: passes.append(1))
     manager.add_request(prompts[0])
     loop._turn()
     loop._turn()
@@ -328,7 +329,7 @@ def test_prompts_are_read_in_the_rounds_of_others(attention, shares):
     while loop.active:
         loop._turn()
     outputs = sorted((loop.router.output_queue.get() for _ in prompts), key=lambda own: own.request_id)
-    hook.remove()
+    handle.remove()
     assert [own.generated_tokens for own in outputs] == [alone(target, prompt) for prompt in prompts]
 
 
