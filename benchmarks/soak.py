@@ -22,7 +22,7 @@ import httpx
 FIRST, SHARE = 120.0, 0.02
 WORDS = ("apples", "pages", "boxes", "how many", "each", "12", "7")
 # So little memory that texts of ended requests have filled their share of it before memory is looked at.
-SERVE = (sys.executable, "-m", "dspark_hf.cli", "serve", "--memory", "0.02")
+SERVE = (sys.executable, "-m", "dspark_hf.cli", "serve", "--memory", "0.01")
 BAD = ({"temperature": 9}, {"model": "another"}, {"nonsense": 1}, {"max_tokens": 10**12}, {"messages": []})
 
 
@@ -37,9 +37,7 @@ async def client(address: str, number: int, until: float, counts: Counter) -> No
     async with httpx.AsyncClient(base_url=address, timeout=300) as own:
         while time.monotonic() < until:
             kind = chance.choices(("whole", "stream", "leave", "bad"), (4, 4, 2, 1))[0]
-            words = " ".join(
-                chance.choices(["apples", "pages", "boxes", "how many", "each", "12", "7"], k=chance.randrange(1, 120))
-            )
+            words = " ".join(chance.choices(WORDS, k=chance.randrange(1, 120)))
             body = {
                 "model": "dspark-pair",
                 "messages": [{"role": "user", "content": words}],

@@ -307,6 +307,32 @@ def test_a_long_prompt_is_read_between_the_rounds_of_others(pair):
 # -- The manager -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("attention, shares", [("sdpa", True), ("eager", False)])
+def test_prompts_are_read_in_the_rounds_of_others(attention, shares):
+    """In one pass of the target, where its attention can be packed: who is there writes on while others join."""
+    target = tiny_target(vocab_size=40, sharpness=3, **LONG)
+    target.set_attn_implementation(attention)
+    manager = target.init_continuous_batching(
+        GenerationConfig(do_sample=False, max_new_tokens=20), config(), assistant_model=whole_blocks(tiny_head(target))
+    )
+    loop, passes, prompts = manager.loop, [], texts(3, seed=5)
+    handle = target.register_forward_pre_hook(lambda *args: passes.append(1))
+    manager.add_request(prompts[0])
+    loop._turn()
+    loop._turn()
+    (first,), before = [own.row for own in loop.active], len(passes)
+    written = len(first.committed)
+    manager.add_requests(prompts[1:])
+    loop._turn()
+    assert len(passes) - before == 1 and (len(first.committed) > written) == shares
+    assert [len(own.row.committed) for own in loop.active[1:]] == [1, 1]
+    while loop.active:
+        loop._turn()
+    outputs = sorted((loop.router.output_queue.get() for _ in prompts), key=lambda own: own.request_id)
+    handle.remove()
+    assert [own.generated_tokens for own in outputs] == [alone(target, prompt) for prompt in prompts]
+
+
 def test_results_stream_and_can_be_iterated(pair):
     target, head = pair
     (prompt,) = texts(1)
