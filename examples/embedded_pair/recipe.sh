@@ -30,7 +30,7 @@ fi
 if [ ! -e "$work/head.done" ]; then
     resume=$(compgen -G "$work/head/checkpoint-*" > /dev/null && echo --resume || true)
     dspark-hf train --model "$work/target" --data "$work/responses.jsonl" --output "$work/head" \
-        --head "$start/head" --batch-size 8 --anchors 32 --epochs 4 --max-length 512 \
+        --head "$start/head" --batch-size 8 --anchors 32 --epochs 2.8 --max-length 512 \
         --optimizer muon --learning-rate 2e-3 --ce-weight 1 --save-every 300 $resume
     touch "$work/head.done"
 fi
