@@ -1,20 +1,19 @@
-"""Shares of the slow tests: together they are all of them, and what changed brings its own."""
+"""Shares of the slow tests: together they are all of them."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from shares import is_about, share_of
+from shares import share_of
 
 ITEMS = [
-    SimpleNamespace(nodeid=f"{name}.py::test_{i}", path=Path(f"tests/{name}.py"), keywords={"slow"} if i % 2 else set())
+    SimpleNamespace(nodeid=f"{name}.py::test_{i}", keywords={"slow"} if i % 2 else set())
     for name in ("test_demo_browser", "test_kernel_verify", "test_hub")
     for i in range(9)
 ]
 
 
-def names(share: str, changed: set[str] = frozenset()) -> list[str]:
-    return [item.nodeid for item in share_of(ITEMS, share, changed)]
+def names(share: str) -> list[str]:
+    return [item.nodeid for item in share_of(ITEMS, share)]
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
@@ -23,18 +22,7 @@ def test_shares_are_all_slow_tests_each_once(count):
     assert sorted(found) == sorted(item.nodeid for item in ITEMS if item.keywords)
 
 
-def test_what_changed_brings_its_own():
-    assert sum(name.startswith("test_hub") for name in names("1/12", {"dspark", "hub", "cards"})) == 4
-    assert len(names("1/12", {"hub"})) <= 5
-
-
 @pytest.mark.parametrize("share", ["0/3", "4/3", "3", "a/b"])
 def test_shares_that_are_none(share):
     with pytest.raises(pytest.UsageError, match=share):
         names(share)
-
-
-def test_subjects():
-    assert is_about(Path("tests/test_demo_browser.py"), {"demo", "load"})
-    assert is_about(Path("kernels/tests/test_kernel_verify.py"), {"kernels", "torch", "ext"})
-    assert not is_about(Path("tests/test_hub.py"), {"demo"})
