@@ -5,11 +5,13 @@ window.
     python benchmarks/long_contexts.py --contexts 1024 65536 --windows 4096 --dtype bfloat16
 
 The pair has random weights: eight layers of target, three of head, as wide as the published heads are beside their
-targets, so that every draft is made and hardly any is kept. Rounds with a whole block and plain steps take turns in
-one engine; medians are shown. A prompt is read in pieces, as `generate` reads it.
+targets, so that every draft is made and hardly any is kept; and so has the context, whose keys, values and states are
+made up instead of computed from a prompt. Rounds with a whole block and plain steps take turns in one engine; medians
+are shown.
 """
 
 import argparse
+import time
 from statistics import median
 
 import torch
@@ -25,12 +27,12 @@ from transformers import (
 )
 
 from dspark_hf import DSparkConfig, DSparkHead
+from dspark_hf.generation.cache import SlotCache
 from dspark_hf.generation.drafting import Drafter
 from dspark_hf.generation.engine import Engine
 from dspark_hf.generation.experience import scheduler_for
-from dspark_hf.generation.pieces import PIECE
 from dspark_hf.generation.processors import BlockProcessors
-from dspark_hf.generation.rows import read_rows
+from dspark_hf.generation.rows import Row, read_rows
 from dspark_hf.generation.stopping import Stopping
 from dspark_hf.generation.target import Target
 
@@ -38,6 +40,8 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384)
 WINDOWS = (512, 2048)
 # Steps of each kind that are measured, behind those that read what the prompt has left.
 ROUNDS, FIRST = 24, 2
+# Tokens whose states the head reads at once.
+PIECE = 2048
 
 
 def pair_of(dtype: torch.dtype) -> tuple[Qwen3ForCausalLM, DSparkHead]:
@@ -52,15 +56,36 @@ def pair_of(dtype: torch.dtype) -> tuple[Qwen3ForCausalLM, DSparkHead]:
     return target, head
 
 
+class MadeUp:
+    """For an engine what is known of its one row: random keys, values and states of all tokens but the last."""
+
+    given_in_part = False
+
+    def __init__(self, config: Qwen3Config):
+        self.shape = config.num_key_value_heads, config.head_dim
+
+    def load(self, rows: list[Row], places: list[int], slots: SlotCache, drafter: Drafter) -> None:
+        (heads, size), count = self.shape, rows[0].cached
+        kept = [tuple(torch.randn(heads, count, size, dtype=drafter.dtype) for _ in range(2)) for _ in slots.layers]
+        slots.put(0, kept, count)
+        for start in range(0, count, PIECE):
+            size = min(PIECE, count - start)
+            drafter.read(None, torch.randn(1, size, drafter.head.fc.in_features, dtype=drafter.dtype), [size])
+
+    def keep_row(self, *args) -> None:
+        """Rows are not remembered."""
+
+
 def engine_of(model: Qwen3ForCausalLM, head: DSparkHead, context: int) -> Engine:
-    """An engine that has read a prompt of so many tokens."""
+    """An engine whose one row has a context of so many tokens."""
     ids = torch.randint(5, 4000, (1, context))
     stopping = Stopping(StoppingCriteriaList([MaxLengthCriteria(context + 20 * (ROUNDS + FIRST))]))
-    rows = read_rows(ids, None, 0, context, BlockProcessors(LogitsProcessorList(), do_sample=False), stopping)
+    (row,) = read_rows(ids, None, 0, context, BlockProcessors(LogitsProcessorList(), do_sample=False), stopping)
+    row.cached, row.prompt = context - 1, row.given[-1:]
     target, drafter = Target(model, head.config.target_layer_ids), Drafter(head, model, 1)
     scheduler = scheduler_for(target, drafter, 1, GenerationConfig())
-    engine = Engine(target, drafter, scheduler, 1, private=True, piece=PIECE)
-    engine.add(rows)
+    engine = Engine(target, drafter, scheduler, 1, past=MadeUp(model.config), private=True)
+    engine.add([row])
     engine.step()
     return engine
 
@@ -104,5 +129,9 @@ if __name__ == "__main__":
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
     parser.add_argument("--windows", nargs="+", type=int, default=WINDOWS)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--cpu-time", action="store_true", help="of this process, where others run beside it")
     args = parser.parse_args()
+    if args.cpu_time:
+        # What the clock of an engine reads.
+        time.perf_counter = time.process_time
     main(args.contexts, args.windows, args.dtype)
