@@ -6,7 +6,7 @@ import torch
 from conftest import biases, tiny_head, tiny_target
 from dspark_kernels import dispatch
 from test_sampling import PROMPTS, SETTINGS, TOKENS, draw, exact_distribution, p_value
-from transformers import LogitsProcessorList
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
 
 from dspark_hf.generation import attention, experience
 from dspark_hf.generation import round as rounds
@@ -89,6 +89,31 @@ def test_attention_by_name(pair, launches, packed, request):
         assert "attention" in launches
     finally:
         target.set_attn_implementation(before)
+
+
+def test_attention_by_name_where_prompts_are_read_beside_drafts(pair, launches):
+    """Short prompts by the kernel, one that is too long for it by sdpa."""
+    target, head = pair
+    prompts = [[*PROMPTS[0]], [*PROMPTS[2]], [1 + i % 15 for i in range(2 * dspark_kernels.LARGEST_BLOCK)], [3]]
+    limits = [9, 4, 6, 7]
+    expected = [
+        target.generate(torch.tensor([prompt]), max_new_tokens=limit, do_sample=False)[0, len(prompt) :].tolist()
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    before = target.config._attn_implementation
+    target.set_attn_implementation(attention.NAME)
+    try:
+        settings = ContinuousBatchingConfig(max_requests_per_batch=2)
+        manager = target.init_continuous_batching(GenerationConfig(do_sample=False), settings, assistant_model=head)
+        for prompt, limit in zip(prompts, limits, strict=True):
+            manager.add_request(prompt, max_new_tokens=limit)
+        loop = manager.loop
+        while manager.num_waiting or manager.num_running:
+            loop._turn()
+        outputs = sorted((loop.router.output_queue.get() for _ in prompts), key=lambda own: own.request_id)
+    finally:
+        target.set_attn_implementation(before)
+    assert [own.generated_tokens for own in outputs] == expected and "attention" in launches
 
 
 @pytest.mark.slow
