@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dspark_hf
-from dspark_hf.evaluation.bench import beside_each_other
+from dspark_hf.evaluation.bench import median_polish
 from dspark_hf.evaluation.prompts import domain_prompts, encode
 
 # Of prompts.
@@ -26,8 +26,8 @@ BATCHES = 4
 class FailingHead(dspark_hf.DSparkHead):
     """Drafts the mask token, whatever comes."""
 
-    def base_logits(self, hidden, tables):
-        logits = super().base_logits(hidden, tables)
+    def base_logits(self, hidden, embeddings):
+        logits = super().base_logits(hidden, embeddings)
         logits[..., self.config.mask_token_id] += 1e4
         return logits
 
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
             plain, ours = 0.0, 0.0
             for inputs in batches:
                 turns = [turn(target, head, inputs, args.tokens) for _ in range(args.repeats)]
-                seconds, _ = beside_each_other(np.array(turns))
+                seconds, _ = median_polish(np.array(turns))
                 plain, ours = plain + seconds[0], ours + seconds[1]
             table.add_row(name, str(size), f"{plain:.3f}", f"{ours:.3f}", f"{plain / ours:.3f}")
     Console().print(table)

@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def train(head: DSparkHead, target, rows: list[Row], steps: int) -> None:
-    tables, generator = head.share_tables(target), torch.Generator().manual_seed(0)
+    tables, generator = head.share_embeddings(target), torch.Generator().manual_seed(0)
     if head.lm_head is not None:
         head.lm_head.requires_grad_(False)
     parameters = [p for p in head.parameters() if p.requires_grad]

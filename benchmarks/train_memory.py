@@ -42,7 +42,7 @@ def main() -> None:
     )
     target.requires_grad_(False).eval()
     head = DSparkHead(DSparkConfig.from_target(target.config, block_size=args.block, num_hidden_layers=2)).train()
-    tables, generator = head.share_tables(target), torch.Generator().manual_seed(0)
+    tables, generator = head.share_embeddings(target), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
     ids = torch.randint(0, args.vocabulary, (1, LENGTH), generator=generator)
     batch = {"input_ids": ids, "loss_mask": torch.ones_like(ids)}

@@ -107,7 +107,7 @@ def save_pretrained(self: DSparkHead, save_directory: str | os.PathLike, **kwarg
     it (see `checkpoints`); arguments as in transformers. [`~checkpoints.export.export`] writes other layouts.
 
     Settings of drafting that are not those of a fresh head go to generation_config.json."""
-    kwargs = {"state_dict": self.whole_state_dict(), "save_original_format": False} | kwargs
+    kwargs = {"state_dict": self.full_state_dict(), "save_original_format": False} | kwargs
     super(DSparkHead, self).save_pretrained(save_directory, **kwargs)
     settings, fresh = self.generation_config, default_settings(self.config)
     if any(getattr(settings, key, None) != getattr(fresh, key) for key in HEAD_SETTINGS):

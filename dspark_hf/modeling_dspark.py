@@ -15,10 +15,10 @@ from .backbones.mask import draft_mask
 from .confidence_head import ConfidenceHead
 from .configuration_dspark import DSparkConfig
 from .sequential_heads import OUTSIDE, VanillaHead, as_drafted, build_sequential_head
-from .tables import LMHead, Logits, Tables, is_plain, raw_rows, same, target_logits
+from .shared_embeddings import LMHead, Logits, SharedEmbeddings, is_plain, raw_rows, same, target_logits
 
 # Draft tokens [R] from logits [R, V], and what they were sampled from ([R, V], `None` when they are the argmax).
-Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+DraftSampler = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 # A mask for all layers, or one a layer type.
 Masks: TypeAlias = torch.Tensor | dict[str, torch.Tensor]
 # See `DSparkHead.forward`.
@@ -80,8 +80,9 @@ class DSparkHead(PreTrainedModel):
     ```
 
     Released heads carry copies of the target's embedding and LM head. The first time such a head meets a target
-    (in `generate`, or by calling [`~DSparkHead.share_tables`]) each copy that equals the target's, on the same device
-    and in the same dtype, is freed and the target's is used from then on. `save_pretrained` still writes the copies.
+    (in `generate`, or by calling [`~DSparkHead.share_embeddings`]) each copy that equals the target's, on the same
+    device and in the same dtype, is freed and the target's is used from then on. `save_pretrained` still writes the
+    copies.
 
     How many tokens are drafted is set, as for any assistant of transformers, on `head.generation_config`:
     `num_assistant_tokens` is the most (`config.gamma` at first); `num_assistant_tokens_schedule` is `"load"`, which
@@ -132,7 +133,7 @@ class DSparkHead(PreTrainedModel):
         # What `_calibration` was asked for last, and its answer.
         self._calibrated_by: tuple = None, None
         # Parameters of the target that stand in for freed copies: (embedding weight, LM head weight).
-        self._stand_ins: dict[str, torch.Tensor] = {}
+        self._shared_weights: dict[str, torch.Tensor] = {}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding | None:
@@ -141,7 +142,7 @@ class DSparkHead(PreTrainedModel):
 
     # -- The tables ---------------------------------------------------------------------------------------------
 
-    def share_tables(self, target: PreTrainedModel) -> Tables:
+    def share_embeddings(self, target: PreTrainedModel) -> SharedEmbeddings:
         """The embedding and LM head to draft with beside `target`; frees copies that equal the target's."""
         embed, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
         # A target that scales its lookups cannot stand in for a table that does not, even if their weights agree.
@@ -149,7 +150,7 @@ class DSparkHead(PreTrainedModel):
             self._free("embed_tokens", embed, type(embed))
         self._free("lm_head", lm_head, nn.Linear)
         vocab_size = target.config.get_text_config(decoder=True).vocab_size
-        return Tables(
+        return SharedEmbeddings(
             embed if self.embed_tokens is None else self.embed_tokens,
             self._logits_beside(target),
             vocab_size,
@@ -160,7 +161,7 @@ class DSparkHead(PreTrainedModel):
         """Let the target's module stand in for the head's copy of it."""
         own = getattr(self, name)
         if own is not None and is_plain(module, kind) and same(own.weight, module.weight):
-            self._stand_ins[name] = module.weight
+            self._shared_weights[name] = module.weight
             setattr(self, name, None)
 
     def _logits_beside(self, target: PreTrainedModel) -> Logits:
@@ -178,9 +179,9 @@ class DSparkHead(PreTrainedModel):
             return self.config.draft_vocab_size
         return int((self.draft_tokens < vocab_size).sum())
 
-    def _known(self, tokens: torch.Tensor, tables: Tables) -> torch.Tensor:
+    def _known(self, tokens: torch.Tensor, embeddings: SharedEmbeddings) -> torch.Tensor:
         """The tokens [...], in place of those that only the target knows the mask token."""
-        if tables.vocab_size <= self.config.vocab_size:
+        if embeddings.vocab_size <= self.config.vocab_size:
             return tokens
         return tokens.where(tokens < self.config.vocab_size, self.config.mask_token_id)
 
@@ -236,33 +237,33 @@ class DSparkHead(PreTrainedModel):
             for kind in set(config.layer_types)
         }
 
-    def embed_block(self, anchors: torch.Tensor, tables: Tables) -> torch.Tensor:
+    def embed_block(self, anchors: torch.Tensor, embeddings: SharedEmbeddings) -> torch.Tensor:
         """Embeddings [..., block_size, d] of anchor [...] followed by mask tokens."""
         ids = anchors.new_full((*anchors.shape, self.config.block_size), self.config.mask_token_id)
-        ids[..., 0] = anchors if self.embed_tokens is None else self._known(anchors, tables)
+        ids[..., 0] = anchors if self.embed_tokens is None else self._known(anchors, embeddings)
         scale = self.config.embedding_scale
         if scale is None:
-            embedded = tables.embed(ids)
+            embedded = embeddings.embed(ids)
         else:
-            embedded = raw_rows(tables.embed, ids)
+            embedded = raw_rows(embeddings.embed, ids)
             # Rounded as the models that scale their embedding do it.
             embedded = embedded * torch.tensor(scale, dtype=embedded.dtype)
         return embedded.to(self.fc.weight.device, self.fc.weight.dtype)
 
-    def base_logits(self, hidden: torch.Tensor, tables: Tables) -> torch.Tensor:
+    def base_logits(self, hidden: torch.Tensor, embeddings: SharedEmbeddings) -> torch.Tensor:
         """Logits [..., V] of the parallel stage, before the sequential head: of the tokens of the draft vocabulary that
         the target has, all of its own if the head was made for as many."""
-        return self._logits_of(self._normed(hidden), tables)
+        return self._logits_of(self._normed(hidden), embeddings)
 
     def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self.hc_head is None else self.norm(hidden)
 
-    def _logits_of(self, normed: torch.Tensor, tables: Tables) -> torch.Tensor:
-        logits, cap = tables.logits(normed).to(normed.device), self.config.final_logit_softcapping
+    def _logits_of(self, normed: torch.Tensor, embeddings: SharedEmbeddings) -> torch.Tensor:
+        logits, cap = embeddings.logits(normed).to(normed.device), self.config.final_logit_softcapping
         if self.config.draft_vocab_size in (None, logits.shape[-1]):
-            logits = logits[..., : tables.shared]
+            logits = logits[..., : embeddings.shared]
         else:
-            logits = logits[..., self.draft_tokens[: tables.shared]]
+            logits = logits[..., self.draft_tokens[: embeddings.shared]]
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
@@ -270,15 +271,15 @@ class DSparkHead(PreTrainedModel):
         """[draft vocabulary] int64, the target's ids of a reduced draft vocabulary."""
         return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
-    def in_target_vocabulary(self, logits: torch.Tensor, tables: Tables) -> torch.Tensor:
+    def in_target_vocabulary(self, logits: torch.Tensor, embeddings: SharedEmbeddings) -> torch.Tensor:
         """Logits [..., V] of all tokens of the target from those that can be drafted."""
-        if logits.shape[-1] == tables.vocab_size:
+        if logits.shape[-1] == embeddings.vocab_size:
             return logits
         logits = logits.float()
         if self.config.draft_vocab_size is None:
-            return nn.functional.pad(logits, (0, tables.vocab_size - tables.shared), value=OUTSIDE)
-        whole = logits.new_full((*logits.shape[:-1], tables.vocab_size), OUTSIDE)
-        return whole.index_copy_(-1, self.draft_tokens[: tables.shared], logits)
+            return nn.functional.pad(logits, (0, embeddings.vocab_size - embeddings.shared), value=OUTSIDE)
+        whole = logits.new_full((*logits.shape[:-1], embeddings.vocab_size), OUTSIDE)
+        return whole.index_copy_(-1, self.draft_tokens[: embeddings.shared], logits)
 
     def confidence_logits(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor | None:
         """[..., B] from hidden states [..., B, d] and the tokens before each position [..., B]."""
@@ -316,21 +317,21 @@ class DSparkHead(PreTrainedModel):
         self,
         hidden: torch.Tensor,
         anchors: torch.Tensor,
-        tables: Tables,
+        embeddings: SharedEmbeddings,
         length: int,
-        select: Select,
+        sampler: DraftSampler,
     ) -> DraftBlock:
         """The sequential stage: p_k = softmax(U_k + B_k), left to right.
 
         Args:
             hidden: [R, B, d]. anchors: [R]. length: positions to draft, at most `config.gamma`.
-            select: called once a position, in order, see `BlockProcessors.drafting`.
+            sampler: called once a position, in order, see `BlockProcessors.draft_sampler`.
         """
-        anchors = self._known(anchors, tables)
+        anchors = self._known(anchors, embeddings)
         passed, hidden = hidden[:, : -self.config.gamma], hidden[:, -self.config.gamma :]
-        base_logits = self.base_logits(hidden[:, :length], tables)
-        if self._fuses(select, base_logits, tables):
-            return self._sample_fused(passed, hidden[:, :length], base_logits, anchors, select)
+        base_logits = self.base_logits(hidden[:, :length], embeddings)
+        if self._fuses(sampler, base_logits, embeddings):
+            return self._sample_fused(passed, hidden[:, :length], base_logits, anchors, sampler)
         previous, state, tokens, sampled_from = anchors, None, [], []
         for k in range(length):
             embedded = None if self.markov_head is None else self.markov_head.embed(previous)
@@ -338,8 +339,8 @@ class DSparkHead(PreTrainedModel):
             if self.markov_head is not None:
                 state = self._initial_state(passed, embedded) if k == 0 else state
                 bias, state = self.markov_head.step(hidden[:, k], embedded, state)
-                logits = logits + bias[..., : tables.shared]
-            token, processed = select(self.in_target_vocabulary(logits, tables))
+                logits = logits + bias[..., : embeddings.shared]
+            token, processed = sampler(self.in_target_vocabulary(logits, embeddings))
             previous = token.clamp(min=0)
             tokens.append(token)
             sampled_from.append(processed)
@@ -350,11 +351,13 @@ class DSparkHead(PreTrainedModel):
             self.confidence_logits(hidden[:, : tokens.shape[1]], before(anchors, tokens)),
         )
 
-    def _fuses(self, select: Select, base_logits: torch.Tensor, tables: Tables) -> bool:
+    def _fuses(self, sampler: DraftSampler, base_logits: torch.Tensor, embeddings: SharedEmbeddings) -> bool:
         """Whether kernels draft the block: what is chosen must depend on the logits and a temperature only, and all
         tokens must be among them."""
-        temperature = getattr(select, "temperature", None)
-        chains = self.markov_head is not None and base_logits.shape[-1] == tables.vocab_size == self.config.vocab_size
+        temperature = getattr(sampler, "temperature", None)
+        chains = (
+            self.markov_head is not None and base_logits.shape[-1] == embeddings.vocab_size == self.config.vocab_size
+        )
         return chains and temperature is not None and dspark_kernels.uses_kernels(base_logits)
 
     def _initial_state(self, passed: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor | None:
@@ -371,28 +374,28 @@ class DSparkHead(PreTrainedModel):
         hidden: torch.Tensor,
         base_logits: torch.Tensor,
         anchors: torch.Tensor,
-        select: Any,
+        sampler: Any,
     ) -> DraftBlock:
         """`sample_block` with few launches a position, for the vanilla head one."""
         count, head = base_logits.shape[1], self.markov_head
 
         def seeds() -> torch.Tensor | None:
-            return dspark_kernels.random_seeds(len(anchors), anchors.device) if select.sample else None
+            return dspark_kernels.random_seeds(len(anchors), anchors.device) if sampler.sample else None
 
         w1, w2 = head.markov_w1.weight, head.markov_w2.weight
         if type(head) is VanillaHead:
-            tokens, logits = dspark_kernels.sample_block(base_logits, w1, w2, anchors, seeds(), select.temperature)
+            tokens, logits = dspark_kernels.sample_block(base_logits, w1, w2, anchors, seeds(), sampler.temperature)
         else:
             previous, state, found = anchors, None, []
             for k in range(count):
                 embedded = head.embed(previous)
                 state = self._initial_state(passed, embedded) if k == 0 else state
                 mixed, state = head.mix(hidden[:, k], embedded, state)
-                token, of = dspark_kernels.sample_position(base_logits[:, k], mixed, w2, seeds(), select.temperature)
+                token, of = dspark_kernels.sample_position(base_logits[:, k], mixed, w2, seeds(), sampler.temperature)
                 previous = token.clamp(min=0)
                 found.append((token, of))
             tokens = torch.stack([token for token, _ in found], dim=1)
-            logits = torch.stack([of for _, of in found], dim=1) if select.sample else None
+            logits = torch.stack([of for _, of in found], dim=1) if sampler.sample else None
         tokens, logits = as_drafted(tokens, logits)
         return DraftBlock(tokens, logits, self.confidence_logits(hidden, before(anchors, tokens)))
 
@@ -404,7 +407,7 @@ class DSparkHead(PreTrainedModel):
         context_features: torch.Tensor,
         anchor_positions: torch.Tensor,
         block_mask: Masks,
-        tables: Tables,
+        embeddings: SharedEmbeddings,
         positions: torch.Tensor | None = None,
         finish: Finish | None = None,
     ) -> Any:
@@ -428,7 +431,7 @@ class DSparkHead(PreTrainedModel):
             positions = torch.arange(length, device=input_ids.device).expand(batch, -1)
         offsets = torch.arange(size, device=input_ids.device)
         rows = positions.gather(1, anchor_positions)[..., None] + offsets
-        block = self.embed_block(input_ids.gather(1, anchor_positions), tables).flatten(1, 2)
+        block = self.embed_block(input_ids.gather(1, anchor_positions), embeddings).flatten(1, 2)
         hidden = self.backbone(
             block,
             self.project_context(context_features),
@@ -438,13 +441,13 @@ class DSparkHead(PreTrainedModel):
         passed, hidden = hidden[..., :-gamma, :], hidden[..., -gamma:, :]
         behind = (anchor_positions[..., None] + offsets[:gamma]).clamp(max=length - 1)
         previous = input_ids.gather(1, behind.flatten(1)).view_as(behind)
-        blocks = self._known_blocks(passed, hidden, previous, tables)
+        blocks = self._known_blocks(passed, hidden, previous, embeddings)
         if finish is not None:
             return finish(blocks)
         return hidden, blocks.logits(*blocks.made_of), blocks.confidence_logits
 
     def _known_blocks(
-        self, passed: torch.Tensor, hidden: torch.Tensor, previous: torch.Tensor, tables: Tables
+        self, passed: torch.Tensor, hidden: torch.Tensor, previous: torch.Tensor, embeddings: SharedEmbeddings
     ) -> KnownBlocks:
         """Of rows that predict nothing, [b, N, 0 or 1, d], those that do, [b, N, G, d], and the tokens before these."""
         mixed, tables_that_learn = None, [] if self.lm_head is None else [self.lm_head.weight]
@@ -455,7 +458,7 @@ class DSparkHead(PreTrainedModel):
             tables_that_learn.append(self.markov_head.markov_w2.weight)
 
         def logits(normed: torch.Tensor, mixed: torch.Tensor | None = None) -> torch.Tensor:
-            base = self._logits_of(normed, tables)
+            base = self._logits_of(normed, embeddings)
             return base if mixed is None else base + self.markov_head.markov_w2(mixed)
 
         return KnownBlocks(
@@ -466,9 +469,9 @@ class DSparkHead(PreTrainedModel):
             tuple(weight for weight in tables_that_learn if weight.requires_grad),
         )
 
-    def whole_state_dict(self) -> dict[str, torch.Tensor]:
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The state dict with copies of the target's tables that were freed."""
-        freed = {f"{name}.weight": weight.detach().clone() for name, weight in self._stand_ins.items()}
+        freed = {f"{name}.weight": weight.detach().clone() for name, weight in self._shared_weights.items()}
         return self.state_dict() | freed
 
 

@@ -105,8 +105,8 @@ class Case:
             return self.target()
         config = AutoConfig.from_pretrained(self.folder / "target")
         target = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        tables = self.folder / "target" / "tables.safetensors"
-        table = load_file(tables if tables.exists() else self.folder / "head" / "model.safetensors")
+        embeddings = self.folder / "target" / "tables.safetensors"
+        table = load_file(embeddings if embeddings.exists() else self.folder / "head" / "model.safetensors")
         with torch.no_grad():
             target.get_input_embeddings().weight.copy_(table["embed_tokens.weight"])
         return target
@@ -125,10 +125,10 @@ class Case:
         """Greedy drafts behind the anchors at the given positions of prompt i and its output."""
         text, features = torch.tensor(self.prompts[i]["generate_ids"]), self.features(i, target, head)
         drafter, seen, found = Drafter(head, target, 1), 0, []
-        select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None)
+        sampler = BlockProcessors(LogitsProcessorList(), do_sample=False).draft_sampler(None)
         for start in starts:
             drafter.append(features[:, seen:start], [start - seen])
-            found.append(drafter.draft(text[start, None], head.config.gamma, select).tokens[0].tolist())
+            found.append(drafter.draft(text[start, None], head.config.gamma, sampler).tokens[0].tolist())
             seen = start
         return found
 

@@ -21,17 +21,17 @@ import dspark_hf
 from dspark_hf.cli import app, common, main
 from dspark_hf.embedded import FOLDER
 from dspark_hf.evaluation.bench import (
+    BenchRecord,
     Cell,
-    Record,
-    Run,
+    MethodRun,
     _is_settled,
     _records,
     as_table,
     bench,
-    beside_each_other,
     cells_of,
     estimate,
     expectation,
+    median_polish,
 )
 from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode, read_prompts
 from dspark_hf.hub.registry import published_heads
@@ -114,7 +114,7 @@ def test_bench_prints_a_table_and_writes_json(tmp_path):
     assert "2 of 8 prompts" in result.stdout
     expected = "plain, stock, dspark at batch 1; plain, dspark at batch 2; 2 prompts: 9 turns or up to twice as many"
     assert expected in result.stderr and "at most 3600 s" in result.stderr and "\x1b" not in result.stderr
-    records = [Record(**record) for record in json.loads(file.read_text())]
+    records = [BenchRecord(**record) for record in json.loads(file.read_text())]
     found = [(record.batch_size, record.method) for record in records]
     assert found == [(1, "plain"), (1, "stock"), (1, "dspark"), (2, "plain"), (2, "dspark")]
     for record in records:
@@ -199,7 +199,7 @@ def test_bench_takes_32_prompts_unless_told_otherwise(tmp_path):
 
 
 def test_tables_say_what_was_cut_short():
-    records = [Record("plain", size, 10.0, None, 4, 7, size == 2, "code") for size in (1, 2)]
+    records = [BenchRecord("plain", size, 10.0, None, 4, 7, size == 2, "code") for size in (1, 2)]
     printed = io.StringIO()
     Console(file=printed, width=200).print(as_table(records))
     rows = [line.split() for line in printed.getvalue().splitlines() if line.split()[:1] == ["plain"]]
@@ -512,16 +512,16 @@ def test_methods_are_compared_within_their_turns():
     slow = random.choice([1.0, 1.5], size=(12, 1))
     seconds = right * slow * np.exp(random.normal(scale=0.005, size=(12, 3)))
     seconds[2, 0], seconds[7, 1] = 9.0, 0.1
-    found, errors = beside_each_other(seconds)
+    found, errors = median_polish(seconds)
     np.testing.assert_allclose(found / found[0], right, rtol=0.01)
     assert seconds[:, 0].min() < found[0] < 1.6
     assert (errors < 0.005).all()
-    assert np.isinf(beside_each_other(seconds[:1])[1]).all()
+    assert np.isinf(median_polish(seconds[:1])[1]).all()
 
 
 def test_standard_errors_are_those_of_repeated_measurements():
     random = np.random.default_rng(0)
-    measured = [beside_each_other(np.exp(random.normal(scale=0.05, size=(24, 9)))) for _ in range(200)]
+    measured = [median_polish(np.exp(random.normal(scale=0.05, size=(24, 9)))) for _ in range(200)]
     seconds, errors = (np.array(values) for values in zip(*measured, strict=True))
     beside = np.log(seconds) - np.log(seconds).mean(axis=1, keepdims=True)
     assert errors.mean() == pytest.approx(beside.std(), rel=0.15)
@@ -530,13 +530,13 @@ def test_standard_errors_are_those_of_repeated_measurements():
 @pytest.mark.parametrize("scale, batches, sure", [(0.01, 1, True), (0.08, 1, False), (0.08, 8, True)])
 def test_turns_go_on_until_speeds_are_sure(scale, batches, sure):
     random = np.random.default_rng(0)
-    runs = [[Run(float(s), [], None) for s in np.exp(random.normal(scale=scale, size=24))] for _ in range(3)]
+    runs = [[MethodRun(float(s), [], None) for s in np.exp(random.normal(scale=scale, size=24))] for _ in range(3)]
     assert _is_settled(runs, 13, batches) == sure
 
 
 def test_turns_are_as_many_as_asked_and_at_most_twice_as_many():
     def runs(*seconds):
-        return [[Run(s, [], None) for s in seconds], [Run(1.0, [], None) for _ in seconds]]
+        return [[MethodRun(s, [], None) for s in seconds], [MethodRun(1.0, [], None) for _ in seconds]]
 
     assert not _is_settled([[], []], 3, 1)
     assert not _is_settled(runs(1.0), 1, 1)
@@ -548,7 +548,7 @@ def test_turns_are_as_many_as_asked_and_at_most_twice_as_many():
 
 def test_speeds_are_those_of_all_tokens():
     def runs(*seconds):
-        return [Run(s, [[1, 2, 3]], None) for s in seconds]
+        return [MethodRun(s, [[1, 2, 3]], None) for s in seconds]
 
     plain, other = [runs(4.0, 2.0, 2.0), runs(6.0, 6.0, 6.0)], [runs(2.0, 1.0, 1.0), runs(3.0, 3.0, 3.0)]
     measured = {"plain": plain, "other": other}
@@ -557,5 +557,5 @@ def test_speeds_are_those_of_all_tokens():
     assert plain.tokens_per_second == pytest.approx(6 / 8)
     assert plain.noise == pytest.approx(0.0)
     assert other.speedup == pytest.approx(2) and other.identical
-    measured["other"][1][2] = Run(3.0, [[1, 2, 4]], None)
+    measured["other"][1][2] = MethodRun(3.0, [[1, 2, 4]], None)
     assert not list(_records(measured, cell, False))[1].identical

@@ -24,7 +24,7 @@ from dspark_hf.hub.publishing import build
 
 TOLERANCE = 1e-4
 STORED = ("checkpoint", "checkpoint_quantised")
-SELECT = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None)
+SELECT = BlockProcessors(LogitsProcessorList(), do_sample=False).draft_sampler(None)
 
 
 def folders() -> list[Path]:
@@ -89,8 +89,8 @@ def block_of(case: Path, head: DSparkHead, prompt: int, start: int, features: to
     anchor = numbers(case)[f"prompt{prompt}.generate_ids"][start, None]
     drafter.append(features[None, :start], [start])
     hidden = drafter._hidden(anchor, None, *drafter.take(None))
-    block = head.sample_block(hidden, anchor, drafter.tables, head.config.gamma, SELECT)
-    return hidden[0], head.base_logits(hidden, drafter.tables)[0], block
+    block = head.sample_block(hidden, anchor, drafter.embeddings, head.config.gamma, SELECT)
+    return hidden[0], head.base_logits(hidden, drafter.embeddings)[0], block
 
 
 @pytest.mark.parametrize("stored", STORED)

@@ -331,13 +331,13 @@ def test_outputs_are_text(browser):
     one = rounds.Round(tokens, [0.5] * len(tokens), len(tokens), len(tokens), tokens[0])
     told = rounds.Story(tokens[0], [one], [1.0], len(tokens))
 
-    class Engine:
+    class DemoSession:
         pass
 
-    engine = Engine()
-    engine.tokenizer = tokenizer
+    session = DemoSession()
+    session.tokenizer = tokenizer
     with gr.Blocks(analytics_enabled=False) as app:
-        gr.HTML(rounds.text(engine, told, 1) + rounds.strips(engine, told, 1), elem_id="html")
+        gr.HTML(rounds.text(session, told, 1) + rounds.strips(session, told, 1), elem_id="html")
         gr.Chatbot(chat.shown([{"role": "assistant", "content": HOSTILE}]), **chat.AS_TEXT, elem_id="bot")
     _, address, _ = app.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
     try:

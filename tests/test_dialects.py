@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import biases, case_of, cases, tiny_head, tiny_target
 from safetensors.torch import load_file, save_file
-from test_tables import Packed, model_of
+from test_shared_embeddings import Packed, model_of
 
 from dspark_hf import DSparkConfig, DSparkHead
 from dspark_hf.checkpoints import CannotExpress, CheckpointError, dialect_of
@@ -98,8 +98,8 @@ def first_block(target, head, prompt) -> torch.Tensor:
     drafter.append(torch.randn(1, 20, width, generator=generator), [20])
     anchor = torch.tensor([prompt["input_ids"][0]])
     hidden = drafter._hidden(anchor, None, *drafter.take(None))
-    select = lambda logits: (logits.argmax(-1), logits)  # noqa: E731
-    return head.sample_block(hidden, anchor, drafter.tables, head.config.gamma, select).logits
+    sampler = lambda logits: (logits.argmax(-1), logits)  # noqa: E731
+    return head.sample_block(hidden, anchor, drafter.embeddings, head.config.gamma, sampler).logits
 
 
 @pytest.mark.parametrize("to", LAYOUTS)
@@ -310,12 +310,12 @@ def test_speculators_that_predict_behind_the_anchor(copy):
     edit(folder, lambda config: config.update(sample_from_anchor=False))
     head, target = DSparkHead.from_pretrained(folder), case.any_target()
     assert (head.config.block_size, head.config.gamma) == (8, 7)
-    tables, generator = head.share_tables(target), torch.Generator().manual_seed(0)
+    embeddings, generator = head.share_embeddings(target), torch.Generator().manual_seed(0)
     hidden, anchor = torch.randn(1, 8, 64, generator=generator), torch.tensor([9])
     with torch.no_grad():
-        block = head.sample_block(hidden, anchor, tables, 7, lambda logits: (logits.argmax(-1), logits))
+        block = head.sample_block(hidden, anchor, embeddings, 7, lambda logits: (logits.argmax(-1), logits))
         previous = torch.cat([anchor, anchor, block.tokens[0, :-1]])[None]
-        expected = head.base_logits(hidden, tables) + biases(head, hidden, previous)
+        expected = head.base_logits(hidden, embeddings) + biases(head, hidden, previous)
     torch.testing.assert_close(block.logits, expected[:, 1:])
 
 

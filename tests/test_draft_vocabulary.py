@@ -35,7 +35,7 @@ def test_sampling_is_exact(pair, kwargs, warpers, monkeypatch):
 def test_drafts_lie_inside_and_some_are_accepted(pair):
     target, head = pair
     logits = torch.randn(5, len(DRAFTED))
-    whole = head.in_target_vocabulary(logits, head.share_tables(target))
+    whole = head.in_target_vocabulary(logits, head.share_embeddings(target))
     outside = sorted(set(range(VOCABULARY)) - set(DRAFTED))
     torch.testing.assert_close(whole[:, DRAFTED], logits)
     assert (whole.softmax(-1)[:, outside] == 0).all()
@@ -75,4 +75,4 @@ def test_a_borrowed_lm_head_gives_the_rows_that_are_drafted(pair):
     target, head = pair
     hidden = torch.randn(2, 3, 32)
     expected = target.lm_head(hidden)[..., DRAFTED]
-    torch.testing.assert_close(head.base_logits(hidden, head.share_tables(target)), expected)
+    torch.testing.assert_close(head.base_logits(hidden, head.share_embeddings(target)), expected)

@@ -29,9 +29,9 @@ def committed(rounds, seed=0):
 
 
 def block(drafter, rows=None, anchors=(3, 5, 7, 9), **kwargs):
-    select = BlockProcessors(LogitsProcessorList(), True).drafting(None)
+    sampler = BlockProcessors(LogitsProcessorList(), True).draft_sampler(None)
     torch.manual_seed(1)
-    return drafter.draft(torch.tensor(anchors), 3, select, rows, **kwargs)
+    return drafter.draft(torch.tensor(anchors), 3, sampler, rows, **kwargs)
 
 
 def close(a, b):
@@ -71,8 +71,8 @@ def test_rows_that_leave_take_what_waits_along(pair):
         fewer.append(features.clone(), counts)
     fewer.keep([1, 3])
     expected = block(whole)
-    select = BlockProcessors(LogitsProcessorList(), True).drafting(None)
-    found = fewer.draft(torch.tensor([5, 9]), 3, select)
+    sampler = BlockProcessors(LogitsProcessorList(), True).draft_sampler(None)
+    found = fewer.draft(torch.tensor([5, 9]), 3, sampler)
     close(found.logits[:, 0], expected.logits[[1, 3], 0])
 
 
@@ -101,12 +101,12 @@ def test_a_short_draft_saves_the_positions_behind(pair, length, monkeypatch):
     expected = block(whole)
     base, step = head.base_logits, head.markov_head.step
     monkeypatch.setattr(
-        head, "base_logits", lambda hidden, tables: projected.append(hidden.shape[1]) or base(hidden, tables)
+        head, "base_logits", lambda hidden, embeddings: projected.append(hidden.shape[1]) or base(hidden, embeddings)
     )
     monkeypatch.setattr(head.markov_head, "step", lambda *args: steps.append(1) or step(*args))
-    select = BlockProcessors(LogitsProcessorList(), True).drafting(None)
+    sampler = BlockProcessors(LogitsProcessorList(), True).draft_sampler(None)
     torch.manual_seed(1)
-    found = drafter.draft(torch.tensor((3, 5, 7, 9)), length, select)
+    found = drafter.draft(torch.tensor((3, 5, 7, 9)), length, sampler)
     assert found.tokens.tolist() == expected.tokens[:, :length].tolist()
     close(found.confidence_logits, expected.confidence_logits[:, :length])
     assert len(steps) == length and projected == [length]

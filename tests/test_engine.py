@@ -18,7 +18,7 @@ from dspark_hf.generation.observers import Observer
 from dspark_hf.generation.processors import BlockProcessors
 from dspark_hf.generation.rows import read_rows
 from dspark_hf.generation.stopping import Stopping
-from dspark_hf.generation.target import Target, TargetPass
+from dspark_hf.generation.target import Target, TargetOutput
 from dspark_hf.modeling_dspark import DraftBlock
 from dspark_hf.scheduling.estimates import AcceptanceStats
 from dspark_hf.scheduling.load import in_flight
@@ -44,7 +44,7 @@ class MockTarget:
     def forward(self, tokens, cache, keep=None, lengths=None, rows=None):
         cache.place(tokens.shape[1], rows=rows)
         logits = torch.nn.functional.one_hot(after(tokens), VOCABULARY).float()
-        return TargetPass(logits if keep is None else logits[:, keep], torch.zeros(*tokens.shape, 1), None, None)
+        return TargetOutput(logits if keep is None else logits[:, keep], torch.zeros(*tokens.shape, 1), None, None)
 
 
 class MockDrafter:
@@ -69,7 +69,7 @@ class MockDrafter:
     def flush(self):
         pass
 
-    def draft(self, anchors, length, select, rows):
+    def draft(self, anchors, length, sampler, rows):
         tokens = [after(anchors if rows is None else anchors[rows])]
         for _ in range(length - 1):
             tokens.append(after(tokens[-1]))

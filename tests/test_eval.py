@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 import dspark_hf
 from dspark_hf.embedded import FOLDER
 from dspark_hf.evaluation import evaluate
-from dspark_hf.evaluation.acceptance import Record, summarise
+from dspark_hf.evaluation.acceptance import EvalRecord, summarise
 from dspark_hf.evaluation.data_sets import DataSet, load_data_set, load_data_sets
-from dspark_hf.evaluation.evaluate import Batch, Settings, decode
+from dspark_hf.evaluation.evaluate import Batch, EvalSettings, decode
 from dspark_hf.evaluation.results import fingerprint
 from dspark_hf.generation.stats import DSparkStats
 
@@ -72,7 +72,7 @@ def test_scores_of_the_confidence_from_their_definitions():
     chance = np.random.default_rng(0)
     confidence = chance.random((200, 3)).round(6)
     kept = (chance.random((200, 3)) < confidence).cumprod(axis=1).sum(axis=1)
-    record = Record("x", 0, 9, (kept + 1).tolist(), [3] * 200, kept.tolist(), confidence.tolist())
+    record = EvalRecord("x", 0, 9, (kept + 1).tolist(), [3] * 200, kept.tolist(), confidence.tolist())
     result = summarise("x", [record])
     survival = confidence.cumprod(axis=1)
     for k, position in enumerate(result.positions):
@@ -101,9 +101,9 @@ def test_turns_are_answered_one_after_the_other():
     model, head, tokenizer = dspark_hf.embedded_pair(dtype=torch.float32)
     turns = ["Ann has 3 apples and buys 4. How many has she?", "And if she eats one?"]
     data = DataSet("talk", "talk", [turns, turns[:1]])
-    batch, settings = Batch(0, data, range(2)), Settings(max_new_tokens=40)
+    batch, settings = Batch(0, data, range(2)), EvalSettings(max_new_tokens=40)
     both, one = decode(model, head, tokenizer, batch, settings)
-    first_only = decode(model, head, tokenizer, batch, Settings(max_new_tokens=40, first_turn=True))
+    first_only = decode(model, head, tokenizer, batch, EvalSettings(max_new_tokens=40, first_turn=True))
     for prompt, found in enumerate(first_only):
         # Which rows share a pass rounds the last digits of a confidence.
         assert vars(found) | {"confidence": None} == vars(one) | {"confidence": None, "prompt": prompt}

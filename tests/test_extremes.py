@@ -31,8 +31,8 @@ def drafts_that_follow(text: torch.Tensor, monkeypatch, wrong: bool) -> None:
     """The drafter drafts the text [R, n] itself behind each anchor, or never a token of it."""
     draft = Drafter.draft
 
-    def known(self, anchors, length, select, rows=None):
-        block = draft(self, anchors, length, select, rows)
+    def known(self, anchors, length, sampler, rows=None):
+        block = draft(self, anchors, length, sampler, rows)
         lines = range(len(self.cache.lengths)) if rows is None else rows
         starts = torch.tensor([self.cache.lengths[row] + 1 for row in lines])[:, None]
         places = (starts + torch.arange(length)).clamp(max=text.shape[1] - 1)

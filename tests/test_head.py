@@ -31,9 +31,9 @@ def test_round_trip_after_copies_were_freed(name, tmp_path):
     case = case_of(name)
     target, head = case.any_target(), case.head()
     before = head.num_parameters()
-    tables = head.share_tables(target)
-    assert head.embed_tokens is None and tables.embed is target.get_input_embeddings()
-    assert head.lm_head is None and tables.logits.module is target.get_output_embeddings()
+    embeddings = head.share_embeddings(target)
+    assert head.embed_tokens is None and embeddings.embed is target.get_input_embeddings()
+    assert head.lm_head is None and embeddings.logits.module is target.get_output_embeddings()
     assert before - head.num_parameters() == 2 * head.config.vocab_size * head.config.hidden_size
     head.save_pretrained(tmp_path)
     check_same_files(case.folder / "head", tmp_path)
@@ -58,9 +58,9 @@ def test_copies_that_differ_stay(vanilla):
     target, head = vanilla.target(), vanilla.head()
     with torch.no_grad():
         head.lm_head.weight[0, 0] += 1
-    tables = head.share_tables(target)
-    assert tables.logits.module is head.lm_head
-    assert tables.embed is target.get_input_embeddings()
+    embeddings = head.share_embeddings(target)
+    assert embeddings.logits.module is head.lm_head
+    assert embeddings.embed is target.get_input_embeddings()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -350,7 +350,7 @@ def test_a_scaled_embedding_does_not_stand_in_for_a_plain_one():
     head = tiny_head(target, borrow_embeddings=False)
     with torch.no_grad():
         head.embed_tokens.weight.copy_(target.get_input_embeddings().weight)
-    before = head.embed_block(torch.tensor([5]), head.share_tables(target))
+    before = head.embed_block(torch.tensor([5]), head.share_embeddings(target))
     torch.testing.assert_close(before[0, 0], target.get_input_embeddings().weight[5])
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("evaluation",),
     ("checkpoints", "generation"),
     ("modeling_dspark", "pairing", "scheduling"),
-    ("backbones", "confidence_head", "sequential_heads", "tables"),
+    ("backbones", "confidence_head", "sequential_heads", "shared_embeddings"),
     ("configuration_dspark", "version"),
     ("dspark_kernels",),
 )

@@ -58,19 +58,19 @@ def test_drafts_of_every_sequential_head(launches, monkeypatch, kind, sample):
     head = tiny_head(target, markov_head_type=kind)
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(3, head.config.block_size, head.config.hidden_size, generator=g)
-    anchors, tables = torch.tensor([1, 5, 9]), head.share_tables(target)
-    select = BlockProcessors(LogitsProcessorList(), sample).drafting(None)
+    anchors, embeddings = torch.tensor([1, 5, 9]), head.share_embeddings(target)
+    sampler = BlockProcessors(LogitsProcessorList(), sample).draft_sampler(None)
     with torch.no_grad():
-        found = head.sample_block(hidden, anchors, tables, 3, select)
+        found = head.sample_block(hidden, anchors, embeddings, 3, sampler)
         assert "sequential" in launches
         if not sample:
             monkeypatch.setattr(dspark_kernels, "uses_kernels", lambda *tensors: False)
-            expected = head.sample_block(hidden, anchors, tables, 3, select)
+            expected = head.sample_block(hidden, anchors, embeddings, 3, sampler)
             assert torch.equal(found.tokens, expected.tokens) and found.logits is None
             torch.testing.assert_close(found.confidence_logits, expected.confidence_logits)
             return
         previous = torch.cat([anchors[:, None], found.tokens[:, :-1]], dim=1)
-        expected = head.base_logits(hidden[:, :3], tables) + biases(head, hidden[:, :3], previous)
+        expected = head.base_logits(hidden[:, :3], embeddings) + biases(head, hidden[:, :3], previous)
         torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=1e-4)
 
 

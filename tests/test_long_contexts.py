@@ -76,7 +76,7 @@ RULES = {
 def compare(bounded: Drafter, whole: Drafter, rounds: int = 60) -> None:
     """Both draft the same after prompts and rounds of any length, in which some rows do not draft."""
     chance = torch.Generator().manual_seed(0)
-    select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None)
+    sampler = BlockProcessors(LogitsProcessorList(), do_sample=False).draft_sampler(None)
     for turn in range(rounds):
         longest = 40 if turn % 20 == 0 else 5
         features = torch.randn(ROWS, longest, 32, generator=chance)
@@ -86,7 +86,7 @@ def compare(bounded: Drafter, whole: Drafter, rounds: int = 60) -> None:
         for drafter in (bounded, whole):
             drafter.append(features.clone(), counts)
             anchors = torch.arange(1, 1 + ROWS)
-            found.append(drafter.draft(anchors, drafter.head.config.gamma, select, rows))
+            found.append(drafter.draft(anchors, drafter.head.config.gamma, sampler, rows))
         assert torch.equal(found[0].tokens, found[1].tokens)
         torch.testing.assert_close(found[0].confidence_logits, found[1].confidence_logits, atol=1e-5, rtol=1e-5)
     assert bounded.cache.lengths == whole.cache.lengths and min(bounded.cache.lengths) > 5 * WINDOW

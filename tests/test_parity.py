@@ -134,7 +134,7 @@ def rounds_of(case, i: int) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def check_rounds(target, head, prompt, expected, features):
     drafter, seen = Drafter(head, target, 1), 0
-    select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None)
+    sampler = BlockProcessors(LogitsProcessorList(), do_sample=False).draft_sampler(None)
     for r, start in enumerate(expected["start"].tolist()):
         anchor = torch.tensor([prompt["generate_ids"][start]])
         assert anchor.item() == expected["anchor_id"][r]
@@ -143,10 +143,10 @@ def check_rounds(target, head, prompt, expected, features):
         seen = start
         close(hidden[0], expected["hidden"][r])
         predictions = hidden[:, -head.config.gamma :]
-        base = head.base_logits(predictions, drafter.tables)
+        base = head.base_logits(predictions, drafter.embeddings)
         if "base_logits" in expected:
             close(base[0], expected["base_logits"][r])
-        block = head.sample_block(hidden, anchor, drafter.tables, head.config.gamma, select)
+        block = head.sample_block(hidden, anchor, drafter.embeddings, head.config.gamma, sampler)
         assert block.tokens.tolist() == [expected["draft_tokens"][r].tolist()]
         if "draft_vocab_tokens" in expected:
             assert head.draft_tokens[expected["draft_vocab_tokens"][r]].tolist() == block.tokens[0].tolist()
@@ -176,7 +176,7 @@ def test_training_forward_losses_and_gradients(parts, rows_at_once):
     assert torch.equal(labels[supervised], t["target_ids"][supervised])
     head.zero_grad()
     masks = attention_masks(blocks, t["input_ids"].shape[1], head.mask_rules, size)
-    inputs = t["input_ids"], t["context_features"], blocks.anchors, masks, head.share_tables(target)
+    inputs = t["input_ids"], t["context_features"], blocks.anchors, masks, head.share_embeddings(target)
     hidden, logits, confidence = head(*inputs)
     close(hidden[supervised], t["hidden"][supervised])
     close(logits[supervised], t["draft_logits"][supervised])

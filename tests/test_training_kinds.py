@@ -76,7 +76,7 @@ def check_alignment(target, head):
     anchors = torch.tensor([[4, 7, 11]])
     features, last = target_states(target, ids, head.config.target_layer_ids)
     masks = attention_masks(Blocks(anchors, anchors > 0), ids.shape[1], head.mask_rules, head.config.block_size)
-    hidden, logits, confidence = head(ids, features, anchors, masks, head.share_tables(target))
+    hidden, logits, confidence = head(ids, features, anchors, masks, head.share_embeddings(target))
     labels, _ = labels_and_weights(ids, torch.ones_like(ids), Blocks(anchors, anchors > 0), head.config.gamma)
     for i, anchor in enumerate(anchors[0].tolist()):
         drafter = Drafter(head, target, 1)
@@ -88,12 +88,12 @@ def check_alignment(target, head):
         follows = ids[0, anchor + 1 : anchor + 1 + head.config.gamma].tolist()
         seen = []
 
-        def select(given, follows=follows, seen=seen):
+        def sampler(given, follows=follows, seen=seen):
             seen.append(given)
             return torch.tensor([follows[len(seen) - 1]]), given
 
-        block = head.sample_block(drafted, ids[:, anchor], drafter.tables, len(follows), select)
-        ours = head.in_target_vocabulary(logits[:, i], drafter.tables)[0, : len(follows)]
+        block = head.sample_block(drafted, ids[:, anchor], drafter.embeddings, len(follows), sampler)
+        ours = head.in_target_vocabulary(logits[:, i], drafter.embeddings)[0, : len(follows)]
         torch.testing.assert_close(torch.cat(seen), ours, atol=1e-4, rtol=1e-4)
         if confidence is not None:
             torch.testing.assert_close(block.confidence_logits, confidence[:, i, : len(follows)], atol=1e-4, rtol=1e-4)
@@ -212,7 +212,7 @@ def test_logits_are_made_some_rows_at_a_time(monkeypatch):
     """Of the head and of the target; the gradients are the same."""
     target, rows = task()
     head, batch, made = head_of(target, {}).train(), collate(rows[:4]), []
-    tables = head.share_tables(target)
+    embeddings = head.share_embeddings(target)
     hook = target.lm_head.register_forward_hook(lambda *args: made.append(args[-1].shape[:-1].numel()))
     states = target_states(target, batch["input_ids"], head.config.target_layer_ids)
     gradients = []
@@ -221,7 +221,7 @@ def test_logits_are_made_some_rows_at_a_time(monkeypatch):
         made.clear()
         head.zero_grad()
         generator = torch.Generator().manual_seed(0)
-        training_step(head, target, tables, batch, 8, generator, states=states).total.backward()
+        training_step(head, target, embeddings, batch, 8, generator, states=states).total.backward()
         gradients.append({name: p.grad.clone() for name, p in head.named_parameters()})
         # Both ends of all rows: the head's logits and the target's.
         assert max(made) == min(rows_at_once, sum(made) // 2) and sum(made) > 200
@@ -237,7 +237,9 @@ def test_losses_in_bfloat16_autocast():
     found = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            losses = training_step(head, target, head.share_tables(target), batch, 8, torch.Generator().manual_seed(0))
+            losses = training_step(
+                head, target, head.share_embeddings(target), batch, 8, torch.Generator().manual_seed(0)
+            )
         losses.total.backward()
         found.append((losses.total.item(), head.markov_head.markov_w2.weight.grad.clone()))
         head.zero_grad()
@@ -279,7 +281,7 @@ def test_a_reduced_head_has_its_targets_rows(tmp_path):
 
     export(head, "speculators", tmp_path / "theirs", target)
     for each in (head, *(DSparkHead.from_pretrained(tmp_path / name) for name in ("own", "theirs"))):
-        found = each.base_logits(hidden, each.share_tables(target))
+        found = each.base_logits(hidden, each.share_embeddings(target))
         torch.testing.assert_close(found, target.lm_head(hidden)[:, drafted])
 
 
@@ -314,7 +316,7 @@ def test_a_scaled_target_lends_its_logits():
     rows = [{"input_ids": [1, 2, 3, 4], "loss_mask": [1] * 4}]
     head, _ = fresh_head(target, rows, num_hidden_layers=1, markov_rank=8, draft_vocab_size=9)
     hidden = torch.randn(3, 32)
-    found = head.base_logits(hidden, head.share_tables(target))
+    found = head.base_logits(hidden, head.share_embeddings(target))
     torch.testing.assert_close(found, target.lm_head(hidden)[:, head.draft_tokens] / 8)
 
 
@@ -340,7 +342,7 @@ def test_packed_rows_do_not_see_each_other(name, monkeypatch):
     """Losses and gradients of a packed batch are those of its documents, each alone."""
     target, _ = task()
     head = head_of(target, KINDS[name]).train()
-    tables = head.share_tables(target)
+    embeddings = head.share_embeddings(target)
 
     def everywhere(loss_mask, count, generator=None, documents=None):
         return blocks.sample_blocks(loss_mask, loss_mask.shape[1], generator, documents)
@@ -351,7 +353,7 @@ def test_packed_rows_do_not_see_each_other(name, monkeypatch):
         head.zero_grad()
         total, weight = 0.0, 0.0
         for row in [rows] if "positions" in rows[0] else [[row] for row in rows]:
-            losses = training_step(head, target, tables, collate(row), 99, torch.Generator())
+            losses = training_step(head, target, embeddings, collate(row), 99, torch.Generator())
             total, weight = total + losses.total * losses.weight, weight + losses.weight
         total.backward()
         found.append((total / weight, {name: p.grad.clone() for name, p in head.named_parameters()}))
@@ -385,7 +387,7 @@ def check_target(target):
     with torch.no_grad():
         torch.testing.assert_close(step.target_logits(target)(last), passed.logits, atol=1e-4, rtol=1e-4)
     batch = {"input_ids": ids, "loss_mask": torch.ones_like(ids)}
-    losses = training_step(head, target, head.share_tables(target), batch, 8, torch.Generator())
+    losses = training_step(head, target, head.share_embeddings(target), batch, 8, torch.Generator())
     losses.total.backward()
     assert losses.total.isfinite() and all(p.grad is not None for p in head.parameters())
 
@@ -406,7 +408,7 @@ def test_stages_of_deepseek_v4_train():
     head = test_compressed.head_for(target).train()
     ids = torch.randint(1, 23, (1, 14))
     batch = {"input_ids": ids, "loss_mask": torch.ones_like(ids)}
-    losses = training_step(head, target, head.share_tables(target), batch, 8, torch.Generator())
+    losses = training_step(head, target, head.share_embeddings(target), batch, 8, torch.Generator())
     losses.total.backward()
     assert losses.total.isfinite() and head.fc.weight.grad.abs().sum() > 0
 
@@ -431,7 +433,7 @@ def test_a_head_of_another_target_lends_what_fits(fields):
     if "vocab_size" not in fields:
         assert torch.equal(head.markov_head.markov_w1.weight, other.markov_head.markov_w1.weight)
     assert "one for another target" in said and "%" in said
-    training_step(head, target, head.share_tables(target), collate(rows[:2]), 4, torch.Generator()).total.backward()
+    training_step(head, target, head.share_embeddings(target), collate(rows[:2]), 4, torch.Generator()).total.backward()
 
 
 def test_keys_of_a_config(tmp_path):

@@ -12,9 +12,9 @@ import torch
 
 from .errors import CheckpointError, config_file
 from .headers import TensorHeader
-from .schema import expect, forbid_code, require
+from .schema import check_value, forbid_code, require
 from .stored import FP8, GROUP, PACKED_FP4, SCALE, Part, StoredWeight
-from .writing import CALIBRATION, CannotExpress, refuse
+from .writing import CALIBRATION, CannotExpress, require_values
 
 NAME = "deepseek_v4"
 DESCRIPTION = "DeepSeek V4 (model_type 'deepseek_v4' with dspark_* keys, the head in its own checkpoint as mtp.*)"
@@ -89,7 +89,7 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     require(published, REQUIRED, source)
     forbid_code(published, (), source)
     ratios = published.get("compress_ratios")
-    expect(published, "compress_ratios", ratios is None or isinstance(ratios, list), "a list", source)
+    check_value(published, "compress_ratios", ratios is None or isinstance(ratios, list), "a list", source)
     beyond = len(ratios or ()) - published["num_hidden_layers"]
     own = {key: value for key, value in published.items() if not key.startswith("dspark_")}
     stage = {key: value for key, value in own.items() if key not in (*NOT_OF_A_STAGE, *CALIBRATION)}
@@ -144,8 +144,8 @@ def write_config(native: dict[str, Any]) -> dict[str, Any]:
             "The DeepSeek V4 layout cannot express this head: its stages are layers of DeepSeek V4, but the head has "
             f"backbone={native['backbone']!r}."
         )
-    refuse("DeepSeek V4", native, draft_vocab_size=None, confidence_head_bias=False)
-    refuse("DeepSeek V4", native, window_counted_from="block", sliding_is_causal=False, sample_from_anchor=True)
+    require_values("DeepSeek V4", native, draft_vocab_size=None, confidence_head_bias=False)
+    require_values("DeepSeek V4", native, window_counted_from="block", sliding_is_causal=False, sample_from_anchor=True)
     return {
         **native["stage_config"],
         "architectures": [ARCHITECTURE],

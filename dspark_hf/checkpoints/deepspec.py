@@ -5,8 +5,8 @@ Its "DFlash" heads are the same class without a sequential and a confidence head
 
 from typing import Any
 
-from .schema import SIZES, expect, forbid_code, layer_types_of, require, rope_of
-from .writing import CALIBRATION, refuse
+from .schema import SIZES, check_value, forbid_code, layer_types_of, require, rope_of
+from .writing import CALIBRATION, require_values
 
 NAME = "deepspec"
 DESCRIPTION = "DeepSpec (architectures ['Qwen3DSparkModel'] or ['Gemma4DSparkModel'])"
@@ -33,7 +33,7 @@ NAMES_OF_GEMMA4 = {
 # For training only, but DeepSpec's class demands it: its trainer's default for heads that were trained elsewhere.
 NUM_ANCHORS = 512
 # Keys of ours that go without saying in this layout, or have no place in it.
-UNSAID: tuple[str, ...] = (
+OMITTED_KEYS: tuple[str, ...] = (
     "backbone",
     "sample_from_anchor",
     "draft_vocab_size",
@@ -47,8 +47,8 @@ UNSAID: tuple[str, ...] = (
     "stage_config",
     "confidence_head_bias",
 )
-UNSAID_OF_QWEN3 = ("attention_k_eq_v", "final_logit_softcapping")
-UNSAID_OF_GEMMA4 = ("hidden_act", "max_window_layers", "use_sliding_window")
+OMITTED_KEYS_OF_QWEN3 = ("attention_k_eq_v", "final_logit_softcapping")
+OMITTED_KEYS_OF_GEMMA4 = ("hidden_act", "max_window_layers", "use_sliding_window")
 
 
 def recognises(published: dict[str, Any]) -> bool:
@@ -69,7 +69,7 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
         require(published, ["markov_head_type"], source)
     forbid_code(published, (), source)
     layers, count = published.get("layer_types") or [], published["num_hidden_layers"]
-    expect(published, "layer_types", set(map(str, layers)) <= {"full_attention"}, "full_attention", source)
+    check_value(published, "layer_types", set(map(str, layers)) <= {"full_attention"}, "full_attention", source)
     native = {key: value for key, value in published.items() if key not in ("rope_theta", "rope_scaling")}
     native |= {"model_type": "dspark", "layer_types": layers or layer_types_of({"num_hidden_layers": count})}
     if GEMMA4 in published["architectures"]:
@@ -79,11 +79,11 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _read_gemma4(published: dict[str, Any], source: str) -> dict[str, Any]:
     require(published, REQUIRED_BY_GEMMA4, source)
-    expect(published, "enable_moe_block", not published.get("enable_moe_block"), "false", source)
+    check_value(published, "enable_moe_block", not published.get("enable_moe_block"), "false", source)
     per_layer = published.get("hidden_size_per_layer_input")
-    expect(published, "hidden_size_per_layer_input", not per_layer, "0", source)
+    check_value(published, "hidden_size_per_layer_input", not per_layer, "0", source)
     width, shared = published["hidden_size"], published.get("attention_k_eq_v") or False
-    expect(published, "hidden_size", type(width) is int and width > 0, "a positive whole number", source)
+    check_value(published, "hidden_size", type(width) is int and width > 0, "a positive whole number", source)
     kv_heads = "num_global_key_value_heads" if shared else "num_key_value_heads"
     require(published, [kv_heads], source)
     rope = published["rope_parameters"]
@@ -106,27 +106,27 @@ def write_config(native: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CannotExpress: for what only other layouts know.
     """
-    native, unsaid = {"num_anchors": NUM_ANCHORS} | native, UNSAID
-    refuse("DeepSpec", native, sample_from_anchor=True, draft_vocab_size=None, confidence_head_bias=True)
-    refuse("DeepSpec", native, borrow_lm_head=native["borrow_embeddings"])
-    refuse("DeepSpec", native, layer_types=["full_attention"] * native["num_hidden_layers"])
+    native, omitted = {"num_anchors": NUM_ANCHORS} | native, OMITTED_KEYS
+    require_values("DeepSpec", native, sample_from_anchor=True, draft_vocab_size=None, confidence_head_bias=True)
+    require_values("DeepSpec", native, borrow_lm_head=native["borrow_embeddings"])
+    require_values("DeepSpec", native, layer_types=["full_attention"] * native["num_hidden_layers"])
     if native["backbone"] == "gemma4":
         published = native | _write_gemma4(native)
-        unsaid += UNSAID_OF_GEMMA4
+        omitted += OMITTED_KEYS_OF_GEMMA4
     else:
-        refuse("DeepSpec", native, final_logit_softcapping=None, embedding_scale=None)
+        require_values("DeepSpec", native, final_logit_softcapping=None, embedding_scale=None)
         published = native | {"architectures": [QWEN3], "model_type": "qwen3"}
-        unsaid += UNSAID_OF_QWEN3
+        omitted += OMITTED_KEYS_OF_QWEN3
     if not native["borrow_embeddings"]:
-        unsaid += ("borrow_embeddings",)
+        omitted += ("borrow_embeddings",)
     if native["borrow_logit_scaling"] or not native["borrow_lm_head"]:
-        unsaid += ("borrow_logit_scaling",)
+        omitted += ("borrow_logit_scaling",)
     if not native["markov_rank"]:
-        unsaid += ("markov_head_type",)
+        omitted += ("markov_head_type",)
     if not native["enable_confidence_head"]:
-        unsaid += ("confidence_head_with_markov",)
-    unsaid += tuple(key for key in CALIBRATION if native.get(key) is None)
-    return {key: value for key, value in published.items() if key not in unsaid}
+        omitted += ("confidence_head_with_markov",)
+    omitted += tuple(key for key in CALIBRATION if native.get(key) is None)
+    return {key: value for key, value in published.items() if key not in omitted}
 
 
 def _write_gemma4(native: dict[str, Any]) -> dict[str, Any]:

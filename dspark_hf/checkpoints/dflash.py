@@ -11,8 +11,8 @@ from typing import Any
 from .schema import (
     SIZES,
     agree,
+    check_value,
     default_layer_ids,
-    expect,
     forbid_code,
     layer_types_of,
     lookup,
@@ -20,7 +20,7 @@ from .schema import (
     require_sections,
     rope_of,
 )
-from .writing import qwen3_keys, refuse, slides
+from .writing import qwen3_keys, require_values, slides
 
 NAME = "dflash"
 DESCRIPTION = "z-lab DFlash (architectures ['DFlashDraftModel'] and a dflash_config)"
@@ -55,9 +55,9 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     """Published keys -> keys of a `DSparkConfig`."""
     native = read_draft(published, source, (CODE,))
     projector = lookup(published, "dflash_config.projector_type")
-    expect(published, "dflash_config.projector_type", projector in (None, "dflash"), "dflash", source)
+    check_value(published, "dflash_config.projector_type", projector in (None, "dflash"), "dflash", source)
     multiplier = lookup(published, "dflash_config.output_multiplier")
-    expect(published, "dflash_config.output_multiplier", multiplier in (None, 1), "1", source)
+    check_value(published, "dflash_config.output_multiplier", multiplier in (None, 1), "1", source)
     own = {"markov_rank": 0, "markov_head_type": None, "enable_confidence_head": False}
     own["sample_from_anchor"] = published.get("sample_from_anchor", False)
     scale = lookup(published, "dflash_config.input_embedding_scale")
@@ -93,7 +93,7 @@ def _windows(published: dict[str, Any], source: str) -> dict[str, Any]:
     section, count = published["dflash_config"], published["num_hidden_layers"]
     types = layer_types_of(published)
     causal = section.get("causal")
-    expect(published, "dflash_config.causal", causal in (None, True, False), "true or false", source)
+    check_value(published, "dflash_config.causal", causal in (None, True, False), "true or false", source)
     if section.get("use_swa"):
         require(published, ["dflash_config.swa_window_size"], source)
         agree(published, ["dflash_config.swa_window_size", "sliding_window"], source)
@@ -103,7 +103,9 @@ def _windows(published: dict[str, Any], source: str) -> dict[str, Any]:
         sliding = isinstance(types, list) and "sliding_attention" in types
         if sliding:
             require(published, ["sliding_window"], source)
-        expect(published, "dflash_config.causal", sliding or not causal, "false: full layers see their block", source)
+        check_value(
+            published, "dflash_config.causal", sliding or not causal, "false: full layers see their block", source
+        )
         window, causal = published.get("sliding_window"), causal is not False
     return {
         "layer_types": types,
@@ -120,7 +122,7 @@ def write_config(native: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CannotExpress: for what only other layouts know.
     """
-    refuse("DFlash", native, sample_from_anchor=False, markov_rank=0, enable_confidence_head=False)
+    require_values("DFlash", native, sample_from_anchor=False, markov_rank=0, enable_confidence_head=False)
     published = write_draft("DFlash", native) | {"architectures": [ARCHITECTURE], "auto_map": {"AutoModel": CODE}}
     for key in ("final_logit_softcapping", "input_embedding_scale"):
         value = native[{"input_embedding_scale": "embedding_scale"}.get(key, key)]
@@ -131,9 +133,9 @@ def write_config(native: dict[str, Any]) -> dict[str, Any]:
 
 def write_draft(layout: str, native: dict[str, Any]) -> dict[str, Any]:
     """What all layouts with a `dflash_config` share; `layer_types` and windows as in SpecForge."""
-    refuse(layout, native, backbone="qwen3", draft_vocab_size=None)
+    require_values(layout, native, backbone="qwen3", draft_vocab_size=None)
     if slides(native):
-        refuse(layout, native, window_counted_from="row")
+        require_values(layout, native, window_counted_from="row")
     return qwen3_keys(native) | {
         "model_type": "qwen3",
         "block_size": native["block_size"],

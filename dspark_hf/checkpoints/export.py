@@ -12,7 +12,7 @@ from transformers import __version__ as transformers_version
 
 from ..modeling_dspark import DSparkHead
 from ..pairing import misfits, vocabulary_difference
-from ..tables import scales_logits
+from ..shared_embeddings import scales_logits
 from . import CannotExpress, deepseek_v4, deepspec, modelopt, specforge, speculators
 from .files import TABLES
 
@@ -42,7 +42,7 @@ def export(
     if to not in LAYOUTS:
         raise ValueError(f"Unknown layout {to!r}; heads are written as {', '.join(LAYOUTS)}.")
     layout, native = LAYOUTS[to], head.config.own_keys() | {"dtype": str(head.dtype).removeprefix("torch.")}
-    tensors = head.whole_state_dict()
+    tensors = head.full_state_dict()
     if target is not None:
         _check_target(head, target)
         native |= _description(target)

@@ -7,8 +7,8 @@ The export may name a rope base that the head was not trained with; see `pairing
 from typing import Any
 
 from . import dflash
-from .schema import expect, lookup
-from .writing import refuse, slides
+from .schema import check_value, lookup
+from .writing import require_values, slides
 
 NAME = "modelopt"
 DESCRIPTION = "Model-Optimizer (architectures ['DFlashDraftModel'] and projector_type 'dspark')"
@@ -42,9 +42,11 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     native = dflash.read_draft(published, source, ())
     section = published["dflash_config"]
     shifted = section.get("shift_label", True)
-    expect(published, "dflash_config.shift_label", shifted is True, "true", source)
+    check_value(published, "dflash_config.shift_label", shifted is True, "true", source)
     rank = lookup(published, "dflash_config.markov_rank")
-    expect(published, "dflash_config.markov_rank", type(rank) is int and rank > 0, "a positive whole number", source)
+    check_value(
+        published, "dflash_config.markov_rank", type(rank) is int and rank > 0, "a positive whole number", source
+    )
     return native | {
         "markov_rank": rank,
         "markov_head_type": section.get("markov_head_type") or "vanilla",
@@ -60,16 +62,16 @@ def write_config(native: dict[str, Any]) -> dict[str, Any]:
         CannotExpress: for what only other layouts know.
     """
     plain = not native["sample_from_anchor"]
-    refuse("Model-Optimizer", native, final_logit_softcapping=None, embedding_scale=None)
+    require_values("Model-Optimizer", native, final_logit_softcapping=None, embedding_scale=None)
     if plain:
-        refuse("Model-Optimizer", native, markov_rank=0, enable_confidence_head=False)
+        require_values("Model-Optimizer", native, markov_rank=0, enable_confidence_head=False)
     if not plain and not native["markov_rank"]:
-        refuse("Model-Optimizer", native, markov_rank="positive")
+        require_values("Model-Optimizer", native, markov_rank="positive")
     if not plain and native["enable_confidence_head"]:
-        refuse("Model-Optimizer", native, confidence_head_with_markov=True)
+        require_values("Model-Optimizer", native, confidence_head_with_markov=True)
     if slides(native):
         count = native["num_hidden_layers"]
-        refuse("Model-Optimizer", native, layer_types=["sliding_attention"] * count, sliding_is_causal=False)
+        require_values("Model-Optimizer", native, layer_types=["sliding_attention"] * count, sliding_is_causal=False)
     published = dflash.write_draft("Model-Optimizer", native)
     section = published["dflash_config"]
     if not plain:
@@ -90,6 +92,6 @@ def write_config(native: dict[str, Any]) -> dict[str, Any]:
         "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
         "torch_dtype": native["dtype"],
     }
-    unsaid = {"rope_parameters", "dtype", "max_window_layers", "use_sliding_window", "use_cache"}
-    unsaid |= {"bos_token_id", "eos_token_id", "pad_token_id"} | (set() if slides(native) else {"sliding_window"})
-    return {key: value for key, value in published.items() if key not in unsaid}
+    omitted = {"rope_parameters", "dtype", "max_window_layers", "use_sliding_window", "use_cache"}
+    omitted |= {"bos_token_id", "eos_token_id", "pad_token_id"} | (set() if slides(native) else {"sliding_window"})
+    return {key: value for key, value in published.items() if key not in omitted}

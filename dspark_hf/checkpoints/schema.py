@@ -48,7 +48,7 @@ def require(published: Config, paths: Iterable[str], source: str) -> None:
             raise CheckpointError(config_file(source), path, "nothing", "a value", "The config is incomplete.")
 
 
-def expect(published: Config, path: str, is_so: bool, expected: str, source: str) -> None:
+def check_value(published: Config, path: str, is_so: bool, expected: str, source: str) -> None:
     """Raise about the value at a dotted path unless it is so."""
     if not is_so:
         raise CheckpointError(config_file(source), path, repr(lookup(published, path)), expected)
@@ -59,7 +59,7 @@ def rope_of(published: Config, source: str) -> Config:
     may be in either place."""
     rope, theta = published.get("rope_parameters"), published.get("rope_theta")
     scaling = published.get("rope_scaling")
-    expect(published, "rope_scaling", scaling is None or isinstance(scaling, dict), "an object", source)
+    check_value(published, "rope_scaling", scaling is None or isinstance(scaling, dict), "an object", source)
     scaling = dict(scaling or {})
     if "type" in scaling:
         scaling = {"rope_type": scaling.pop("type")} | scaling
@@ -70,7 +70,7 @@ def rope_of(published: Config, source: str) -> Config:
         return rope
     agree(published, ["rope_parameters.rope_theta", "rope_theta"], source)
     same = all(rope.get(key) == value for key, value in scaling.items())
-    expect(published, "rope_scaling", same, "what `rope_parameters` says, or nothing", source)
+    check_value(published, "rope_scaling", same, "what `rope_parameters` says, or nothing", source)
     return rope if theta is None else rope | {"rope_theta": theta}
 
 
@@ -91,7 +91,7 @@ def default_layer_ids(published: Config, source: str) -> list[int]:
     require(published, ["num_target_layers", "num_hidden_layers"], source)
     layers, count = published["num_target_layers"], published["num_hidden_layers"]
     for path in ("num_target_layers", "num_hidden_layers"):
-        expect(published, path, _whole(1, 10_000)(published[path]), "a positive whole number", source)
+        check_value(published, path, _whole(1, 10_000)(published[path]), "a positive whole number", source)
     if count == 1:
         return [layers // 2]
     return [round(1 + i * (layers - 4) / (count - 1)) for i in range(count)]

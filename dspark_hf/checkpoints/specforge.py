@@ -8,8 +8,8 @@ decoding loop reads the rows one step early.
 from typing import Any
 
 from . import dflash
-from .schema import agree, expect, lookup
-from .writing import refuse, slides
+from .schema import agree, check_value, lookup
+from .writing import require_values, slides
 
 NAME = "specforge"
 DESCRIPTION = "SpecForge (architectures ['DSparkDraftModel'] and a dflash_config)"
@@ -39,16 +39,16 @@ def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     native = dflash.read_draft(published, source, (CODE,))
     section = published["dflash_config"]
     projector = section.get("projector_type")
-    expect(published, "dflash_config.projector_type", projector in (None, "dspark"), "dspark", source)
+    check_value(published, "dflash_config.projector_type", projector in (None, "dspark"), "dspark", source)
     for key in HEAD_KEYS:
         agree(published, [f"dflash_config.{key}", key], source)
     said = {key: section.get(key, published.get(key)) for key in HEAD_KEYS}
     rank = said["markov_rank"] or 0
     alpha = section.get("confidence_head_alpha") or 0
-    expect(published, "dflash_config.confidence_head_alpha", type(alpha) in (int, float), "a number", source)
+    check_value(published, "dflash_config.confidence_head_alpha", type(alpha) in (int, float), "a number", source)
     if "attention_mode" in section:
         mode = section["attention_mode"]
-        expect(published, "dflash_config.attention_mode", mode in ("gqa", "mha"), "gqa or mha", source)
+        check_value(published, "dflash_config.attention_mode", mode in ("gqa", "mha"), "gqa or mha", source)
     enabled, with_markov = said["enable_confidence_head"], said["confidence_head_with_markov"]
     return native | {
         "markov_rank": rank,
@@ -66,9 +66,9 @@ def write_config(native: dict[str, Any]) -> dict[str, Any]:
     """
     if not native["sample_from_anchor"]:
         return dflash.write_config(native)
-    refuse("SpecForge", native, final_logit_softcapping=None, embedding_scale=None)
+    require_values("SpecForge", native, final_logit_softcapping=None, embedding_scale=None)
     if slides(native):
-        refuse("SpecForge", native, sliding_is_causal=True)
+        require_values("SpecForge", native, sliding_is_causal=True)
     published = dflash.write_draft("SpecForge", native)
     heads, kv_heads = native["num_attention_heads"], native["num_key_value_heads"]
     published["dflash_config"] |= {

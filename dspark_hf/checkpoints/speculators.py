@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .schema import agree, expect, forbid_code, layer_types_of, lookup, require, require_sections, rope_of
-from .writing import CALIBRATION, qwen3_keys, refuse, slides
+from .schema import agree, check_value, forbid_code, layer_types_of, lookup, require, require_sections, rope_of
+from .writing import CALIBRATION, qwen3_keys, require_values, slides
 
 NAME = "speculators"
 DESCRIPTION = "speculators (speculators_model_type 'dspark' or 'dflash')"
@@ -55,19 +55,19 @@ def names(published: dict[str, Any]) -> dict[str, str]:
 def read_config(published: dict[str, Any], source: str) -> dict[str, Any]:
     """Published keys -> keys of a `DSparkConfig`."""
     kind = published["speculators_model_type"]
-    expect(published, "speculators_model_type", kind in ("dspark", "dflash"), "dspark or dflash", source)
+    check_value(published, "speculators_model_type", kind in ("dspark", "dflash"), "dspark or dflash", source)
     require_sections(published, ["transformer_layer_config"], source)
     layers = published["transformer_layer_config"]
-    expect(published, "transformer_layer_config.model_type", layers.get("model_type") == "qwen3", "qwen3", source)
+    check_value(published, "transformer_layer_config.model_type", layers.get("model_type") == "qwen3", "qwen3", source)
     require(published, [f"transformer_layer_config.{key}" for key in LAYER_KEYS], source)
     require(published, ["block_size", "mask_token_id", "aux_hidden_state_layer_ids"], source)
     forbid_code(published, CODE.values(), source)
     agree(published, ["speculators_model_type", "speculators_config.algorithm"], source)
     width = published.get("target_hidden_size")
-    expect(published, "target_hidden_size", width in (None, layers["hidden_size"]), "the hidden size", source)
+    check_value(published, "target_hidden_size", width in (None, layers["hidden_size"]), "the hidden size", source)
     ids = published["aux_hidden_state_layer_ids"]
     sound = isinstance(ids, list) and all(type(i) is int for i in ids)
-    expect(published, "aux_hidden_state_layer_ids", sound, "a list of whole numbers", source)
+    check_value(published, "aux_hidden_state_layer_ids", sound, "a list of whole numbers", source)
     unread = ("model_type", "transformers_version", "rope_theta", "rope_scaling")
     native = {key: value for key, value in layers.items() if key not in unread}
     native |= {key: published[key] for key in CALIBRATION if key in published}
@@ -107,7 +107,7 @@ def _read_heads(published: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _flag(published: dict[str, Any], key: str, source: str) -> bool:
     value = published.get(key)
-    expect(published, key, value in (None, True, False), "true or false", source)
+    check_value(published, key, value in (None, True, False), "true or false", source)
     return bool(value)
 
 
@@ -133,9 +133,9 @@ def write_config(native: dict[str, Any]) -> dict[str, Any]:
         CannotExpress: for what only other layouts know.
     """
     layout = "speculators"
-    refuse(layout, native, backbone="qwen3", final_logit_softcapping=None, embedding_scale=None)
+    require_values(layout, native, backbone="qwen3", final_logit_softcapping=None, embedding_scale=None)
     if slides(native):
-        refuse(layout, native, window_counted_from="block")
+        require_values(layout, native, window_counted_from="block")
     plain = not native["sample_from_anchor"] and not native["markov_rank"] and not native["enable_confidence_head"]
     kind = "dflash" if plain else "dspark"
     gamma = native["block_size"] - (not native["sample_from_anchor"])

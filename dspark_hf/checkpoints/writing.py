@@ -45,7 +45,7 @@ class CannotExpress(ValueError):
     """A layout has no way to say what a head is."""
 
 
-def refuse(layout: str, native: Mapping[str, Any], **allowed: Any) -> None:
+def require_values(layout: str, native: Mapping[str, Any], **allowed: Any) -> None:
     """Raise where a key has another value than the only one that a layout can express."""
     for key, value in allowed.items():
         if native[key] != value:

@@ -81,7 +81,7 @@ def evaluate(
     from ..evaluation.benchmarks import load_benchmark, names_of, paper_of
     from ..evaluation.comparison import as_table, check_methods, compare
     from ..evaluation.data_sets import check_names, load_data_sets
-    from ..evaluation.evaluate import Log, Settings
+    from ..evaluation.evaluate import EvalSettings, Log
     from ..evaluation.evaluate import evaluate as records_of
     from ..evaluation.plots import check_picture
     from ..evaluation.report import device_name
@@ -99,7 +99,7 @@ def evaluate(
     others = load_others(target, assistant, baseline_head)
     methods = (entries("--baselines", baselines) if baselines else []) + others.methods
     check_methods(target, methods, others)
-    settings = Settings(max_new_tokens, temperature, batch_size, first_turn, thinking, seed)
+    settings = EvalSettings(max_new_tokens, temperature, batch_size, first_turn, thinking, seed)
     run = {
         "head": "embedded" if model is None else draft_head.name_or_path,
         "fingerprint": reports.fingerprint(draft_head),

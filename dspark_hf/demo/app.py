@@ -10,7 +10,7 @@ from ..embedded import embedded_pair
 from ..evaluation.report import device_name
 from ..modeling_dspark import DSparkHead
 from . import chat, load, race, rounds
-from .engine import Engine
+from .session import DemoSession
 
 TITLE = "DSpark: the same text, sooner"
 STYLE = Path(__file__).parent / "style.css"
@@ -36,25 +36,25 @@ def build(
 ) -> gr.Blocks:
     """The app around a pair, the embedded one by default; [`launch`] starts it."""
     embedded = model is None
-    engine = Engine(*default_pair()) if embedded else Engine(model, head, tokenizer)
+    session = DemoSession(*default_pair()) if embedded else DemoSession(model, head, tokenizer)
     name = "the built-in pair" if embedded else f"{model.name_or_path} and {head.name_or_path}"
     with gr.Blocks(title=TITLE, analytics_enabled=False) as app:
         gr.Markdown(f"# {TITLE}")
         gr.Markdown(
             "A small draft head guesses the next tokens, the model checks all of them at once and keeps what it would "
-            f"have written anyway. Here: {name}, {str(engine.model.dtype).removeprefix('torch.')}, on "
-            f"{device_name(engine.model.device)}."
+            f"have written anyway. Here: {name}, {str(session.model.dtype).removeprefix('torch.')}, on "
+            f"{device_name(session.model.device)}."
         )
         with gr.Tab("Race"):
-            race.tab(engine)
+            race.tab(session)
         with gr.Tab("Chat"):
-            chat.tab(engine, embedded)
+            chat.tab(session, embedded)
         with gr.Tab("Inside a round"):
-            rounds.tab(engine)
+            rounds.tab(session)
         with gr.Tab("Load"):
-            load.tab(engine)
+            load.tab(session)
     app.queue(max_size=LONGEST_QUEUE)
-    engine.warm_up()
+    session.warm_up()
     return app
 
 

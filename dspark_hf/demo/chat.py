@@ -9,8 +9,8 @@ import gradio as gr
 
 from ..serving.request import RequestOutput
 from . import parts
-from .engine import Engine, Stop
 from .requests import Requests
+from .session import DemoSession, Stop
 
 EXAMPLES = [
     "A box holds 6 eggs and costs $3. How much do 42 eggs cost?",
@@ -65,23 +65,23 @@ class Question:
     input_ids: list[int]
     settings: dict[str, Any]
 
-    def __call__(self, engine: Engine) -> Iterator[Answer | None]:
-        plain_step, beside = engine.measured_step(), 0
-        with Requests(engine.manager) as requests:
+    def __call__(self, session: DemoSession) -> Iterator[Answer | None]:
+        plain_step, beside = session.measured_step(), 0
+        with Requests(session.manager) as requests:
             requests.ask(self.input_ids, self.settings)
             for output in requests.results():
                 if output is None:
                     yield None
                     continue
                 # It has left the others when its last tokens come.
-                beside = max(beside, engine.manager.num_running - (not output.is_finished()))
+                beside = max(beside, session.manager.num_running - (not output.is_finished()))
                 yield Answer(output, beside, plain_step)
                 if output.is_finished():
                     return
 
 
 def answer(
-    engine: Engine,
+    session: DemoSession,
     history: list[Message],
     most: float | None,
     temperature: float | None,
@@ -90,7 +90,7 @@ def answer(
 ) -> Iterator[Answer | None]:
     """The answer to the last message, every tick and once it is over; `None` as long as there is none."""
     last = None
-    for event in engine.stream(Question(engine.encode(history), engine.settings(most, temperature, top_p)), stop):
+    for event in session.stream(Question(session.encode(history), session.settings(most, temperature, top_p)), stop):
         if event is None:
             yield last
         else:
@@ -107,7 +107,7 @@ def shown(history: list[Message]) -> list[Message]:
 # -- The tab --------------------------------------------------------------------------------------------------------
 
 
-def tab(engine: Engine, embedded: bool) -> None:
+def tab(session: DemoSession, embedded: bool) -> None:
     """The tab's components and what they do."""
     about = (
         "It decodes in one batch with the answers of other visitors and the requests of the Load tab. The speed-up "
@@ -148,13 +148,13 @@ def tab(engine: Engine, embedded: bool) -> None:
     with gr.Row():
         temperature = parts.temperature()
         top_p = parts.top_p()
-        most = parts.max_tokens(engine.most_new_tokens)
+        most = parts.max_tokens(session.most_new_tokens)
     stop, history = gr.State(Stop()), gr.State([])
 
     def run(text: str, history: list[Message], temperature: float, top_p: float, most: float, stop: Stop):
         asked = [*history, {"role": "user", "content": text}]
-        for current in answer(engine, asked, most, temperature, top_p, stop):
-            said = engine.decode(current.tokens, current.ended) if current else ""
+        for current in answer(session, asked, most, temperature, top_p, stop):
+            said = session.decode(current.tokens, current.ended) if current else ""
             new = [*asked, {"role": "assistant", "content": said}] if said else asked
             yield shown(new), new, "", parts.figures(current.figures() if current else NO_FIGURES)
         if not (current and current.ended):

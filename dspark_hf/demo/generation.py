@@ -11,7 +11,7 @@ import torch
 from transformers import StoppingCriteria
 
 from ..generation.stats import DSparkStats, synchronize
-from .engine import Engine, Streamer, ticks
+from .session import DemoSession, Streamer, ticks
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Generation:
     draft: bool
     settings: dict[str, Any]
 
-    def __call__(self, engine: Engine) -> Iterator[Committed | Finished | None]:
+    def __call__(self, session: DemoSession) -> Iterator[Committed | Finished | None]:
         events, stop = queue.SimpleQueue(), threading.Event()
-        threading.Thread(target=self._run, args=(engine, events.put, stop), daemon=True).start()
+        threading.Thread(target=self._run, args=(session, events.put, stop), daemon=True).start()
         try:
             for event in ticks(events):
                 if isinstance(event, Exception):
@@ -51,25 +51,25 @@ class Generation:
         finally:
             stop.set()
 
-    def _run(self, engine: Engine, emit: Callable[[Any], None], stop: threading.Event) -> None:
+    def _run(self, session: DemoSession, emit: Callable[[Any], None], stop: threading.Event) -> None:
         try:
-            engine.measured_step()
-            with engine.manager.pause():
+            session.measured_step()
+            with session.manager.pause():
                 if not stop.is_set():
-                    self._generate(engine, emit, stop)
+                    self._generate(session, emit, stop)
         except Exception as error:
             emit(error)
 
-    def _generate(self, engine: Engine, emit: Callable[[Any], None], stop: threading.Event) -> None:
+    def _generate(self, session: DemoSession, emit: Callable[[Any], None], stop: threading.Event) -> None:
         started = time.perf_counter()
-        output = engine.generate(
+        output = session.generate(
             self.input_ids,
-            head=engine.head if self.draft else None,
+            head=session.head if self.draft else None,
             streamer=Streamer(lambda tokens: emit(Committed(time.perf_counter() - started, tokens))),
             stopping_criteria=[Ended(stop.is_set)],
             **self.settings,
         )
-        synchronize(engine.model.device)
+        synchronize(session.model.device)
         emit(Finished(time.perf_counter() - started, getattr(output, "dspark", None)))
 
 

@@ -11,8 +11,8 @@ import pandas as pd
 from ..evaluation.prompts import DEFAULT_PROMPTS
 from ..serving.request import RequestOutput
 from . import parts
-from .engine import SLOTS, Engine, Stop
 from .requests import Requests
+from .session import SLOTS, DemoSession, Stop
 
 TURN_SECONDS, LONGEST_SECONDS = 1.5, 60.0
 # A request asks for so many tokens at most; the user's next one follows at once.
@@ -72,17 +72,17 @@ class Turn:
 
 @dataclass
 class User:
-    """A user's present request. number: from 1 on. asked: when, by `time.monotonic`. told: what is known of it."""
+    """A user's present request. number: from 1 on. asked: when, by `time.monotonic`. reported: what is known of it."""
 
     request_id: str
     number: int
     asked: float
-    told: Counts = field(default_factory=Counts)
+    reported: Counts = field(default_factory=Counts)
 
     def take(self, output: RequestOutput) -> Counts:
         """What has been added since the last news."""
         now = Counts(0.0, len(output.generated_tokens), output.rounds, output.verified, output.accepted)
-        before, self.told = self.told, now
+        before, self.reported = self.reported, now
         return Counts(*(new - old for new, old in zip(astuple(now), astuple(before), strict=True)))
 
 
@@ -110,16 +110,16 @@ class Load:
     prompts: tuple[list[int], ...]
     seconds: float
 
-    def __call__(self, engine: Engine) -> Iterator[Turn | Batch]:
-        with Requests(engine.manager) as requests:
-            users = Users(engine, requests, self.prompts)
+    def __call__(self, session: DemoSession) -> Iterator[Turn | Batch]:
+        with Requests(session.manager) as requests:
+            users = Users(session, requests, self.prompts)
             try:
                 for draft in itertools.cycle((True, False)):
                     if draft:
                         users.become(min(self.level.users, max(1, 2 * len(users.present))))
                     yield from users.turn(draft, self.seconds)
             finally:
-                engine.manager.drafts = True
+                session.manager.drafts = True
 
 
 class Users:
@@ -129,9 +129,9 @@ class Users:
         joined, left: requests that have.
     """
 
-    def __init__(self, engine: Engine, requests: Requests, prompts: tuple[list[int], ...]):
-        self.engine, self.requests, self.prompts = engine, requests, prompts
-        self.most = min(REQUEST_TOKENS, engine.most_new_tokens)
+    def __init__(self, session: DemoSession, requests: Requests, prompts: tuple[list[int], ...]):
+        self.session, self.requests, self.prompts = session, requests, prompts
+        self.most = min(REQUEST_TOKENS, session.most_new_tokens)
         self.present: list[User] = []
         self.joined = self.left = 0
 
@@ -145,7 +145,7 @@ class Users:
 
     def turn(self, draft: bool, seconds: float) -> Iterator[Turn | Batch]:
         """Decode one way for a while. It begins when everybody is there and the round is over that was under way."""
-        self.engine.manager.drafts = draft
+        self.session.manager.drafts = draft
         awaited, switched = {user.request_id for user in self.present}, time.perf_counter()
         begun = last = None
         counts = Counts()
@@ -182,15 +182,15 @@ class Users:
         return User(request_id, self.joined, time.monotonic())
 
     def _batch(self, draft: bool) -> Batch:
-        now, manager = time.monotonic(), self.engine.manager
-        rows = [(user.number, user.told.tokens / self.most, now - user.asked < NEW) for user in self.present]
+        now, manager = time.monotonic(), self.session.manager
+        rows = [(user.number, user.reported.tokens / self.most, now - user.asked < NEW) for user in self.present]
         return Batch(rows, draft, manager.num_running, self.joined, self.left)
 
 
-def run(engine: Engine, level: Level, stop: Stop) -> Iterator[Turn | Batch]:
+def run(session: DemoSession, level: Level, stop: Stop) -> Iterator[Turn | Batch]:
     """The load's turns and batches, for [`LONGEST_SECONDS`] at most."""
-    prompts, started = tuple(map(engine.own_prompt, DEFAULT_PROMPTS)), time.monotonic()
-    for event in engine.stream(Load(level, prompts, TURN_SECONDS), stop):
+    prompts, started = tuple(map(session.own_prompt, DEFAULT_PROMPTS)), time.monotonic()
+    for event in session.stream(Load(level, prompts, TURN_SECONDS), stop):
         yield event
         if time.monotonic() - started > LONGEST_SECONDS:
             return
@@ -263,7 +263,7 @@ def rows(batch: Batch) -> str:
 # -- The tab --------------------------------------------------------------------------------------------------------
 
 
-def tab(engine: Engine) -> None:
+def tab(session: DemoSession) -> None:
     """The tab's components and what they do."""
     gr.Markdown(
         "Users who ask one thing after another, all decoded in one batch that requests join and leave between rounds; "
@@ -296,7 +296,7 @@ def tab(engine: Engine) -> None:
     def show(level: Level, stop: Stop):
         result = Result()
         yield parts.figures(result.figures()), parts.note(parts.WAITING), None, None
-        for event in run(engine, level, stop):
+        for event in run(session, level, stop):
             result.take(event)
             shown = rows(result.batch) if result.batch else gr.skip()
             plots = (result.speeds(), result.lengths()) if isinstance(event, Turn) else (gr.skip(), gr.skip())

@@ -6,7 +6,7 @@ from html import escape
 import gradio as gr
 from transformers import PreTrainedTokenizerBase
 
-from .engine import DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_TOP_P, REPLACEMENT, SLOTS
+from .session import DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_TOP_P, REPLACEMENT, SLOTS
 
 # What is measured, one piece of work at a time; further visitors wait in the queue of this name and see their place.
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal", "api_visibility": "private"}

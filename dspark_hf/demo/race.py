@@ -10,8 +10,8 @@ import torch
 
 from ..evaluation.verify import BROKEN, IDENTICAL, ROUNDING, ROUNDINGS
 from . import parts
-from .engine import TICK, Engine, Stop
 from .generation import Committed, Finished, Generation
+from .session import TICK, DemoSession, Stop
 
 # A replay of the slower run takes at least so long, so that eyes can follow; the clock is slowed for both alike.
 REPLAY_SECONDS = 6.0
@@ -27,7 +27,7 @@ EXAMPLES = [
 
 
 @dataclass
-class Run:
+class Side:
     """One side of the race as it happened. seconds: of the whole generation once it has ended, so far before."""
 
     draft: bool
@@ -58,19 +58,19 @@ class Run:
         elif isinstance(event, Finished):
             self.seconds, self.ended = event.seconds, True
 
-    def until(self, seconds: float) -> "Run":
+    def until(self, seconds: float) -> "Side":
         """The run as it stood then."""
         if seconds >= self.seconds:
             return self
-        return Run(self.draft, [commit for commit in self.commits if commit.seconds <= seconds], seconds)
+        return Side(self.draft, [commit for commit in self.commits if commit.seconds <= seconds], seconds)
 
 
 @dataclass(eq=False)
 class Race:
     """Both sides, and what is to be said of their texts."""
 
-    plain: Run = field(default_factory=lambda: Run(draft=False))
-    dspark: Run = field(default_factory=lambda: Run(draft=True))
+    plain: Side = field(default_factory=lambda: Side(draft=False))
+    dspark: Side = field(default_factory=lambda: Side(draft=True))
     verdict: str = ""
     kind: str = ""
 
@@ -87,19 +87,21 @@ class Gap:
     input_ids: list[int]
     token: int
 
-    def __call__(self, engine: Engine) -> Iterator[bool]:
-        with engine.manager.pause():
-            output = engine.generate(self.input_ids, None, max_new_tokens=1, do_sample=False, output_scores=True)
+    def __call__(self, session: DemoSession) -> Iterator[bool]:
+        with session.manager.pause():
+            output = session.generate(self.input_ids, None, max_new_tokens=1, do_sample=False, output_scores=True)
         scores = output.scores[0][0].float()
-        bound = ROUNDINGS * torch.finfo(engine.model.dtype).eps * scores[scores.isfinite()].abs().max()
+        bound = ROUNDINGS * torch.finfo(session.model.dtype).eps * scores[scores.isfinite()].abs().max()
         yield bool(scores.max() - scores[self.token] <= bound)
 
 
-def race(engine: Engine, ids: list[int], most: float | None, temperature: float | None, stop: Stop) -> Iterator[Race]:
+def race(
+    session: DemoSession, ids: list[int], most: float | None, temperature: float | None, stop: Stop
+) -> Iterator[Race]:
     """Run both sides; the race so far, every tick."""
-    result, settings = Race(), engine.settings(most, temperature)
+    result, settings = Race(), session.settings(most, temperature)
     for run in (result.plain, result.dspark):
-        for event in engine.stream(Generation(ids, run.draft, settings), stop):
+        for event in session.stream(Generation(ids, run.draft, settings), stop):
             run.take(event)
             if event is None and run.commits:
                 yield result
@@ -107,11 +109,13 @@ def race(engine: Engine, ids: list[int], most: float | None, temperature: float 
             result.verdict = "Stopped."
             yield result
             return
-    result.verdict, result.kind = _verdict(engine, ids, result, temperature, stop)
+    result.verdict, result.kind = _verdict(session, ids, result, temperature, stop)
     yield result
 
 
-def _verdict(engine: Engine, ids: list[int], result: Race, temperature: float | None, stop: Stop) -> tuple[str, str]:
+def _verdict(
+    session: DemoSession, ids: list[int], result: Race, temperature: float | None, stop: Stop
+) -> tuple[str, str]:
     plain, ours = result.plain.tokens, result.dspark.tokens
     faster = f"{parts.times(result.speedup)} the speed of plain decoding"
     if temperature:
@@ -125,13 +129,13 @@ def _verdict(engine: Engine, ids: list[int], result: Race, temperature: float | 
     if shared is None:
         return f"{BROKEN}: one text goes on where the other ends, after {min(len(plain), len(ours))} tokens.", "bad"
     # Greedy decoding has no ties to break between two kernels but those that rounding makes.
-    rounding = any(event is True for event in engine.stream(Gap(ids + plain[:shared], ours[shared]), stop))
+    rounding = any(event is True for event in session.stream(Gap(ids + plain[:shared], ours[shared]), stop))
     if rounding:
         return f"{ROUNDING}, from token {shared + 1} on, where both next tokens score alike; {faster}.", ""
     return f"{BROKEN}: token {shared + 1} is not what the target would have chosen.", "bad"
 
 
-def replay(result: Race) -> Iterator[tuple[float, float, Run, Run]]:
+def replay(result: Race) -> Iterator[tuple[float, float, Side, Side]]:
     """Seconds on the clock, how much it is slowed, and both runs as they stood then, in step with real time."""
     longest = max(result.plain.seconds, result.dspark.seconds)
     slowed = max(1.0, REPLAY_SECONDS / longest)
@@ -145,7 +149,7 @@ def replay(result: Race) -> Iterator[tuple[float, float, Run, Run]]:
 # -- The tab --------------------------------------------------------------------------------------------------------
 
 
-def tab(engine: Engine) -> None:
+def tab(session: DemoSession) -> None:
     """The tab's components and what they do."""
     gr.Markdown(
         "The same model writes the same text twice: word by word as usual, then with a small draft head that guesses "
@@ -154,7 +158,7 @@ def tab(engine: Engine) -> None:
     prompt = gr.Textbox(value=EXAMPLES[0], label="Prompt", lines=3, max_lines=6, elem_id="race-prompt")
     gr.Examples(EXAMPLES, prompt, label="Examples")
     with gr.Row():
-        most = parts.max_tokens(engine.most_new_tokens)
+        most = parts.max_tokens(session.most_new_tokens)
         temperature = parts.temperature()
     with gr.Row():
         start = gr.Button("Race", variant="primary", elem_id="race-start")
@@ -167,13 +171,13 @@ def tab(engine: Engine) -> None:
     outputs = [verdict, *(part for pane in panes for part in pane), result]
 
     def run(prompt: str, most: float, temperature: float, stop: Stop):
-        ids = engine.encode([{"role": "user", "content": prompt}])
+        ids = session.encode([{"role": "user", "content": prompt}])
         yield parts.note(parts.WAITING), "", "", "", "", None
-        for current in race(engine, ids, most, temperature, stop):
+        for current in race(session, ids, most, temperature, stop):
             side = "With DSpark" if current.dspark.commits else "Plain decoding"
             text = current.verdict or f"Measuring: {side.lower()} ..."
             shown = current if current.kind else None
-            yield parts.note(text, current.kind), *_panes(engine, current, current.plain, current.dspark), shown
+            yield parts.note(text, current.kind), *_panes(session, current, current.plain, current.dspark), shown
 
     def show_replay(current: Race | None):
         if current is None:
@@ -184,7 +188,7 @@ def tab(engine: Engine) -> None:
             if dspark.ended and plain.ended:
                 text = current.verdict
             kind = current.kind if dspark.ended and plain.ended else ""
-            yield parts.note(text, kind), *_panes(engine, current, plain, dspark)
+            yield parts.note(text, kind), *_panes(session, current, plain, dspark)
 
     ask = [start.click, prompt.submit]
     parts.clear(stop, ask)
@@ -202,7 +206,7 @@ def _pane(title: str, name: str) -> tuple[gr.HTML, gr.Textbox]:
     return numbers, text
 
 
-def _panes(engine: Engine, whole: Race, plain: Run, dspark: Run) -> tuple[str, str, str, str]:
+def _panes(session: DemoSession, whole: Race, plain: Side, dspark: Side) -> tuple[str, str, str, str]:
     """Numbers and text of both sides as they stand."""
     ratio = dspark.speed / plain.speed if plain.speed and dspark.speed else None
     sides = []
@@ -217,5 +221,5 @@ def _panes(engine: Engine, whole: Race, plain: Run, dspark: Run) -> tuple[str, s
         goal = len(final.tokens) if final.ended else max(len(whole.plain.tokens), 1)
         share = len(run.tokens) / goal if final.ended or run.draft else 0.0
         kind = "dspark" if run.draft else "plain"
-        sides += [parts.figures(values) + parts.bar(share, kind), engine.decode(run.tokens, run.ended)]
+        sides += [parts.figures(values) + parts.bar(share, kind), session.decode(run.tokens, run.ended)]
     return tuple(sides)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..serving.manager import DSparkBatchingManager
 from ..serving.request import RequestOutput
-from .engine import ticks
+from .session import ticks
 
 
 class Requests:

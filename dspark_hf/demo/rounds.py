@@ -11,8 +11,8 @@ import pandas as pd
 from ..generation.stats import DSparkStats
 from ..scheduling.algorithm import survival
 from . import parts
-from .engine import Engine, Stop
 from .generation import Committed, Finished, Generation
+from .session import DemoSession, Stop
 
 ACCEPTED, CORRECTION, BONUS, OWN = "accepted", "correction", "bonus", "own"
 LEGEND = {
@@ -48,7 +48,7 @@ class Round:
 
 
 @dataclass(frozen=True, eq=False)
-class Story:
+class Trace:
     """A finished generation, as gr.State keeps it. first: the token of the prompt's pass. expected: tokens that the
     scheduler expected of each round."""
 
@@ -58,7 +58,7 @@ class Story:
     block_size: int
 
 
-def story(tokens: list[int], stats: DSparkStats) -> Story:
+def story(tokens: list[int], stats: DSparkStats) -> Trace:
     """The rounds of row 0, from its new tokens and its statistics."""
     rounds, place = [], 1
     for drafts, confidence, verified, accepted, committed in zip(
@@ -72,7 +72,7 @@ def story(tokens: list[int], stats: DSparkStats) -> Story:
         place += committed
         own = tokens[place - 1] if committed > accepted else None
         rounds.append(Round(drafts, confidence, verified, accepted, own))
-    return Story(tokens[0], rounds, stats.expected_lengths[0], stats.gamma)
+    return Trace(tokens[0], rounds, stats.expected_lengths[0], stats.gamma)
 
 
 def acceptance(rounds: list[Round], block_size: int) -> pd.DataFrame | None:
@@ -99,11 +99,11 @@ def acceptance(rounds: list[Round], block_size: int) -> pd.DataFrame | None:
 
 
 def run(
-    engine: Engine, ids: list[int], most: float | None, temperature: float | None, stop: Stop
-) -> Iterator[list[int] | Story]:
+    session: DemoSession, ids: list[int], most: float | None, temperature: float | None, stop: Stop
+) -> Iterator[list[int] | Trace]:
     """The tokens so far, every tick, and at the end the story of the rounds, if there was a round."""
     tokens: list[int] = []
-    for event in engine.stream(Generation(ids, True, engine.settings(most, temperature)), stop):
+    for event in session.stream(Generation(ids, True, session.settings(most, temperature)), stop):
         if isinstance(event, Committed):
             tokens += event.tokens
         elif isinstance(event, Finished):
@@ -121,14 +121,14 @@ def legend() -> str:
     return '<div class="legend">' + "".join(f'<i class="{k}">{v}</i>' for k, v in LEGEND.items()) + "</div>"
 
 
-def text(engine: Engine, told: Story, count: int) -> str:
+def text(session: DemoSession, trace: Trace, count: int) -> str:
     """HTML of the text of the first `count` rounds; the drafts that a correction replaced are its title."""
-    shown, spans = told.rounds[:count], [("prompt", told.first, "from the prompt's pass")]
+    shown, spans = trace.rounds[:count], [("prompt", trace.first, "from the prompt's pass")]
     for number, one in enumerate(shown, start=1):
         spans += [(ACCEPTED, token, f"round {number}: accepted draft") for token in one.drafts[: one.accepted]]
         if one.own is not None:
-            spans.append((one.own_kind, one.own, f"round {number}: {LEGEND[one.own_kind]}{_rejected(engine, one)}"))
-    texts = parts.token_texts(engine.tokenizer, [token for _, token, _ in spans])
+            spans.append((one.own_kind, one.own, f"round {number}: {LEGEND[one.own_kind]}{_rejected(session, one)}"))
+    texts = parts.token_texts(session.tokenizer, [token for _, token, _ in spans])
     # Tokens of a newline, or of nothing to see, keep their place.
     marks = (
         f'<span class="{kind}" tabindex="0" data-tip="{escape(title)}">{escape(_visible(piece))}</span>'
@@ -138,17 +138,17 @@ def text(engine: Engine, told: Story, count: int) -> str:
     return f'<div class="tokens">{"".join(marks)}</div>'
 
 
-def strips(engine: Engine, told: Story, count: int) -> str:
+def strips(session: DemoSession, trace: Trace, count: int) -> str:
     """HTML of a line for every round, the last first: its drafts with their confidence, and the target's own token."""
     lines = []
-    for number in range(min(count, len(told.rounds)), 0, -1):
-        one = told.rounds[number - 1]
+    for number in range(min(count, len(trace.rounds)), 0, -1):
+        one = trace.rounds[number - 1]
         cells = [
-            _cell(engine, token, _state(one, k), f"{confidence:.0%}", confidence)
+            _cell(session, token, _state(one, k), f"{confidence:.0%}", confidence)
             for k, (token, confidence) in enumerate(zip(one.drafts, one.confidence, strict=True))
         ]
         if one.own is not None:
-            cells.append(_cell(engine, one.own, one.own_kind, "target", 1.0))
+            cells.append(_cell(session, one.own, one.own_kind, "target", 1.0))
         lines.append(
             f'<div class="strip"><div class="name"><b>{number}</b><span>{len(one.drafts)} drafted, {one.verified} '
             f'verified, {one.accepted} accepted</span></div><div class="cells">{"".join(cells)}</div></div>'
@@ -156,13 +156,13 @@ def strips(engine: Engine, told: Story, count: int) -> str:
     return f'<div class="strips">{"".join(lines)}</div>'
 
 
-def figures(told: Story, count: int) -> dict[str, str]:
-    shown = told.rounds[:count]
+def figures(trace: Trace, count: int) -> dict[str, str]:
+    shown = trace.rounds[:count]
     committed = sum(one.accepted + (one.own is not None) for one in shown)
     return {
         "rounds": str(len(shown)),
         "tau": f"{committed / len(shown):.2f}",
-        "tau expected": f"{sum(told.expected[:count]) / len(shown):.2f}",
+        "tau expected": f"{sum(trace.expected[:count]) / len(shown):.2f}",
         "drafted": str(sum(len(one.drafts) for one in shown)),
         "verified": str(sum(one.verified for one in shown)),
         "accepted": str(sum(one.accepted for one in shown)),
@@ -175,18 +175,18 @@ def _state(one: Round, k: int) -> str:
     return "rejected" if k < one.verified else "unverified"
 
 
-def _cell(engine: Engine, token: int, kind: str, below: str, share: float) -> str:
-    piece = escape(_visible(engine.tokenizer.decode([token])).replace(" ", "\N{OPEN BOX}"))
+def _cell(session: DemoSession, token: int, kind: str, below: str, share: float) -> str:
+    piece = escape(_visible(session.tokenizer.decode([token])).replace(" ", "\N{OPEN BOX}"))
     return (
         f'<div class="cell {kind}" title="{LEGEND[kind]}"><code>{piece}</code><small>{below}</small>'
         f'<i style="width: {share:.0%}"></i></div>'
     )
 
 
-def _rejected(engine: Engine, one: Round) -> str:
+def _rejected(session: DemoSession, one: Round) -> str:
     """The drafts of a round that were verified and did not survive, in words."""
     drafts = one.drafts[one.accepted : one.verified]
-    return f", instead of {engine.tokenizer.decode(drafts)!r}" if drafts else ""
+    return f", instead of {session.tokenizer.decode(drafts)!r}" if drafts else ""
 
 
 def _visible(piece: str) -> str:
@@ -196,7 +196,7 @@ def _visible(piece: str) -> str:
 # -- The tab --------------------------------------------------------------------------------------------------------
 
 
-def tab(engine: Engine) -> None:
+def tab(session: DemoSession) -> None:
     """The tab's components and what they do."""
     gr.Markdown(
         "In every round the head drafts a few tokens, the model checks them all in one pass, keeps those that it would "
@@ -204,7 +204,7 @@ def tab(engine: Engine) -> None:
     )
     prompt = gr.Textbox(value=EXAMPLE, label="Prompt", lines=2, max_lines=6, elem_id="rounds-prompt")
     with gr.Row():
-        most = parts.max_tokens(engine.most_new_tokens)
+        most = parts.max_tokens(session.most_new_tokens)
         temperature = parts.temperature()
     with gr.Row():
         start = gr.Button("Generate", variant="primary", elem_id="rounds-start")
@@ -228,32 +228,32 @@ def tab(engine: Engine) -> None:
         elem_id="rounds-plot",
     )
     detail = gr.HTML(elem_id="rounds-strips")
-    stop, told = gr.State(Stop()), gr.State()
+    stop, trace = gr.State(Stop()), gr.State()
 
-    def view(told: Story | None, count: float):
-        if told is None:
+    def view(trace: Trace | None, count: float):
+        if trace is None:
             return gr.skip()
         count = int(count)
         return (
-            parts.figures(figures(told, count)),
-            text(engine, told, count),
-            acceptance(told.rounds[:count], told.block_size),
-            strips(engine, told, count),
+            parts.figures(figures(trace, count)),
+            text(session, trace, count),
+            acceptance(trace.rounds[:count], trace.block_size),
+            strips(session, trace, count),
         )
 
     def generate(prompt: str, most: float, temperature: float, stop: Stop):
-        ids = engine.encode([{"role": "user", "content": prompt}])
+        ids = session.encode([{"role": "user", "content": prompt}])
         yield parts.note(parts.WAITING), "", gr.skip(), "", gr.skip(), None
         last = None
-        for last in run(engine, ids, most, temperature, stop):
-            if isinstance(last, Story):
+        for last in run(session, ids, most, temperature, stop):
+            if isinstance(last, Trace):
                 total = len(last.rounds)
                 slider = gr.Slider(1, max(total, 2), value=total, visible=True)
                 yield *view(last, total), slider, last
             else:
-                text = f'<div class="tokens">{escape(engine.decode(last, ended=False))}</div>'
+                text = f'<div class="tokens">{escape(session.decode(last, ended=False))}</div>'
                 yield parts.note(f"{len(last)} tokens"), text, gr.skip(), "", gr.skip(), None
-        if not isinstance(last, Story):
+        if not isinstance(last, Trace):
             yield (
                 parts.note("Nothing to show: the text was stopped, or has one token."),
                 gr.skip(),
@@ -269,11 +269,11 @@ def tab(engine: Engine) -> None:
         ask,
         generate,
         [prompt, most, temperature, stop],
-        [*views, count, told],
+        [*views, count, trace],
         **parts.MODEL,
         show_progress_on=numbers,
     )
     parts.request(stop, halt)
     # A slider that its own update has replaced is Gradio's again: a number that is deleted has to stay in the browser.
-    first = "(told, count) => [told, count ?? 1]"
-    count.input(view, [told, count], views, **parts.FREE, trigger_mode="always_last", js=first)
+    first = "(trace, count) => [trace, count ?? 1]"
+    count.input(view, [trace, count], views, **parts.FREE, trigger_mode="always_last", js=first)

@@ -21,7 +21,7 @@ DIGITS = 6
 
 
 @dataclass(frozen=True)
-class Record:
+class EvalRecord:
     """The rounds of one prompt, all its turns together.
 
     data, prompt: name of the data set, index of the prompt in it. tokens: new tokens. accepted: tokens committed a
@@ -37,10 +37,10 @@ class Record:
     kept: list[int]
     confidence: list[list[float]]
 
-    def __add__(self, later: "Record") -> "Record":
+    def __add__(self, later: "EvalRecord") -> "EvalRecord":
         """The rounds of this turn and of a later one."""
         sums = {name: getattr(self, name) + getattr(later, name) for name in asdict(self) if name not in KEYS}
-        return Record(self.data, self.prompt, **sums)
+        return EvalRecord(self.data, self.prompt, **sums)
 
 
 KEYS = ("data", "prompt")
@@ -48,7 +48,7 @@ KEYS = ("data", "prompt")
 
 def record_of(
     data: str, prompt: int, tokens: int, stats: DSparkStats, row: int, limit: int, with_confidence: bool
-) -> Record:
+) -> EvalRecord:
     """The rounds of a row of a generation that went on for a block beyond `limit` tokens, so that its last round was
     not cut."""
     accepted, kept = stats.committed_lengths[row], stats.accepted_lengths[row]
@@ -61,11 +61,11 @@ def record_of(
     if with_confidence:
         rounds = zip(stats.confidence[row], proposed, strict=False)
         confidence = [[round(c, DIGITS) for c in drafts[:number]] for drafts, number in rounds]
-    return Record(data, prompt, tokens, accepted, proposed, kept, confidence)
+    return EvalRecord(data, prompt, tokens, accepted, proposed, kept, confidence)
 
 
 @dataclass(frozen=True)
-class Position:
+class PositionStats:
     """A position of the block, 1 for the first.
 
     proposals: rounds that proposed a draft there. acceptance: share of those in which it was kept. Of the survival that
@@ -101,10 +101,10 @@ class Result:
     ece: float | None
     auc: float | None
     brier: float | None
-    positions: list[Position]
+    positions: list[PositionStats]
 
 
-def summarise(name: str, records: list[Record]) -> Result:
+def summarise(name: str, records: list[EvalRecord]) -> Result:
     """The rounds of all prompts of a data set, every round with the same weight.
 
     Raises:
@@ -138,18 +138,18 @@ def survivals(position: int, confidence: list[list[float]], kept: list[int]) -> 
     return survival(given)[:, -1], np.array([k > position for _, k in rounds])
 
 
-def _position(k: int, proposed: np.ndarray, kept: np.ndarray, confidence: list[list[float]]) -> Position:
+def _position(k: int, proposed: np.ndarray, kept: np.ndarray, confidence: list[list[float]]) -> PositionStats:
     there = proposed > k
     base = (k + 1, int(there.sum()), float((kept[there] > k).mean()))
     if not confidence:
-        return Position(*base)
+        return PositionStats(*base)
     given, happened = survivals(k, confidence, kept.tolist())
     scores: list[Callable] = [calibration_error, auc, brier_score]
     found = [measure(given, happened) for measure in scores]
-    return Position(*base, float(given.mean()), *(None if np.isnan(score) else score for score in found))
+    return PositionStats(*base, float(given.mean()), *(None if np.isnan(score) else score for score in found))
 
 
-def _mean(positions: list[Position], key: str) -> float | None:
+def _mean(positions: list[PositionStats], key: str) -> float | None:
     """Over positions that have it, each weighted by its proposals."""
     values = [(getattr(p, key), p.proposals) for p in positions if getattr(p, key) is not None]
     return sum(value * count for value, count in values) / sum(count for _, count in values) if values else None

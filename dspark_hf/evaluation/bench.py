@@ -29,7 +29,7 @@ STANDARD_ERROR = 1.86
 SURE = 0.01
 # Turns of a batch of prompts, at least.
 TURNS = 3
-# A table's limit in seconds: a default table is through by then on a small machine.
+# A table's limit in seconds: a default table has finished by then on a small machine.
 SECONDS = 120.0
 # What tables say of the mark in `turns_cell`.
 CUT_SHORT = "turns: runs of a method; cut: the time limit came before the turns that were to be."
@@ -62,11 +62,11 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Record:
+class BenchRecord:
     """One method at one batch size.
 
     domain: the set of prompts, where there are several. tokens_per_second: all tokens over all seconds, as in
-        [`beside_each_other`], all rows together. noise: its standard error beside the other methods, a share of it;
+        [`median_polish`], all rows together. noise: its standard error beside the other methods, a share of it;
         `None` where a batch of prompts had one turn only. prompts: so many were decoded, in turns: so many runs of the
         method. cut_short: whether the time limit came before the speeds of this batch size were known as well as asked.
     speedup: of tokens_per_second over plain's. tau: tokens a round of a row. verify_length: drafts verified a round of
@@ -94,7 +94,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Run:
+class MethodRun:
     """One method over one batch of prompts. tokens: of all rows, steps: of the longest. outputs: new tokens of every
     row. stats: where the method drafts with our loop. committed: tokens of each round of transformers' assisted loop,
     where that is used."""
@@ -114,7 +114,7 @@ class Run:
 
 
 # The runs of one method, by batch of prompts and turn.
-Runs = list[list[Run]]
+Runs = list[list[MethodRun]]
 
 
 def cells_of(
@@ -217,7 +217,7 @@ def bench(
     report: Callable[[str], None] = lambda text: None,
     clock: Callable[[], float] = time.perf_counter,
     others: Others | None = None,
-) -> Iterator[Record]:
+) -> Iterator[BenchRecord]:
     """Records of every cell, as soon as it is measured. Decoding is greedy.
 
     A turn is one run of every method over a batch of prompts, in random order; batches take turns. After a turn that is
@@ -244,7 +244,7 @@ def bench(
     compiles = any(method.endswith(STATIC) for cell in cells for method in cell.methods)
     room = _room(cells, head, tokenizer, max_new_tokens) if compiles else None
 
-    def run_one(method: str, inputs) -> Run:
+    def run_one(method: str, inputs) -> MethodRun:
         return run_method(method, model, head, inputs, max_new_tokens, clock, room, others)
 
     for cell in cells:
@@ -253,7 +253,7 @@ def bench(
             run_one(method, encode(cell.batches[0], tokenizer, model.device))
     started, needs, draw = clock(), _needs(cells, turn_seconds), random.Random(0)
 
-    def run_turn(cell: Cell, prompts: list[str]) -> dict[str, Run]:
+    def run_turn(cell: Cell, prompts: list[str]) -> dict[str, MethodRun]:
         inputs = encode(prompts, tokenizer, model.device)
         # What a run leaves in caches and memory helps or hinders the next, which must not always be the same one.
         order = draw.sample(cell.methods, len(cell.methods))
@@ -278,7 +278,7 @@ def _room(cells: list[Cell], head: DSparkHead, tokenizer: PreTrainedTokenizerBas
 
 def _measure(
     cell: Cell,
-    run_turn: Callable[[Cell, list[str]], dict[str, Run]],
+    run_turn: Callable[[Cell, list[str]], dict[str, MethodRun]],
     ends: float,
     report: Callable[[str], None],
     clock: Callable[[], float],
@@ -321,7 +321,7 @@ def run_method(
     room: int | None = None,
     others: Others | None = None,
     temperature: float = 0.0,
-) -> Run:
+) -> MethodRun:
     """Decode with a method.
 
     Args:
@@ -348,7 +348,7 @@ def run_method(
     seconds = clock() - started
     new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     outputs = [until_eos(row, model.generation_config.eos_token_id) for row in new]
-    return Run(seconds, outputs, getattr(output, "dspark", None), rounds and rounds.committed)
+    return MethodRun(seconds, outputs, getattr(output, "dspark", None), rounds and rounds.committed)
 
 
 def _static_options(room: int | None) -> dict[str, Any]:
@@ -379,7 +379,7 @@ def schedule_of(head: DSparkHead, method: str) -> Iterator[None]:
         head.generation_config = before
 
 
-def _records(measured: dict[str, Runs], cell: Cell, cut_short: bool) -> Iterator[Record]:
+def _records(measured: dict[str, Runs], cell: Cell, cut_short: bool) -> Iterator[BenchRecord]:
     compared = [_compared(runs) for runs in zip(*measured.values(), strict=True)]
     # [batches, methods]
     seconds, errors = (np.array(of_batches) for of_batches in zip(*compared, strict=True))
@@ -402,10 +402,10 @@ def _records(measured: dict[str, Runs], cell: Cell, cut_short: bool) -> Iterator
             fields["tau"] = float(np.mean([length for run in every for length in run.committed or ()]))
         share = float(noise[index]) if np.isfinite(noise[index]) else None
         counts = (len(runs) * cell.batch_size, len(every), cut_short)
-        yield Record(method, cell.batch_size, float(speeds[method]), share, *counts, cell.domain, **fields)
+        yield BenchRecord(method, cell.batch_size, float(speeds[method]), share, *counts, cell.domain, **fields)
 
 
-def beside_each_other(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def median_polish(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What each method takes beside the others, from the seconds [turns, methods] of its runs.
 
     Other work on a machine slows a single run or, for minutes, all of them. Tukey's median polish takes out both: the
@@ -426,9 +426,9 @@ def beside_each_other(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.exp(np.median(turn) + method), errors
 
 
-def _compared(runs: Iterable[list[Run]]) -> tuple[np.ndarray, np.ndarray]:
+def _compared(runs: Iterable[list[MethodRun]]) -> tuple[np.ndarray, np.ndarray]:
     """The runs [methods, turns] over one batch beside each other."""
-    return beside_each_other(np.array([[run.seconds for run in own] for own in runs]).T)
+    return median_polish(np.array([[run.seconds for run in own] for own in runs]).T)
 
 
 def _round_times(stats: list[DSparkStats]) -> dict[str, float]:
@@ -450,12 +450,12 @@ def until_eos(row: list[int], eos_token_id: int | list[int] | None) -> list[int]
     return row[:end]
 
 
-def turns_cell(record: Record) -> str:
+def turns_cell(record: BenchRecord) -> str:
     """The turns of a record as a table shows them, with a mark where the time limit came first."""
     return f"{record.turns}{' cut' if record.cut_short else ''}"
 
 
-def as_table(records: list[Record]) -> Table:
+def as_table(records: list[BenchRecord]) -> Table:
     """The records as people read them."""
     table = Table(
         title="greedy decoding, methods measured alternately",
@@ -487,6 +487,6 @@ def as_table(records: list[Record]) -> Table:
     return table
 
 
-def as_json(records: list[Record]) -> list[dict]:
+def as_json(records: list[BenchRecord]) -> list[dict]:
     """The records as machines read them."""
     return [asdict(record) for record in records]

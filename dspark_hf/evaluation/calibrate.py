@@ -21,7 +21,7 @@ FEWEST_BLOCKS = 100
 
 
 @dataclass(frozen=True)
-class Blocks:
+class DraftedBlocks:
     """Drafted blocks: confidence logits [N, G], and whether all drafts up to a position were accepted [N, G]."""
 
     logits: np.ndarray
@@ -29,7 +29,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Position:
+class PositionCalibration:
     """A position of the block on held-out prompts, before and after: calibration error, AUC and Brier score of its
     survival; `rate` is how often it survived."""
 
@@ -52,8 +52,8 @@ class Calibration:
     temperatures: list[float]
     shifts: list[float]
     fitted_on: int
-    held_out: Blocks
-    positions: list[Position]
+    held_out: DraftedBlocks
+    positions: list[PositionCalibration]
 
 
 def collect(
@@ -64,7 +64,7 @@ def collect(
     batch_size: int,
     max_new_tokens: int,
     temperature: float,
-) -> Iterator[Blocks]:
+) -> Iterator[DraftedBlocks]:
     """Draft and verify whole blocks, a batch of prompts at a time.
 
     Raises:
@@ -91,7 +91,7 @@ def collect(
         head.config.update(before)
 
 
-def _blocks(stats) -> Blocks:
+def _blocks(stats) -> DraftedBlocks:
     """The whole blocks of a generation; the round in which a row ends may have been cut, and is left out."""
     confidence, kept = [], []
     for row in range(len(stats.committed_lengths)):
@@ -101,7 +101,7 @@ def _blocks(stats) -> Blocks:
         kept += [k for _, k in whole]
     c = np.array(confidence).reshape(-1, stats.gamma).clip(1e-9, 1 - 1e-9)
     survived = np.array(kept)[:, None] > np.arange(stats.gamma)
-    return Blocks(np.log(c / (1 - c)), survived.reshape(-1, stats.gamma))
+    return DraftedBlocks(np.log(c / (1 - c)), survived.reshape(-1, stats.gamma))
 
 
 def calibrate(
@@ -129,9 +129,11 @@ def calibrate(
             done = min(done + batch_size, len(prompts))
             report(f"drafted for {done} of {len(prompts)} prompts")
         parts.append(
-            Blocks(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("logits", "survived")))
+            DraftedBlocks(
+                *(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("logits", "survived"))
+            )
             if pieces
-            else Blocks(np.empty((0, 1)), np.empty((0, 1)))
+            else DraftedBlocks(np.empty((0, 1)), np.empty((0, 1)))
         )
     fitting, held_out = parts
     if min(len(fitting.logits), len(held_out.logits)) < FEWEST_BLOCKS:
@@ -144,13 +146,13 @@ def calibrate(
     return Calibration(temperatures.tolist(), shifts.tolist(), len(fitting.logits), held_out, positions)
 
 
-def _positions(blocks: Blocks, temperatures: np.ndarray, shifts: np.ndarray) -> list[Position]:
+def _positions(blocks: DraftedBlocks, temperatures: np.ndarray, shifts: np.ndarray) -> list[PositionCalibration]:
     before = survival_at(blocks.logits, np.ones_like(temperatures), np.zeros_like(shifts))
     after = survival_at(blocks.logits, temperatures, shifts)
     positions = []
     for k, (b, a, y) in enumerate(zip(before.T, after.T, blocks.survived.T, strict=True)):
         scores = [measure(x, y) for measure in (calibration_error, auc, brier_score) for x in (b, a)]
-        positions.append(Position(k + 1, float(y.mean()), float(temperatures[k]), float(shifts[k]), *scores))
+        positions.append(PositionCalibration(k + 1, float(y.mean()), float(temperatures[k]), float(shifts[k]), *scores))
     return positions
 
 

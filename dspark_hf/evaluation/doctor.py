@@ -18,8 +18,8 @@ from ..modeling_dspark import DSparkHead
 from ..pairing import misfits
 from ..scheduling.algorithm import survival
 from ..scheduling.settings import HEAD_SETTINGS, Settings
-from .acceptance import Record, Result, record_of, summarise
-from .bench import Run, run_method
+from .acceptance import EvalRecord, Result, record_of, summarise
+from .bench import MethodRun, run_method
 from .doctor_comparison import differences, promised_by
 from .doctor_trials import Alternative, Keys, KnownText, Trials, altered, alternatives
 from .prompts import encode
@@ -121,7 +121,7 @@ def examine(
 
 def _decode(
     model, head, tokenizer, prompts: list[str], max_new_tokens: int
-) -> tuple[list[KnownText], list[Record], dict[str, Run]]:
+) -> tuple[list[KnownText], list[EvalRecord], dict[str, MethodRun]]:
     """The prompts with their answers, the rounds of each, and the runs without and with the head."""
     inputs, runs = encode(prompts, tokenizer, model.device), {}
     # Room for the last round to be a whole one.
@@ -145,7 +145,7 @@ def _decode(
     return texts, records, runs
 
 
-def _measured(model, head, result: Result, records: list[Record], runs: dict[str, Run], promised) -> Measured:
+def _measured(model, head, result: Result, records: list[EvalRecord], runs: dict[str, MethodRun], promised) -> Measured:
     kept = [[p["acceptance"] for p in one["positions"]] for one in promised["results"]] if promised else []
     return Measured(
         result,
@@ -193,7 +193,7 @@ def _arguments(keys: Keys) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in keys.items())
 
 
-def _settings(head: DSparkHead, records: list[Record]) -> list[Finding]:
+def _settings(head: DSparkHead, records: list[EvalRecord]) -> list[Finding]:
     """Where the head's own settings leave out drafts that would be kept."""
     settings = Settings.read(head.generation_config, head.config.gamma)
     rounds = [pair for record in records for pair in zip(record.accepted, record.kept, strict=True)]

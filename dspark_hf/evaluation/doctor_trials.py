@@ -20,7 +20,7 @@ from ..generation.processors import BlockProcessors
 from ..generation.target import Target
 from ..modeling_dspark import DSparkHead
 from ..scheduling.settings import HEAD_SETTINGS
-from ..tables import scales_logits
+from ..shared_embeddings import scales_logits
 
 Keys = dict[str, Any]
 
@@ -166,7 +166,7 @@ def altered(head: DSparkHead, keys: Keys) -> DSparkHead:
     """The head with other values of some keys of its config and settings of its generation config; the weights are
     shared."""
     config = DSparkConfig(**head.config.own_keys() | {k: v for k, v in keys.items() if k not in HEAD_SETTINGS})
-    twin = DSparkHead.from_pretrained(None, config=config, state_dict=head.whole_state_dict(), dtype=head.dtype)
+    twin = DSparkHead.from_pretrained(None, config=config, state_dict=head.full_state_dict(), dtype=head.dtype)
     twin.generation_config = copy.deepcopy(head.generation_config)
     for name in keys.keys() & set(HEAD_SETTINGS):
         setattr(twin.generation_config, name, keys[name])
@@ -198,14 +198,14 @@ class Trials:
         rounds: list[list[int]] = [[] for _ in self.texts]
         drafter = Drafter(head, self.model, len(self.texts))
         drafter.append(features[:, : max(at)], list(at))
-        select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None)
+        sampler = BlockProcessors(LogitsProcessorList(), do_sample=False).draft_sampler(None)
         # Behind the longest text there is nothing, and nobody looks at it.
         tokens = pad(self.tokens, (0, gamma + 1), value=NO_TOKEN)
         features = pad(features, (0, 0, 0, gamma + 1))
         while rows := [r for r, end in enumerate(ends) if at[r] < end]:
             lines = torch.tensor(at, device=tokens.device)[:, None] + torch.arange(gamma + 1, device=tokens.device)
             anchors, *behind = tokens.gather(1, lines).clamp(min=0).unbind(1)
-            drafts = drafter.draft(anchors, gamma, select, rows).tokens.to(tokens.device)
+            drafts = drafter.draft(anchors, gamma, sampler, rows).tokens.to(tokens.device)
             matches = drafts == torch.stack(behind, dim=1)[rows]
             counts = [0] * len(ends)
             for r, accepted in zip(rows, matches.long().cumprod(dim=1).sum(dim=1).tolist(), strict=True):

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_dspark import DSparkHead
-from .acceptance import Record, record_of
+from .acceptance import EvalRecord, record_of
 from .bench import schedule_of, until_eos
 from .data_sets import DataSet
 from .prompts import chat_as_model_input, sampling, tokenize
@@ -18,7 +18,7 @@ from .runs import append_lines, check_same_run, read_lines
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvalSettings:
     """max_new_tokens: of every turn. temperature: 0 is greedy. first_turn: answer only the first turn of each
     conversation. thinking: what chat templates that know `enable_thinking` are told."""
 
@@ -38,7 +38,7 @@ class Batch:
     data: DataSet
     prompts: range
 
-    def missing_from(self, records: list[Record]) -> bool:
+    def missing_from(self, records: list[EvalRecord]) -> bool:
         return not {(self.data.name, i) for i in self.prompts} <= {(r.data, r.prompt) for r in records}
 
 
@@ -54,15 +54,15 @@ def batches_of(data_sets: list[DataSet], size: int) -> list[Batch]:
 
 
 def decode(
-    model: PreTrainedModel, head: DSparkHead, tokenizer: PreTrainedTokenizerBase, batch: Batch, settings: Settings
-) -> list[Record]:
+    model: PreTrainedModel, head: DSparkHead, tokenizer: PreTrainedTokenizerBase, batch: Batch, settings: EvalSettings
+) -> list[EvalRecord]:
     """Records of a batch. Whole blocks are drafted and verified, whatever they cost. Each turn is answered, and the
     answer is part of the chat that the next turn continues."""
     torch.manual_seed(settings.seed + batch.number)
     conversations = [batch.data.conversations[i] for i in batch.prompts]
     turns = [turns[:1] if settings.first_turn else turns for turns in conversations]
     chats: list[list[dict]] = [[] for _ in turns]
-    records: list[list[Record]] = [[] for _ in turns]
+    records: list[list[EvalRecord]] = [[] for _ in turns]
     for turn in range(max(map(len, turns))):
         rows = [row for row, texts in enumerate(turns) if len(texts) > turn]
         for row in rows:
@@ -76,7 +76,7 @@ def decode(
     return [reduce(add, of_row) for of_row in records]
 
 
-def _answer(model, head, tokenizer, chats: list[list[dict]], settings: Settings):
+def _answer(model, head, tokenizer, chats: list[list[dict]], settings: EvalSettings):
     """New tokens of every chat's answer, and the statistics of the generation."""
     texts = [chat_as_model_input(chat, tokenizer, settings.thinking) for chat in chats]
     inputs = tokenize(texts, tokenizer, model.device)
@@ -103,7 +103,7 @@ class Log:
         self.path = results.with_name(f"{results.stem}.prompts-{process}.jsonl")
         self.pattern = f"{results.stem}.prompts-*.jsonl"
 
-    def read(self) -> list[Record]:
+    def read(self) -> list[EvalRecord]:
         """Records of all processes of the run so far; a line that was cut short by a kill is left out.
 
         Raises:
@@ -115,10 +115,10 @@ class Log:
                 if place == 0:
                     check_same_run(path, line, self.run)
                 else:
-                    records[line["data"], line["prompt"]] = Record(**line)
+                    records[line["data"], line["prompt"]] = EvalRecord(**line)
         return list(records.values())
 
-    def append(self, records: list[Record]) -> None:
+    def append(self, records: list[EvalRecord]) -> None:
         """Add what one batch gave, at once."""
         is_new = not self.path.exists() or not self.path.stat().st_size
         append_lines(self.path, [self.run] * is_new + [asdict(record) for record in records])
@@ -129,11 +129,11 @@ def evaluate(
     head: DSparkHead,
     tokenizer: PreTrainedTokenizerBase,
     data_sets: list[DataSet],
-    settings: Settings,
-    done: list[Record] = (),
+    settings: EvalSettings,
+    done: list[EvalRecord] = (),
     process: int = 0,
     processes: int = 1,
-) -> Iterator[list[Record]]:
+) -> Iterator[list[EvalRecord]]:
     """Records of the batches of this process, as soon as each is decoded; batches whose prompts are `done` are left
     out."""
     missing = [batch for batch in batches_of(data_sets, settings.batch_size) if batch.missing_from(done)]

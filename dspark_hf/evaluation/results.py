@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from ..modeling_dspark import DSparkHead
-from .acceptance import Record, Result, survivals
+from .acceptance import EvalRecord, Result, survivals
 from .plots import draw_reliability, import_pyplot, save
 from .report import format_cell
 
@@ -120,7 +120,7 @@ def as_tables(results: list[Result], paper: dict[str, dict[str, float]] | None =
     return [table, by_position]
 
 
-def plot(results: list[Result], records: list[Record], path: Path) -> None:
+def plot(results: list[Result], records: list[EvalRecord], path: Path) -> None:
     """Acceptance by position, a line a data set; and with a confidence head how often drafts were kept against the
     survival they were given, a panel a position."""
     confidence = [c for r in records for c in r.confidence]

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 
 from ..modeling_dspark import DSparkHead
-from .bench import CUT_SHORT, Cell, Record, cells_of, fixed_methods, turns_cell
+from .bench import CUT_SHORT, BenchRecord, Cell, cells_of, fixed_methods, turns_cell
 from .plots import import_pyplot, save
 
 # Batches of prompts at batch size 1, and fewer at larger ones, which take longer and depend less on their prompts.
@@ -39,7 +39,7 @@ def _drawn(prompts: list[str], count: int) -> list[str]:
     return drawn[:count]
 
 
-def as_table(records: list[Record]) -> Table:
+def as_table(records: list[BenchRecord]) -> Table:
     """What the load schedule is measured against: plain decoding and the best fixed length."""
     table = Table(
         title="tokens/s, methods measured alternately",
@@ -70,7 +70,7 @@ def as_table(records: list[Record]) -> Table:
     return table
 
 
-def plot(records: list[Record], path: Path) -> None:
+def plot(records: list[BenchRecord], path: Path) -> None:
     """Throughput and verified drafts against batch size, a column a set of prompts, as a picture file."""
     groups = _groups(records)
     domains = list(dict.fromkeys(domain for domain, _ in groups))
@@ -102,7 +102,7 @@ def _style(method: str) -> dict:
     return {"label": method, "color": ("#9ecae1", "#4292c6", "#08519c")[min(length // 3, 2)], "linewidth": 1}
 
 
-def _groups(records: list[Record]) -> dict[tuple[str, int], dict[str, Record]]:
+def _groups(records: list[BenchRecord]) -> dict[tuple[str, int], dict[str, BenchRecord]]:
     groups = {}
     for record in records:
         groups.setdefault((record.domain, record.batch_size), {})[record.method] = record

@@ -8,7 +8,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from .packing import Packing, attend_by_groups, by_parts, current_pass, sdpa_attention
+from .packing import Packing, attend_by_groups, by_parts, current_context, sdpa_attention
 
 NAME = "dspark"
 MOST_QUERIES = dspark_kernels.LARGEST_BLOCK
@@ -33,8 +33,8 @@ def ragged(
 ) -> tuple[torch.Tensor, None]:
     """Of a verify pass of our rounds query [R, H, n, D] ([1, H, B, D] in a packed one) against key and value
     [R, H_kv, view, D]; anything else is sdpa's, with the same arguments."""
-    ours = current_pass()
-    fits = ours is not None and min((own.width for own in ours.packings), default=query.shape[2]) <= MOST_QUERIES
+    context = current_context()
+    fits = context is not None and min((own.width for own in context.packings), default=query.shape[2]) <= MOST_QUERIES
     if not fits or kwargs.get("softcap") is not None or kwargs.get("dropout") or not dspark_kernels.uses_kernels(query):
         kwargs |= {"scaling": scaling, "sliding_window": sliding_window}
         kwargs |= {} if s_aux is None else {"s_aux": s_aux}
@@ -49,8 +49,8 @@ def ragged(
         if packing.width <= MOST_QUERIES:
             return attend(packing.starts, packing.counts, *tensors[:3])
         options = {"scaling": scale, "sliding_window": sliding_window} | ({} if s_aux is None else {"s_aux": s_aux})
-        return attend_by_groups(ours, module, *tensors, **options)
+        return attend_by_groups(context, module, *tensors, **options)
 
-    if ours.packings:
-        return by_parts(ours, query, key, value, attention_mask, of_part), None
-    return attend(ours.starts, ours.counts(query.shape[2]), query, key, value), None
+    if context.packings:
+        return by_parts(context, query, key, value, attention_mask, of_part), None
+    return attend(context.starts, context.counts(query.shape[2]), query, key, value), None

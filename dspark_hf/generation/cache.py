@@ -50,23 +50,23 @@ def compact(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
 class Placement:
     """Where the next forward pass writes its n new tokens a row, and how far it looks.
 
-    slots: [R, n] int64, index in the row's slot of every new token; in a packed pass [1, B].
-    start: the common first index when every row writes n consecutive tokens from the same place, else `None`; lets
-        the write be one slice.
-    view: slots 0..view-1 are handed to the attention.
+    slot_mapping: [R, n] int64, index in the row's slot of every new token; in a packed pass [1, B].
+    uniform_start: the common first index when every row writes n consecutive tokens from the same place, else `None`;
+        lets the write be one slice.
+    kv_len: slots 0..kv_len-1 are handed to the attention.
     continues: whether any row has tokens already.
     positions: [R, n], of the tokens; `None` where those are their slots.
-    rows: [n] int64, the rows that take part when these are not all. lines: [n, 1], all that take part; in a packed
+    rows: [n] int64, the rows that take part when these are not all. row_index: [n, 1], all that take part; in a packed
         pass [1, B], of every token.
     """
 
-    slots: torch.Tensor
-    start: int | None
-    view: int
+    slot_mapping: torch.Tensor
+    uniform_start: int | None
+    kv_len: int
     continues: bool = True
     positions: torch.Tensor | None = None
     rows: torch.Tensor | None = None
-    lines: torch.Tensor | None = None
+    row_index: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class SlotLayer(Slots, CacheLayerMixin):
     most: int | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        capacity = self._capacity_for(self.placement.view)
+        capacity = self._capacity_for(self.placement.kv_len)
         self._hold(*(x.new_zeros(self.slots, x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)))
 
     def update(
@@ -174,14 +174,14 @@ class SlotLayer(Slots, CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         placement = self.placement
-        self._reserve(placement.view)
+        self._reserve(placement.kv_len)
         device, rows = key_states.device, placement.rows
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            if placement.start is not None:
-                stored[:, :, placement.start : placement.start + new.shape[2]] = new
+            if placement.uniform_start is not None:
+                stored[:, :, placement.uniform_start : placement.uniform_start + new.shape[2]] = new
             else:
-                stored[placement.lines.to(device), :, placement.slots.to(device)] = new.transpose(1, 2)
-        views = (self.keys[:, :, : placement.view], self.values[:, :, : placement.view])
+                stored[placement.row_index.to(device), :, placement.slot_mapping.to(device)] = new.transpose(1, 2)
+        views = (self.keys[:, :, : placement.kv_len], self.values[:, :, : placement.kv_len])
         return views if rows is None else tuple(view[rows.to(device)] for view in views)
 
     def _reserve(self, view: int) -> None:
@@ -232,11 +232,11 @@ class SlotLayer(Slots, CacheLayerMixin):
         return self.expected if near else capacity
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.placement.view, 0
+        return self.placement.kv_len, 0
 
     def get_seq_length(self) -> int:
         # What models add to their own position count; ours are always passed explicitly.
-        return max(self.placement.view - self.placement.slots.shape[1], 0) if self.placement else 0
+        return max(self.placement.kv_len - self.placement.slot_mapping.shape[1], 0) if self.placement else 0
 
     def get_max_length(self) -> int:
         return -1
@@ -334,7 +334,7 @@ class SlotCache(Cache):
         self.show(len(slots) if rows is None and lines is None else len(self.lengths))
         if lines is None:
             lines = self.lines if rows is None else rows[:, None]
-        placement = Placement(slots, start, view, lines=lines, **fields)
+        placement = Placement(slots, start, view, row_index=lines, **fields)
         for layer in self.layers:
             layer.place(placement)
         return placement
@@ -351,7 +351,7 @@ class SlotCache(Cache):
         """Make the first `counts[r]` tokens of the last pass part of row r, or of the given ones."""
         rows = list(range(len(self.lengths))) if rows is None else rows
         placement = self.layers[0].placement
-        width = max(counts) if placement is None else placement.slots.shape[1]
+        width = max(counts) if placement is None else placement.slot_mapping.shape[1]
         kept = Kept(rows, counts, width, self.device)
         for layer in self.layers:
             layer.commit(kept)
@@ -392,7 +392,7 @@ class SlotCache(Cache):
 
 def causal_mask(placement: Placement, window: int | None = None) -> torch.Tensor:
     """[R, 1, n, view] bool: a new token sees the slots up to its own, of those the last `window` if given."""
-    keys = torch.arange(placement.view, device=placement.slots.device)
-    queries = placement.slots[:, None, :, None]
+    keys = torch.arange(placement.kv_len, device=placement.slot_mapping.device)
+    queries = placement.slot_mapping[:, None, :, None]
     mask = keys <= queries
     return mask if window is None else mask & (keys > queries - window)

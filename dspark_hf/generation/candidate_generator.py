@@ -63,6 +63,6 @@ class DSparkCandidateGenerator(CandidateGenerator):
         block = self.drafter.draft(
             input_ids[:, -1],
             min(self.most, room),
-            self.processors.drafting(Prefixes([input_ids[0]], [0])),
+            self.processors.draft_sampler(Prefixes([input_ids[0]], [0])),
         )
         return torch.cat([input_ids, block.tokens.clamp(min=0).to(input_ids.device)], dim=1), block.logits

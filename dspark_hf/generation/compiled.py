@@ -23,7 +23,7 @@ from transformers import CompileConfig, GenerationConfig, LogitsProcessor, Logit
 from transformers.generation import logits_process as stock
 from transformers.utils import logging
 
-from ..modeling_dspark import DraftBlock, Select
+from ..modeling_dspark import DraftBlock, DraftSampler
 from ..scheduling.plan import Plan
 from . import round as rounds
 from .acceptance import Verdict
@@ -44,7 +44,7 @@ from .modules import is_stock, structure
 from .processors import OF_LOGITS, BlockProcessors
 from .round import RoundState, VerifyLayout
 from .stopping import Stopping
-from .target import Part, Target, TargetPass
+from .target import Part, Target, TargetOutput
 
 logger = logging.get_logger(__name__)
 
@@ -167,7 +167,7 @@ class CompiledPasses:
         view = max(SMALLEST_CAPACITY, power_of_two(tokens + head.config.block_size + 1))
         self.processors = BlockProcessors(buffered(processors, target.device), do_sample)
         self.processors.temperature = None
-        self.select = self.processors.drafting(None)
+        self.select = self.processors.draft_sampler(None)
         self.shape = self.graphs.fitting(Shape(self.slots, view, choice_of(processors, do_sample), key))
         self.view, self.captured = self.shape.view, False
         fresh = target.new_cache(0, self.slots), drafter.cache
@@ -177,13 +177,13 @@ class CompiledPasses:
         # A compiler does not follow a cached property that has not been asked before.
         head.mask_rules  # noqa: B018
 
-    def draft(self, state: RoundState, plan: Plan, select: Select) -> DraftBlock | None:
+    def draft(self, state: RoundState, plan: Plan, sampler: DraftSampler) -> DraftBlock | None:
         """As `round.draft`; the block has drafts for every row."""
         self.captured, self.block = False, None
         if self.shape not in self.graphs.made and self.graphs.refused is None:
             self._capture(state)
         if not plan.rows or self.graphs.refused is not None:
-            return rounds.draft(state, plan, select)
+            return rounds.draft(state, plan, sampler)
         rows = len(state.anchors)
         self.block = self._draft(state, self.graphs.serving(rows, self.shape))
         parts = (self.block.tokens, self.block.logits, self.block.confidence_logits)
@@ -197,7 +197,7 @@ class CompiledPasses:
         layout: VerifyLayout,
         read_at: torch.Tensor | None,
         joining: Part | None = None,
-    ) -> tuple[TargetPass, torch.Tensor | None]:
+    ) -> tuple[TargetOutput, torch.Tensor | None]:
         """As `round.verify`, with a verdict. Passes that are captured read no prompts."""
         if self.graphs.refused is not None:
             return rounds.verify(state, target, block, layout, read_at, joining)
@@ -206,7 +206,7 @@ class CompiledPasses:
         width = min(width for width in passes.verify if width > layout.most)
         found = self._verify(state, passes, width, layout.verify_lens)
         accepted, following, features = (x[:rows] for x in found)
-        return TargetPass(None, features, verdict=Verdict(accepted, following)), None
+        return TargetOutput(None, features, verdict=Verdict(accepted, following)), None
 
     def close(self, drafter: Drafter) -> None:
         """Keep the caches for the next call like this one."""

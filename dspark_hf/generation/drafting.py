@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ..modeling_dspark import DraftBlock, DSparkHead, Select
+from ..modeling_dspark import DraftBlock, DraftSampler, DSparkHead
 from .cache import SlotCache, compact, on_device
 
 # Tokens of a row, those of the last prompt or draft aside, whose target states may wait for a draft; more are taken
@@ -27,7 +27,7 @@ class Drafter:
 
     def __init__(self, head: DSparkHead, target: PreTrainedModel, rows: int, slots: int | None = None):
         self.head = head
-        self.tables = head.share_tables(target)
+        self.embeddings = head.share_embeddings(target)
         self.device, self.dtype = head.fc.weight.device, head.fc.weight.dtype
         self.window, size = window_of(head), head.config.block_size
         # Room for the window, or what a round commits if that is more, and a block behind it.
@@ -86,7 +86,7 @@ class Drafter:
         self,
         anchors: torch.Tensor,
         length: int,
-        select: Select,
+        sampler: DraftSampler,
         rows: list[int] | None = None,
     ) -> DraftBlock:
         """Draft the tokens after the anchors, once the context has caught up with what was committed.
@@ -94,13 +94,13 @@ class Drafter:
         Args:
             anchors: [R], last committed token of every row. length: draft tokens wanted, at most `config.gamma`.
             rows: those that draft, increasing; all when `None`. The block has a line for each of them.
-            select: see `DSparkHead.sample_block`.
+            sampler: see `DSparkHead.sample_block`.
         """
         anchors = anchors.to(self.device)
         if rows is not None:
             anchors = anchors[on_device(rows, self.device)]
         hidden = self._hidden(anchors, rows, *self.take(rows))
-        return self.head.sample_block(hidden, anchors, self.tables, length, select)
+        return self.head.sample_block(hidden, anchors, self.embeddings, length, sampler)
 
     def flush(self) -> None:
         """Take what waits into the cache without drafting, when it has become much."""
@@ -192,7 +192,7 @@ class Drafter:
         is_even = rows is None and len(set(starts)) == 1 and set(ends) == {starts[0] + width}
         if is_even and (self.ring is None or ends[0] + size <= self.ring) and starts == self.cache.lengths:
             placement = self.cache.place(width + size)
-            positions, view = placement.slots, placement.view
+            positions, view = placement.slot_mapping, placement.kv_len
         else:
             positions, places = laid_out(start, end, width, size, view - 1, self.ring)
             index = None if rows is None else on_device(rows, self.device)
@@ -200,7 +200,7 @@ class Drafter:
         first = self.first if rows is None else [self.first[row] for row in rows]
         known = on_device(first, self.device)[:, None] if any(first) or self.ring is not None else None
         masks = block_masks(self.head, end, known, view, self.window, self.ring)
-        context, block = self.head.project_context(features), self.head.embed_block(anchors, self.tables)
+        context, block = self.head.project_context(features), self.head.embed_block(anchors, self.embeddings)
         hidden = self.head.backbone(block, context, positions, masks, self.cache)
         self.cache.commit(counts, rows)
         return hidden

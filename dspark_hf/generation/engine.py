@@ -31,7 +31,7 @@ from .rereading import read_lengths, reread
 from .round import HostRound, RoundState, VerifyLayout
 from .rows import Row
 from .stats import Stopwatch
-from .target import Target, TargetPass
+from .target import Target, TargetOutput
 
 
 class Engine:
@@ -119,8 +119,8 @@ class Engine:
             drafting = [rows[r] for r in plan.rows]
             processors = processors_of(drafting or rows)
             prefixes = prefixes_of(drafting, self.target.device) if processors.needs_prefix else None
-            select = processors.drafting(prefixes)
-            block = passes.draft(state, plan, select)
+            sampler = processors.draft_sampler(prefixes)
+            block = passes.draft(state, plan, sampler)
         with clock.part("schedule"):
             confidence = planner.confidence(block)
             layout = rounds.schedule(planner.scheduler, plan, block, confidence, max_drafts, self.target.device)
@@ -181,7 +181,7 @@ class Engine:
         passed = rounds.prefill(self.state, self.target, prompts, lengths, places)
         return self._settle([self._begin(joining, passed)])
 
-    def _begin(self, joining: list[Row], passed: TargetPass) -> CommittedRound:
+    def _begin(self, joining: list[Row], passed: TargetOutput) -> CommittedRound:
         """The first tokens of rows whose prompts were read."""
         layout, present = rounds.undrafted(len(joining)), len(self.rows) - len(joining)
         counts = [len(row.prompt) for row in joining]
@@ -266,7 +266,7 @@ def accept(
     lockstep: Lockstep | None,
     block: DraftBlock | None,
     layout: VerifyLayout,
-    passed: TargetPass,
+    passed: TargetOutput,
     drafts: torch.Tensor | None = None,
     confidence: torch.Tensor | None = None,
 ) -> tuple[HostRound, torch.Tensor, torch.Tensor | None]:

@@ -34,7 +34,7 @@ SECONDS_BETWEEN_WRITES = 60
 
 
 @dataclass
-class Kept:
+class PairCosts:
     """What a pair's steps cost.
 
     identity: of the pair, which takes milliseconds to read. written: when it was stored last.
@@ -46,7 +46,7 @@ class Kept:
 
 
 # By the models themselves, and what may change about them.
-_kept: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, dict[tuple, Kept]]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, dict[tuple, PairCosts]]] = WeakKeyDictionary()
 _acceptance: WeakKeyDictionary[DSparkHead, WeakKeyDictionary[PreTrainedModel, AcceptanceStats]] = WeakKeyDictionary()
 
 
@@ -90,10 +90,10 @@ def costs_of(head: DSparkHead, target: Target, sampled: bool = False) -> CostMod
     Args:
         sampled: whether tokens are, which with a large vocabulary takes longer than a small target's pass.
     """
-    return _kept_of(head, target, sampled).costs
+    return _costs_of_pair(head, target, sampled).costs
 
 
-def _kept_of(head: DSparkHead, target: Target, sampled: bool) -> Kept:
+def _costs_of_pair(head: DSparkHead, target: Target, sampled: bool) -> PairCosts:
     model = target.model
     changing = tuple(_settings_of(model, head, target.device, sampled, target.captured).values())
     by_settings = _kept.setdefault(head, WeakKeyDictionary()).setdefault(model, {})
@@ -102,13 +102,13 @@ def _kept_of(head: DSparkHead, target: Target, sampled: bool) -> Kept:
         costs = CostModel(head.config.gamma, share, target.device.type, window_of(head))
         identity = identity_of(model, head, target.device, sampled, target.captured)
         _load(costs, identity)
-        by_settings[changing] = Kept(costs, identity)
+        by_settings[changing] = PairCosts(costs, identity)
     return by_settings[changing]
 
 
 def store(head: DSparkHead, target: Target, sampled: bool = False, at_once: bool = False) -> None:
     """Write what was learnt of the pair's steps; unless `at_once`, only if that was not done just before."""
-    kept, now = _kept_of(head, target, sampled), time.monotonic()
+    kept, now = _costs_of_pair(head, target, sampled), time.monotonic()
     fresh = now - kept.written < SECONDS_BETWEEN_WRITES
     if kept.costs.pace is None or (fresh and not at_once):
         return

@@ -142,6 +142,6 @@ def _idle(engine: Engine) -> None:
     drafter = Drafter(head, target.model, 1)
     drafter.append(torch.zeros(1, 1, head.fc.in_features, device=target.device), [1])
     anchors = torch.zeros(1, dtype=torch.int64, device=target.device)
-    select = BlockProcessors(LogitsProcessorList(), do_sample=False).drafting(None)
-    drafter.draft(anchors, engine.planner.scheduler.settings.most, select)
+    sampler = BlockProcessors(LogitsProcessorList(), do_sample=False).draft_sampler(None)
+    drafter.draft(anchors, engine.planner.scheduler.settings.most, sampler)
     target.forward(anchors[:, None], target.new_cache(1))

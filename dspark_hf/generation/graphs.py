@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling_dspark import DSparkHead, Select
+from ..modeling_dspark import DraftSampler, DSparkHead
 from . import round as rounds
 from .cache import SlotCache
 from .drafting import Drafter, block_masks, laid_out
@@ -34,7 +34,12 @@ def power_of_two(number: int) -> int:
 
 
 def draft_pass(
-    drafter: Drafter, anchors: torch.Tensor, features: torch.Tensor, table: torch.Tensor, select: Select, view: int
+    drafter: Drafter,
+    anchors: torch.Tensor,
+    features: torch.Tensor,
+    table: torch.Tensor,
+    sampler: DraftSampler,
+    view: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Tokens [T, gamma] of a whole block, the logits that they were sampled from, and those of confidence.
 
@@ -48,13 +53,13 @@ def draft_pass(
     positions, places = laid_out(start, end, features.shape[1], size, view - 1, drafter.ring)
     cache.place_at(places, view)
     hidden = head.backbone(
-        head.embed_block(anchors, drafter.tables),
+        head.embed_block(anchors, drafter.embeddings),
         head.project_context(features),
         positions,
         block_masks(head, end, first, view, drafter.window, drafter.ring),
         cache,
     )
-    drafted = head.sample_block(hidden, anchors, drafter.tables, head.config.gamma, select)
+    drafted = head.sample_block(hidden, anchors, drafter.embeddings, head.config.gamma, sampler)
     return drafted.tokens, drafted.logits, drafted.confidence_logits
 
 
@@ -78,7 +83,7 @@ def verify_pass(
     tokens = anchors[:, None] if drafts is None else torch.cat([anchors[:, None], drafts[:, : width - 1]], dim=1)
     drafted, tokens = tokens[:, 1:], tokens.clamp(min=0)
     placement = cache.place_at(table[0][:, None] + torch.arange(width, device=table.device), view)
-    outputs = target.run(tokens, placement.slots, placement, cache)
+    outputs = target.run(tokens, placement.slot_mapping, placement, cache)
     logits = processors(outputs.logits.float(), None)
     if drafts is None:
         accepted, following = torch.zeros_like(table[0]), processors.choose(logits[:, 0])

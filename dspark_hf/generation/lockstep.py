@@ -46,7 +46,7 @@ class Lockstep:
     ):
         self.input_ids, self.processors, self.criteria, self.ranks = input_ids, processors, criteria, ranks
         self.pad, self.pads_ended = pad, pads_ended
-        self.told_to_end = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self.stop_requested = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.scores: tuple[torch.Tensor, ...] | None = () if keeps_scores else None
 
     def accept(
@@ -97,5 +97,5 @@ class Lockstep:
         """Take in a token [R] for each of the rows [R]; returns which of them end, [R] bool."""
         column = self.input_ids.new_full((len(self.input_ids),), self.pad).index_copy_(0, rows, tokens)
         self.input_ids = torch.cat([self.input_ids, column[:, None]], dim=1)
-        self.told_to_end |= self.criteria(self.input_ids, self.scores).to(self.told_to_end.device)
-        return self.told_to_end[rows] if self.pads_ended else self.told_to_end.all().expand(len(rows))
+        self.stop_requested |= self.criteria(self.input_ids, self.scores).to(self.stop_requested.device)
+        return self.stop_requested[rows] if self.pads_ended else self.stop_requested.all().expand(len(rows))

@@ -7,7 +7,7 @@ import torch
 
 from .acceptance import accept_sampled
 from .cache import on_device
-from .processors import BlockProcessors, Prefixes, Selection, drawn, likeliest
+from .processors import BlockProcessors, Prefixes, ProcessedSampler, drawn, likeliest
 from .rows import Row
 
 # Streams of a row's random numbers: what chooses tokens, and what verifies them.
@@ -74,9 +74,9 @@ class MixedProcessors:
             seeds[r] = int(random.integers(2**63 - 1))
         return on_device(seeds, device)
 
-    def drafting(self, prefixes: Prefixes | None) -> Selection:
+    def draft_sampler(self, prefixes: Prefixes | None) -> ProcessedSampler:
         """See `BlockProcessors`."""
-        return Selection(self, prefixes)
+        return ProcessedSampler(self, prefixes)
 
     def _random(self, stream: int) -> dict[int, np.random.Generator]:
         """Of every row with a seed its numbers for this round. They depend on how long the row is, so that neighbours,

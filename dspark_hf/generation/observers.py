@@ -12,7 +12,7 @@ from .outputs import Recorder
 from .round import HostRound
 from .rows import Row, Streaming
 from .stats import LOW_TAU, DSparkStats
-from .target import TargetPass
+from .target import TargetOutput
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +36,7 @@ class CommittedRound:
 
     rows: list[Row]
     host: HostRound
-    passed: TargetPass
+    passed: TargetOutput
     logits: torch.Tensor | None
     load: Load | None = None
     plan: Plan | None = None

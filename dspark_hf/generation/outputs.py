@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import GenerationConfig
 
-from .target import TargetPass
+from .target import TargetOutput
 
 Layers = tuple[torch.Tensor, ...]
 
@@ -38,7 +38,7 @@ class Recorder:
         return bool(self.config.return_dict_in_generate and getattr(self.config, f"output_{name}"))
 
     def record(
-        self, row: int, r: int, count: int, passed: TargetPass, processed: torch.Tensor, columns: Sequence[int]
+        self, row: int, r: int, count: int, passed: TargetOutput, processed: torch.Tensor, columns: Sequence[int]
     ) -> None:
         """Add `count` tokens of a row.
 
@@ -70,7 +70,7 @@ class Recorder:
         self,
         row: int,
         r: int,
-        passed: TargetPass,
+        passed: TargetOutput,
         processed: torch.Tensor,
         columns: Sequence[int],
         new: int,

@@ -71,7 +71,7 @@ def filled_places(counts: torch.Tensor, width: int, size: int) -> torch.Tensor |
     return empty.flatten().to(torch.uint8).argsort(stable=True)[:size]
 
 
-class Pass:
+class ForwardContext:
     """A pass of the target by our rounds.
 
     starts: [R], slot of each row's first token. packings: when it is packed, its parts in their order. lengths: for
@@ -122,30 +122,31 @@ class Pass:
         return self.masks[key][1]
 
 
-_pass: ContextVar[Pass | None] = ContextVar("dspark_pass", default=None)
+_context: ContextVar[ForwardContext | None] = ContextVar("dspark_forward", default=None)
 # Above so many queries attention is busy enough without the heads of a group side by side.
 MOST_GROUPED = 16
 
 
 @contextmanager
-def our_pass(
+def forward_context(
     starts: torch.Tensor,
     packings: Sequence[Packing] = (),
     lengths: torch.Tensor | None = None,
     is_prompt: bool = False,
 ) -> Iterator[None]:
-    """Within this context the attention of models takes its queries as our rounds lay them out; see [`Pass`]."""
-    token = _pass.set(Pass(starts, packings, lengths, is_prompt))
+    """Within this context the attention of models takes its queries as our rounds lay them out; see
+    [`ForwardContext`]."""
+    token = _context.set(ForwardContext(starts, packings, lengths, is_prompt))
     try:
         yield
     finally:
-        _pass.reset(token)
+        _context.reset(token)
 
 
-def current_pass() -> Pass | None:
+def current_context() -> ForwardContext | None:
     """The pass that attention is part of; compiled passes are not packed, and a compiler need not look into the
     context."""
-    return None if torch.compiler.is_compiling() else _pass.get()
+    return None if torch.compiler.is_compiling() else _context.get()
 
 
 NAME = "dspark_rounds"
@@ -197,20 +198,20 @@ def sdpa_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' sdpa attention; in a packed pass for queries [1, heads, B, head_dim] and keys and values
     [rows, kv_heads, view, head_dim], with a mask [1, 1, B, view]. Returns [1, B, heads, head_dim] then."""
-    ours = current_pass()
-    if ours is None and not torch.compiler.is_compiling():
+    context = current_context()
+    if context is None and not torch.compiler.is_compiling():
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
-    if ours is None or not ours.packings:
-        return attend_by_groups(ours, module, query, key, value, attention_mask, *args, **kwargs), None
+    if context is None or not context.packings:
+        return attend_by_groups(context, module, query, key, value, attention_mask, *args, **kwargs), None
 
     def attend(packing: Packing, *tensors: torch.Tensor) -> torch.Tensor:
-        return attend_by_groups(ours, module, *tensors, *args, **kwargs)
+        return attend_by_groups(context, module, *tensors, *args, **kwargs)
 
-    return by_parts(ours, query, key, value, attention_mask, attend), None
+    return by_parts(context, query, key, value, attention_mask, attend), None
 
 
 def by_parts(
-    ours: Pass,
+    context: ForwardContext,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -220,14 +221,14 @@ def by_parts(
     """Attention [1, B, heads, head_dim] of a packed pass: that of each part, as `attend` gives it for its packing,
     query [rows, heads, width, head_dim], key, value and mask."""
     mixed = []
-    parts = zip(ours.packings, ours.split(query.transpose(1, 2)), ours.masks_of_parts(mask), strict=True)
+    parts = zip(context.packings, context.split(query.transpose(1, 2)), context.masks_of_parts(mask), strict=True)
     for packing, own, seen in parts:
         keys, values = (x[packing.places, :, : packing.view] for x in (key, value))
         mixed.append(packing.pack(attend(packing, packing.unpack(own).transpose(1, 2), keys, values, seen)))
     return torch.cat(mixed, dim=1)
 
 
-def attend_by_groups(ours, module, query, key, value, mask, dropout=0.0, scaling=None, **kwargs) -> torch.Tensor:
+def attend_by_groups(context, module, query, key, value, mask, dropout=0.0, scaling=None, **kwargs) -> torch.Tensor:
     """[R, n, heads, head_dim]. Heads that share keys are laid side by side as more queries of one head: otherwise
     transformers copies the keys and values of the whole context for each of them."""
     groups, count = query.shape[1] // key.shape[1], query.shape[2]
@@ -237,6 +238,6 @@ def attend_by_groups(ours, module, query, key, value, mask, dropout=0.0, scaling
     grouped = query.reshape(len(query), -1, groups * count, query.shape[3])
     if count > 1:
         # A compiler sees for itself that all layers repeat the same.
-        mask = mask.repeat(1, 1, groups, 1) if ours is None else ours.mask_of_groups(mask, groups)
+        mask = mask.repeat(1, 1, groups, 1) if context is None else context.mask_of_groups(mask, groups)
     mixed = scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scaling)
     return mixed.reshape(*query.shape[:3], -1).transpose(1, 2)

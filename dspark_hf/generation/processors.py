@@ -124,14 +124,14 @@ class BlockProcessors:
         """Of the verification of so many rows, [R]."""
         return random_seeds(rows, device) if self.do_sample else None
 
-    def drafting(self, prefixes: Prefixes | None) -> "Selection":
+    def draft_sampler(self, prefixes: Prefixes | None) -> "ProcessedSampler":
         """Chooses the tokens of one draft. The head's logits go through the same processors as the target's: what
         they forbid or favour would otherwise be drafted in vain.
 
         Args:
             prefixes: of every row its tokens, anchor included; only needed when `needs_prefix`.
         """
-        return Selection(self, prefixes)
+        return ProcessedSampler(self, prefixes)
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
@@ -225,8 +225,8 @@ def _run_of(processor: LogitsProcessor) -> type:
     return OverPrefixes if type(processor) in OF_PREFIX else OverLogits
 
 
-class Selection:
-    """Chooses the tokens of one draft, position by position; see `BlockProcessors.drafting`.
+class ProcessedSampler:
+    """Chooses the tokens of one draft, position by position; see `BlockProcessors.draft_sampler`.
 
     sample: whether they are sampled. temperature: as in [`BlockProcessors`].
     """

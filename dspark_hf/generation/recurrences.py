@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
-from .packing import current_pass
+from .packing import current_context
 from .states import Behind
 
 
@@ -32,12 +32,12 @@ def install(model: PreTrainedModel) -> None:
 
 def _wrap(stock: Callable, form: Callable, module: ModuleType) -> Callable:
     def recurrence(*args, **kwargs):
-        ours = current_pass()
-        layer = None if ours is None else ours.recurrence
+        context = current_context()
+        layer = None if context is None else context.recurrence
         if layer is None:
             return stock(*args, **kwargs)
-        ours.recurrence = None
-        if ours.is_prompt and form in START_FROM_STATES:
+        context.recurrence = None
+        if context.is_prompt and form in START_FROM_STATES:
             return stock(*args, **kwargs)
         outputs, layer.behind = form(stock, module, layer.recurrent_states[0], *args, **kwargs)
         return outputs

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
-from .packing import current_pass
+from .packing import current_context
 
 
 def growing_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -33,7 +33,8 @@ def rereads_at(model: PreTrainedModel) -> int | None:
 
 @contextmanager
 def turned_as_in_plain(modules: list[torch.nn.Module]) -> Iterator[None]:
-    """Within this context the modules give cos and sin by the `lengths` of the current pass, see `packing.Pass`."""
+    """Within this context the modules give cos and sin by the `lengths` of the current pass; see
+    `packing.ForwardContext`."""
     handles = [module.register_forward_hook(_turn, with_kwargs=True) for module in modules]
     try:
         yield
@@ -44,11 +45,11 @@ def turned_as_in_plain(modules: list[torch.nn.Module]) -> Iterator[None]:
 
 def _turn(module, args, kwargs, output):
     """The output (cos, sin), each [R, n, ...], with every token's part as at the length at which plain reads it."""
-    ours = current_pass()
-    if ours is None or ours.lengths is None:
+    context = current_context()
+    if context is None or context.lengths is None:
         return output
     (x, positions), others = _arguments(*args, **kwargs)
-    lengths = _effective(module, others, ours.lengths.to(positions.device))
+    lengths = _effective(module, others, context.lengths.to(positions.device))
     turned = [part.clone() for part in output]
     for length in lengths.unique().tolist():
         chosen = lengths == length

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..modeling_dspark import DraftBlock, Select
+from ..modeling_dspark import DraftBlock, DraftSampler
 from ..scheduling.plan import Plan
 from ..scheduling.scheduler import ConstantSchedule
 from .acceptance import Verdict, accept_greedy, accept_sampled
 from .cache import SlotCache, on_device
 from .drafting import Drafter
 from .processors import BlockProcessors, Prefixes
-from .target import Part, Target, TargetPass, side_by_side
+from .target import Part, Target, TargetOutput, side_by_side
 
 
 @dataclass
@@ -81,13 +81,13 @@ def undrafted(rows: int) -> VerifyLayout:
 
 def prefill(
     state: RoundState, target: Target, prompts: list[list[int]], lengths: list[int], joining: list[int] | None = None
-) -> TargetPass:
+) -> TargetOutput:
     """A round without a draft: the whole prompts in one pass, right-padded or packed. Of its logits only those behind
     the last token of every prompt are computed, [n, 1, V].
 
     Args:
-        prompts: tokens of the n rows that are not cached. lengths: see `packing.Pass`. joining: places of these rows
-            where others are active.
+        prompts: tokens of the n rows that are not cached. lengths: see `packing.ForwardContext`.
+        joining: places of these rows where others are active.
     """
     counts, device = [len(prompt) for prompt in prompts], target.device
     if target.is_stateful and len(set(counts)) > 1:
@@ -107,7 +107,7 @@ def prefill(
 
 def laid_out(target: Target, prompts: list[list[int]], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The tokens of prompts, right-padded, [n, P], and for targets that are `growing` what is said of each in
-    `packing.Pass`."""
+    `packing.ForwardContext`."""
     longest = max(map(len, prompts))
     # Filled with a token that any target knows; what padding is called may be none.
     tokens = on_device([prompt + [0] * (longest - len(prompt)) for prompt in prompts], target.device)
@@ -127,7 +127,7 @@ def prompt_part(
 
 def prefill_by_length(
     state: RoundState, target: Target, prompts: list[list[int]], lengths: list[int], joining: list[int] | None
-) -> TargetPass:
+) -> TargetOutput:
     """`prefill` of targets whose layers would read what fills shorter prompts up: a pass for each length."""
     places = list(range(len(prompts))) if joining is None else joining
     groups: dict[int, list[int]] = {}
@@ -141,18 +141,18 @@ def prefill_by_length(
     return side_by_side(passes, [order.index(i) for i in range(len(prompts))])
 
 
-def draft(state: RoundState, plan: Plan, select: Select) -> DraftBlock | None:
+def draft(state: RoundState, plan: Plan, sampler: DraftSampler) -> DraftBlock | None:
     """A block with a line for every row, zeros for those that do not draft; `None` when none does.
 
     Args:
-        select: see `DSparkHead.sample_block`.
+        sampler: see `DSparkHead.sample_block`.
     """
     if not plan.rows:
         state.drafter.flush()
         return None
     rows = len(state.anchors)
     some = None if len(plan.rows) == rows else plan.rows
-    block = state.drafter.draft(state.anchors, plan.length, select, some)
+    block = state.drafter.draft(state.anchors, plan.length, sampler, some)
     return block if some is None else block.spread(on_device(some, block.tokens.device), rows)
 
 
@@ -202,12 +202,12 @@ def verify(
     layout: VerifyLayout,
     read_at: torch.Tensor | None,
     joining: Part | None = None,
-) -> tuple[TargetPass, torch.Tensor]:
+) -> tuple[TargetOutput, torch.Tensor]:
     """A pass over the anchors and the drafts behind them: logits and states of [R, L+1] tokens, and the drafts [R, L];
     L is layout.most.
 
     Args:
-        read_at: see `packing.Pass`. joining: rows behind the others whose prompts are read in the same pass.
+        read_at: see `packing.ForwardContext`. joining: rows behind the others whose prompts are read in the same pass.
     """
     tokens = state.anchors[:, None]
     if layout.most:

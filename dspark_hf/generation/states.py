@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from .cache import Kept, Placement, SlotLayer, Slots
 from .compressed import FAMILIES, kinds_of_rows
-from .packing import current_pass
+from .packing import current_context
 
 Behind = Callable[[torch.Tensor], torch.Tensor]
 
@@ -52,7 +52,7 @@ class StateLayer(Slots, LinearAttentionCacheLayerMixin):
             before = conv_states.new_zeros(*conv_states.shape[:2], size)
         self.inputs = torch.cat([before, conv_states], dim=-1)
         if self.has_previous_state[0]:
-            current_pass().recurrence = self
+            current_context().recurrence = self
             return self.inputs
         # Of a prompt at least as many as the kernel has.
         return self.inputs[..., -max(size, conv_states.shape[-1]) :]

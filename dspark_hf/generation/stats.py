@@ -144,7 +144,7 @@ class Stopwatch:
         self.pending.append((name, begin, end))
 
     def collect(self, wait: bool = False) -> dict[str, float]:
-        """Seconds of every part since this was called last; without `wait` of those that the device is through."""
+        """Seconds of every part since this was called last; without `wait` of those that the device has finished."""
         while self.pending and (wait or self.pending[0][2].query()):
             name, begin, end = self.pending.pop(0)
             end.synchronize()

@@ -10,13 +10,13 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..tables import device_of
+from ..shared_embeddings import device_of
 from . import attention, recurrences
 from .acceptance import Verdict
 from .cache import Placement, SlotCache, causal_mask
 from .compressed import FAMILIES, cache_of_row
 from .hidden_states import chosen_of, indices_of, last_layer_of, noting, request_for
-from .packing import Packing, attention_of_rounds, implementation_of, our_pass
+from .packing import Packing, attention_of_rounds, forward_context, implementation_of
 from .releases import cache_argument
 from .rope import growing_modules, rereads_at, turned_as_in_plain
 from .states import is_stateful, kinds_of
@@ -25,7 +25,7 @@ Mask = torch.Tensor | BlockMask
 
 
 @dataclass(frozen=True)
-class TargetPass:
+class TargetOutput:
     """What one pass of the target over n tokens of R rows gives.
 
     logits: [R, n, V] float32, or of the positions asked for; `None` where the pass has decided already.
@@ -41,7 +41,7 @@ class TargetPass:
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     verdict: Verdict | None = None
-    read: "TargetPass | None" = None
+    read: "TargetOutput | None" = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Part:
     """Rows of a packed pass that are laid out alike.
 
     tokens: [R, n]. packing: which of them are in the pass. is_prompt: whether only the logits behind each row's last
-    token are wanted. lengths: [R, n], see `packing.Pass`; only for targets that are `growing`.
+    token are wanted. lengths: [R, n], see `packing.ForwardContext`; only for targets that are `growing`.
     """
 
     tokens: torch.Tensor
@@ -126,12 +126,12 @@ class Target:
         keep: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         rows: list[int] | None = None,
-    ) -> TargetPass:
+    ) -> TargetOutput:
         """One pass that appends tokens [R, n] to every row, without committing them.
 
         Args:
             keep: of the tokens of a prompt, indices of those whose logits are wanted; of a block all are, `None`.
-            lengths: [R, n], see `packing.Pass`; only for targets that are `growing`.
+            lengths: [R, n], see `packing.ForwardContext`; only for targets that are `growing`.
             rows: the R rows of the cache that take part when these are not all.
         """
         if self.row_by_row and len(tokens) > 1:
@@ -139,17 +139,17 @@ class Target:
         placement = cache.place(tokens.shape[1], rows=rows)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
         own = cache_of_row(cache, 0 if rows is None else rows[0]) if self.row_by_row else cache
-        with our_pass(placement.slots[:, 0], (), lengths, is_prompt=keep is not None):
+        with forward_context(placement.slot_mapping[:, 0], (), lengths, is_prompt=keep is not None):
             outputs, features = self._call(tokens, positions_of(placement), placement, own, **kwargs)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
-        return TargetPass(
+        return TargetOutput(
             logits.to(tokens.device, torch.float32),
             features,
             outputs.hidden_states if self.all_hidden_states else None,
             outputs.attentions if self.attentions else None,
         )
 
-    def forward_packed(self, parts: Sequence[Part], cache: SlotCache) -> list[TargetPass]:
+    def forward_packed(self, parts: Sequence[Part], cache: SlotCache) -> list[TargetOutput]:
         """The same for what is filled of several parts, in one pass. Returns what it gives of each: logits and features
         of places that are not filled are zeros, logits of prompts [R, 1, V]."""
         packings = [part.packing for part in parts]
@@ -157,7 +157,7 @@ class Target:
         tokens = torch.cat([part.packing.pack(part.tokens) for part in parts], dim=1)
         kwargs = {"logits_to_keep": keep} if keep is not None and self.keeps_logits else {}
         lengths = [part.packing.pack(part.lengths) for part in parts if part.lengths is not None]
-        with our_pass(packings[0].starts, packings, torch.cat(lengths, dim=1) if lengths else None):
+        with forward_context(packings[0].starts, packings, torch.cat(lengths, dim=1) if lengths else None):
             outputs, features = self._call(tokens, positions_of(placement), placement, cache, **kwargs)
         logits = outputs.logits.to(tokens.device, torch.float32)
         if keep is not None and not kwargs:
@@ -165,13 +165,13 @@ class Target:
         own_logits = logits.split([own.packing.rows if own.is_prompt else own.packing.size for own in parts], dim=1)
         own_features = features.split([packing.size for packing in packings], dim=1)
         return [
-            TargetPass(x.transpose(0, 1) if part.is_prompt else part.packing.unpack(x), part.packing.unpack(states))
+            TargetOutput(x.transpose(0, 1) if part.is_prompt else part.packing.unpack(x), part.packing.unpack(states))
             for part, x, states in zip(parts, own_logits, own_features, strict=True)
         ]
 
     def _row_by_row(
         self, tokens: torch.Tensor, cache: SlotCache, keep: torch.Tensor | None, rows: list[int] | None
-    ) -> TargetPass:
+    ) -> TargetOutput:
         """The pass in as many as there are rows, for models whose caches have all rows at one place."""
         places = range(len(tokens)) if rows is None else rows
         passes = [self.forward(own[None], cache, keep, rows=[row]) for own, row in zip(tokens, places, strict=True)]
@@ -181,13 +181,13 @@ class Target:
         """Write the keys and values of rows [k] anew, with tokens [k, n] as their first ones.
 
         Args:
-            lengths: [k, n], at which they are read now; see `packing.Pass`.
+            lengths: [k, n], at which they are read now; see `packing.ForwardContext`.
         """
         count = tokens.shape[1]
         slots = torch.arange(count, device=tokens.device).expand(len(tokens), -1)
         placement = cache.place_at(slots, count, rows=rows)
         kwargs = {"logits_to_keep": 1} if self.keeps_logits else {}
-        with our_pass(slots[:, 0], (), lengths):
+        with forward_context(slots[:, 0], (), lengths):
             self._call(tokens, slots, placement, cache, **kwargs)
 
     def in_our_attention(self) -> AbstractContextManager[None]:
@@ -238,16 +238,16 @@ class Target:
         is added to the scores. sdpa would make that of booleans itself, in every layer again."""
         if self.implementation == "flex_attention":
             return block_mask(placement, window)
-        rows, count = placement.slots.shape
-        if placement.start is not None and count == 1 and window is None:
+        rows, count = placement.slot_mapping.shape
+        if placement.uniform_start is not None and count == 1 and window is None:
             # Rows of one length, and one token each: it sees all there is.
-            return torch.zeros(rows, 1, 1, placement.view, dtype=self.dtype, device=placement.slots.device)
+            return torch.zeros(rows, 1, 1, placement.kv_len, dtype=self.dtype, device=placement.slot_mapping.device)
         return torch.where(causal_mask(placement, window), self.seen, self.unseen)
 
 
 def positions_of(placement: Placement) -> torch.Tensor:
     """[R, n], where the tokens of a pass are for the model."""
-    return placement.slots if placement.positions is None else placement.positions
+    return placement.slot_mapping if placement.positions is None else placement.positions
 
 
 def wanted(parts: Sequence[Part]) -> torch.Tensor | None:
@@ -263,7 +263,7 @@ def wanted(parts: Sequence[Part]) -> torch.Tensor | None:
     return torch.cat(places)
 
 
-def side_by_side(passes: Sequence[TargetPass], order: list[int]) -> TargetPass:
+def side_by_side(passes: Sequence[TargetOutput], order: list[int]) -> TargetOutput:
     """One pass [R, ...] of several over different rows and numbers of tokens, zero-padded to the longest; row i is the
     one at order[i] of all in turn."""
 
@@ -281,7 +281,7 @@ def side_by_side(passes: Sequence[TargetPass], order: list[int]) -> TargetPass:
         return None if parts[0] is None else tuple(map(joined, zip(*parts, strict=True)))
 
     logits, features = joined([own.logits for own in passes]), joined([own.features for own in passes])
-    return TargetPass(logits, features, layers("hidden_states"), layers("attentions"))
+    return TargetOutput(logits, features, layers("hidden_states"), layers("attentions"))
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
@@ -294,7 +294,7 @@ def position_limit(config: PreTrainedConfig) -> int | None:
 
 def block_mask(placement: Placement, window: int | None = None) -> BlockMask:
     """[R, 1, n, view]: what `causal_mask` says, for flex attention."""
-    slots = placement.slots.contiguous()
+    slots = placement.slot_mapping.contiguous()
 
     def sees(row, head, query, key):
         slot = slots[row, query]
@@ -302,4 +302,4 @@ def block_mask(placement: Placement, window: int | None = None) -> BlockMask:
         return seen if window is None else seen & (key > slot - window)
 
     rows, count = slots.shape
-    return create_block_mask(sees, rows, None, count, placement.view, device=str(slots.device))
+    return create_block_mask(sees, rows, None, count, placement.kv_len, device=str(slots.device))

@@ -301,8 +301,8 @@ async def _answer(
 
     if not body.stream:
         output = None
-        async for told in service.outputs(request_id, results, request):
-            output = told
+        async for latest in service.outputs(request_id, results, request):
+            output = latest
         if output is None or not output.is_finished():
             # Nobody is there to read it.
             return Response(status_code=499)
@@ -313,17 +313,17 @@ async def _answer(
         return JSONResponse(head | {"object": layout.whole, "choices": [choice], "usage": usage(output)})
 
     async def events() -> AsyncIterator[str]:
-        told, head_of_part, output = 0, head | {"object": layout.part}, None
+        reported, head_of_part, output = 0, head | {"object": layout.part}, None
         async for output in service.outputs(request_id, results, request):
             if output.error is not None:
                 yield event(RequestError(500, output.error).as_dict())
                 return
             piece = stream.piece(output.generated_tokens, output.is_finished())
             reason = finish_reason(output, stream, body, service) if output.is_finished() else None
-            logprobs = logprobs_of(output, told)
-            if piece or reason is not None or (logprobs is not None and len(output.generated_tokens) > told):
-                yield event(head_of_part | {"choices": [layout.delta(piece, reason, logprobs, told == 0)]})
-                told = len(output.generated_tokens)
+            logprobs = logprobs_of(output, reported)
+            if piece or reason is not None or (logprobs is not None and len(output.generated_tokens) > reported):
+                yield event(head_of_part | {"choices": [layout.delta(piece, reason, logprobs, reported == 0)]})
+                reported = len(output.generated_tokens)
         if output is None or not output.is_finished():
             return
         if body.stream_options is not None and body.stream_options.include_usage:

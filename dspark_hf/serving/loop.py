@@ -161,12 +161,12 @@ class BatchLoop:
         for request in self.active:
             row = request.row
             if request.timestamps is not None:
-                request.timestamps += [now] * (len(row.committed) - request.told)
+                request.timestamps += [now] * (len(row.committed) - request.reported)
             if row.ended:
                 request.ended = now
-            if row.ended or (request.streaming and len(row.committed) > request.told):
+            if row.ended or (request.streaming and len(row.committed) > request.reported):
                 outputs.append(request.output())
-            request.told = len(row.committed)
+            request.reported = len(row.committed)
         self.active = [request for request in self.active if not request.row.ended]
         self.router.deliver_batch(outputs)
 

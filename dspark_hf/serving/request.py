@@ -54,7 +54,7 @@ class Request:
     streaming: whether its caller is told of every round, and not only of its end.
     created, started, ended: by `time.perf_counter`, the latter two -1 before.
     timestamps, logprobs: of its tokens, `None` where they are not wanted.
-    told: tokens that its caller knows of. rounds, drafted, verified, accepted: see [`RequestOutput`].
+    reported: tokens that its caller knows of. rounds, drafted, verified, accepted: see [`RequestOutput`].
     """
 
     id: str
@@ -65,7 +65,7 @@ class Request:
     ended: float = -1
     timestamps: list[float] | None = None
     logprobs: list[float] | None = None
-    told: int = 0
+    reported: int = 0
     rounds: int = 0
     drafted: int = 0
     verified: int = 0

@@ -108,7 +108,7 @@ def _answers(target: PreTrainedModel, prompts: list[list[int]], length: int) -> 
 def _trained(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seed: int) -> Iterator[int]:
     """The number of the step that was made, on and on."""
     batch = {name: x.to(target.device) for name, x in collate(rows).items()}
-    tables, generator = head.share_tables(target), torch.Generator().manual_seed(seed)
+    embeddings, generator = head.share_embeddings(target), torch.Generator().manual_seed(seed)
     for name in ("embed_tokens", "lm_head"):
         if getattr(head, name) is not None:
             getattr(head, name).requires_grad_(False)
@@ -116,7 +116,7 @@ def _trained(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seed: i
     states = target_states(target, batch["input_ids"], head.config.target_layer_ids)
     for step in count(1):
         head.train()
-        training_step(head, target, tables, batch, ANCHORS, generator, CE_WEIGHT, states).total.backward()
+        training_step(head, target, embeddings, batch, ANCHORS, generator, CE_WEIGHT, states).total.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_dspark import DSparkConfig
 from ..modeling_dspark import DSparkHead
-from ..tables import is_plain, scales_logits
+from ..shared_embeddings import is_plain, scales_logits
 from .data import Row
 
 

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from ..generation.hidden_states import chosen_of, indices_of, last_layer_of, noting, request_for
 from ..modeling_dspark import DSparkHead, KnownBlocks
-from ..tables import Tables, target_logits
+from ..shared_embeddings import SharedEmbeddings, target_logits
 from .blocks import NO_LABEL, attention_masks, documents_of, labels_and_weights, sample_blocks
 from .losses import CE_WEIGHT, CHUNK, Losses, dspark_losses
 
@@ -34,7 +34,7 @@ def target_states(
 def training_step(
     head: DSparkHead,
     target: PreTrainedModel,
-    tables: Tables,
+    embeddings: SharedEmbeddings,
     batch: dict[str, torch.Tensor],
     anchors_per_sequence: int,
     generator: torch.Generator | torch.Tensor,
@@ -72,11 +72,11 @@ def training_step(
             ce_weight,
             None if drafted is None else own.draft_tokens,
             known.parameters,
-            max(1, CHUNK // tables.vocab_size),
+            max(1, CHUNK // embeddings.vocab_size),
         )
         return tuple(vars(losses).values())
 
-    return Losses(*head(input_ids, features, blocks.anchors, masks, tables, positions, finish))
+    return Losses(*head(input_ids, features, blocks.anchors, masks, embeddings, positions, finish))
 
 
 def draft_ids(head: DSparkHead) -> torch.Tensor:

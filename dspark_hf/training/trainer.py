@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..generation.compatibility import check_pair
 from ..modeling_dspark import DSparkHead
-from ..tables import Tables
+from ..shared_embeddings import SharedEmbeddings
 from . import checkpointing
 from .checkpointing import State, whole
 from .data import Row
@@ -92,7 +92,7 @@ class Run:
     head: torch.nn.Module
     plain: DSparkHead | None
     target: PreTrainedModel
-    tables: Tables
+    embeddings: SharedEmbeddings
     optimizers: list[Any]
     steps: int
     settings: dict[str, Any]
@@ -144,10 +144,10 @@ def train(
 
     target.requires_grad_(False).eval().to(accelerator.device)
     features = _features(head, target, rows, args, accelerator)
-    tables = _share_tables(head, target)
+    embeddings = _share_tables(head, target)
     if resume:
         _load(head, checkpointing.load_weights(args.output, state.step))
-    run = _prepare(head, target, tables, args, accelerator, steps, settings)
+    run = _prepare(head, target, embeddings, args, accelerator, steps, settings)
     if resume:
         checkpointing.load_optimizers(args.output, state.step, run.raw_optimizers, accelerator.scaler)
     lengths = [len(row["input_ids"]) for row in rows]
@@ -228,14 +228,14 @@ def _loader(
     )
 
 
-def _share_tables(head: DSparkHead, target: PreTrainedModel) -> Tables:
+def _share_tables(head: DSparkHead, target: PreTrainedModel) -> SharedEmbeddings:
     """The embedding and LM head to train with, all frozen: also copies of the head that differ from the target's."""
     # Copies are the target's where they are on its device.
-    tables = head.to(target.device).share_tables(target)
+    embeddings = head.to(target.device).share_embeddings(target)
     for own in (head.embed_tokens, head.lm_head):
         if own is not None:
             own.requires_grad_(False)
-    return tables
+    return embeddings
 
 
 def _load(head: DSparkHead, weights: dict[str, torch.Tensor]) -> None:
@@ -246,7 +246,7 @@ def _load(head: DSparkHead, weights: dict[str, torch.Tensor]) -> None:
 def _prepare(
     head: DSparkHead,
     target: PreTrainedModel,
-    tables: Tables,
+    embeddings: SharedEmbeddings,
     args: TrainingArguments,
     accelerator: Accelerator,
     steps: int,
@@ -258,16 +258,16 @@ def _prepare(
     if args.gradient_checkpointing:
         checkpoint_layers(head)
     if accelerator.is_fsdp2:
-        # `tables` are used outside of the head, where shards of them are of no use.
+        # `embeddings` are used outside of the head, where shards of them are of no use.
         head.embed_tokens = head.lm_head = None
     optimizers = build_optimizers(head, args.optimizer, args.learning_rate)
     wrapped, *optimizers = accelerator.prepare(head.train(), *optimizers)
-    return Run(accelerator, args, wrapped, plain, target, tables, optimizers, steps, settings)
+    return Run(accelerator, args, wrapped, plain, target, embeddings, optimizers, steps, settings)
 
 
 def _copy_of(head: DSparkHead) -> DSparkHead:
     """A copy that shares what is not trained."""
-    frozen = [*head._stand_ins.values(), *(p for p in head.parameters() if not p.requires_grad)]
+    frozen = [*head._shared_weights.values(), *(p for p in head.parameters() if not p.requires_grad)]
     return copy.deepcopy(head, {id(weight): weight for weight in frozen}).requires_grad_(False).eval()
 
 

@@ -116,10 +116,10 @@ def compare(folder: Path) -> None:
         for key, value in load_file(folder / name / "model.safetensors").items():
             assert torch.equal(found[f"tensor.{key}"], value), (name, key)
         head = DSparkHead.from_pretrained(folder / name).eval()
-        tables, anchors = head.share_tables(target), found["anchors"][None]
+        embeddings, anchors = head.share_embeddings(target), found["anchors"][None]
         said = f"{name}: {kind} loads, {len(written)} keys and all tensors agree"
         masks = attention_masks(Blocks(anchors, anchors > -1), LENGTH, head.mask_rules, head.config.block_size)
-        hidden, logits, confidence = head(inputs["input_ids"], inputs["features"], anchors, masks, tables)
+        hidden, logits, confidence = head(inputs["input_ids"], inputs["features"], anchors, masks, embeddings)
         predict = slice(-head.config.gamma, None)
         torch.testing.assert_close(hidden[0], found["hidden"][:, predict], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(logits[0], found["logits"][:, predict], atol=1e-4, rtol=1e-4)

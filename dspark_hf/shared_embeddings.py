@@ -24,7 +24,7 @@ _scaling: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class Tables:
+class SharedEmbeddings:
     """The embedding and the LM head a draft goes through, and the tokens that head and target share.
 
     embed: module, [...] int64 -> [..., d]. logits: [..., d] -> [..., V]. vocab_size: of the target. shared: the first

@@ -10,7 +10,7 @@ from test_targets import GROUPED, SIZES, bigram_head, check_same_tokens, prompts
 from torch import nn
 
 from dspark_hf import DSparkConfig, DSparkHead
-from dspark_hf.tables import TargetLogits, scales_logits, target_logits
+from dspark_hf.shared_embeddings import TargetLogits, scales_logits, target_logits
 from dspark_hf.training.blocks import sample_blocks
 from dspark_hf.training.losses import dspark_losses
 from dspark_hf.training.step import target_states, training_step
@@ -48,7 +48,7 @@ def test_logits_are_those_of_the_target(name):
     head, hidden = tiny_head(target), last_states(target)
     expected = target(input_ids=prompts(1)["input_ids"]).logits
     assert scales_logits(target) and (target.lm_head(hidden) - expected).abs().max() > 1
-    tables = head.share_tables(target)
+    tables = head.share_embeddings(target)
     torch.testing.assert_close(head.base_logits(hidden, tables), expected)
     # Any number of leading dimensions, as training has them.
     blocks = hidden[:, :8].unflatten(1, (2, 4))
@@ -76,7 +76,7 @@ def test_a_cap_of_the_heads_own_is_applied_once():
     head = tiny_head(target, final_logit_softcapping=3.0)
     hidden = last_states(target)
     expected = 3.0 * torch.tanh(target.lm_head(hidden) / 3.0)
-    torch.testing.assert_close(head.base_logits(hidden, head.share_tables(target)), expected)
+    torch.testing.assert_close(head.base_logits(hidden, head.share_embeddings(target)), expected)
 
 
 def test_heads_of_trainers_that_leave_the_scaling_out(tmp_path):
@@ -85,7 +85,7 @@ def test_heads_of_trainers_that_leave_the_scaling_out(tmp_path):
     head, hidden = tiny_head(target, borrow_logit_scaling=False), last_states(target)
     head.save_pretrained(tmp_path)
     for each in (head, DSparkHead.from_pretrained(tmp_path)):
-        torch.testing.assert_close(each.base_logits(hidden, each.share_tables(target)), target.lm_head(hidden))
+        torch.testing.assert_close(each.base_logits(hidden, each.share_embeddings(target)), target.lm_head(hidden))
 
 
 @pytest.mark.parametrize("borrows", [True, False])
@@ -103,7 +103,7 @@ def test_training_compares_with_what_the_target_samples_from(borrows, monkeypatc
         return dspark_losses(draft, draft_logits, aligned, logits, *args)
 
     monkeypatch.setattr(step, "dspark_losses", recorded)
-    training_step(head, target, head.share_tables(target), batch, 4, torch.Generator().manual_seed(3))
+    training_step(head, target, head.share_embeddings(target), batch, 4, torch.Generator().manual_seed(3))
     anchors = sample_blocks(batch["loss_mask"], 4, torch.Generator().manual_seed(3)).anchors[0]
     logits = target(input_ids=ids).logits[0]
     positions = (anchors[:, None] + torch.arange(head.config.block_size)).clamp(max=11)
@@ -155,7 +155,7 @@ def test_quantised_lm_heads_are_called(kind, dtype):
     target.lm_head = kind(target.lm_head)
     head, hidden = tiny_head(target).to(dtype), torch.randn(1, 3, 32).to(dtype)
     expected = target.lm_head(hidden.float())
-    torch.testing.assert_close(head.base_logits(hidden, head.share_tables(target)), expected)
+    torch.testing.assert_close(head.base_logits(hidden, head.share_embeddings(target)), expected)
     check_same_tokens(target)
 
 
@@ -167,16 +167,16 @@ def test_quantised_tables_beside_a_head_with_copies():
         head.embed_tokens.weight.copy_(target.model.embed_tokens.weight)
         head.lm_head.weight.copy_(target.lm_head.weight)
     target.lm_head, target.model.embed_tokens = Packed(target.lm_head), PackedEmbedding(target.model.embed_tokens)
-    tables = head.share_tables(target)
+    tables = head.share_embeddings(target)
     assert tables.embed is head.embed_tokens and tables.logits.module is head.lm_head
 
 
 def test_a_quantised_embedding_that_the_head_scales():
     target = tiny_target()
     head = tiny_head(target, embedding_scale=4.0)
-    expected = head.embed_block(torch.tensor([3]), head.share_tables(target))
+    expected = head.embed_block(torch.tensor([3]), head.share_embeddings(target))
     target.model.embed_tokens = PackedEmbedding(target.model.embed_tokens)
-    found = head.embed_block(torch.tensor([3]), head.share_tables(target))
+    found = head.embed_block(torch.tensor([3]), head.share_embeddings(target))
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
 
 
@@ -239,7 +239,7 @@ def test_a_reduced_draft_vocabulary_beside_a_smaller_target():
     head = head_of_another_size(target, 20, draft_vocab_size=6)
     drafted = torch.tensor([1, 4, 9, 15, 17, 19])
     head.d2t.copy_(drafted - torch.arange(6))
-    tables = head.share_tables(target)
+    tables = head.share_embeddings(target)
     hidden = torch.randn(2, 3, 32)
     logits = head.base_logits(hidden, tables)
     torch.testing.assert_close(logits, target.lm_head(hidden)[..., [1, 4, 9, 15]])

@@ -60,10 +60,10 @@ class Work(Protocol):
     """Something to do with the pair: its events, and `None` every [`TICK`] seconds. Whatever it has begun ends when the
     iterator is closed. It can be pickled, as ZeroGPU does it in another process."""
 
-    def __call__(self, engine: "Engine") -> Iterator[Any]: ...
+    def __call__(self, session: "DemoSession") -> Iterator[Any]: ...
 
 
-class Engine:
+class DemoSession:
     """A target, its head and its tokenizer.
 
     Attributes:
@@ -211,9 +211,9 @@ class Engine:
         yield from work(self)
 
 
-def measure(engine: Engine) -> Iterator[float]:
+def measure(session: DemoSession) -> Iterator[float]:
     """Work that only has the engine measure what it needs."""
-    yield engine.measured_step()
+    yield session.measured_step()
 
 
 class Streamer:
