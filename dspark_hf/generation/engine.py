@@ -65,9 +65,9 @@ class Engine:
         isolates: bool = False,
         piece: int | None = None,
     ):
-        self.target, self.drafter, self.private, self.isolates = target, drafter, private, isolates
-        self.piece = piece
-        self.lockstep = lockstep
+        self.target, self.drafter, self.isolates = target, drafter, isolates
+        self.mode: type[AbstractContextManager] = torch.inference_mode if private else torch.no_grad
+        self.lockstep, self.piece = lockstep, piece
         self.past, self.observers, self.slots, self.compiled = past, observers, slots, compiled
         self.clock = Stopwatch(target.device)
         # In lockstep every row of a batch would have to accept for one to go on.
@@ -75,17 +75,12 @@ class Engine:
         self.planner = Planner(target, drafter, scheduler, self.clock, drafts)
         self.rows: list[Row] = []
         self.queue: deque[Row] = deque()
-        no_anchors = torch.zeros(0, dtype=torch.long, device=target.device)
         cache = target.new_cache(0, slots) if compiled is None else compiled.target_cache
-        self.state = RoundState(no_anchors, cache, drafter)
+        self.state = RoundState(torch.zeros(0, dtype=torch.long, device=target.device), cache, drafter)
 
     @property
     def busy(self) -> bool:
         return bool(self.rows or self.queue)
-
-    def mode(self) -> AbstractContextManager:
-        """Without gradients, and where nobody else sees them without what tensors keep for gradients."""
-        return torch.inference_mode() if self.private else torch.no_grad()
 
     def add(self, rows: Iterable[Row]) -> None:
         """Queue rows; they join when there are slots for them."""
@@ -119,8 +114,7 @@ class Engine:
             drafting = [rows[r] for r in plan.rows]
             processors = processors_of(drafting or rows)
             prefixes = prefixes_of(drafting, self.target.device) if processors.needs_prefix else None
-            sampler = processors.draft_sampler(prefixes)
-            block = passes.draft(state, plan, sampler)
+            block = passes.draft(state, plan, processors.draft_sampler(prefixes))
         with clock.part("schedule"):
             confidence = planner.confidence(block)
             layout = rounds.schedule(planner.scheduler, plan, block, confidence, max_drafts, self.target.device)
@@ -136,8 +130,7 @@ class Engine:
                 # A time that says nothing of the rounds to come.
                 planner.last = None
         with clock.part("other"):
-            done = CommittedRound(rows, host, passed, logits, load, plan, survival)
-            self._decide(done)
+            done = self._decided(CommittedRound(rows, host, passed, logits, load, plan, survival))
             # Of a row that ends in the middle of a block no more than its text: a state cannot be cut back later.
             rounds.commit(state, passed.features, [max(len(kept), 1) for kept in done.kept], next_tokens)
             if joining:
@@ -158,20 +151,20 @@ class Engine:
         lengths, see `round.prefill`, and the place of the first."""
         present, cache = len(self.rows), self.state.cache
         if present == 0:
-            self._clear()
+            # Those that ended last have left theirs for whoever goes on from them.
+            self.state.keep([])
+            self.planner.scheduler.keep([])
         self.rows = self.rows + joining
+        places = list(range(present, len(self.rows)))
         self.planner.call.set_rows(len(self.rows))
-        cache.add(len(joining))
-        self.drafter.add(len(joining))
+        self.state.add(len(joining))
         if present == 0:
-            view = None if self.compiled is None else self.compiled.view
-            expect_tokens((cache, self.drafter.cache), joining, self.planner.gamma + 1, view)
+            expect_tokens((cache, self.drafter.cache), joining, self.planner.gamma + 1, self.compiled)
         if self.past is not None:
-            self.past.load(joining, list(range(present, len(self.rows))), cache, self.drafter)
+            self.past.load(joining, places, cache, self.drafter)
         lengths = [len(row.prompt_columns) + row.lag for row in joining]
         if self.piece is not None:
-            places = list(range(present, len(self.rows))) if present else None
-            read_ahead(self.state, self.target, self.piece, joining, lengths, places)
+            read_ahead(self.state, self.target, self.piece, joining, lengths, places if present else None)
         return [row.prompt for row in joining], lengths, present
 
     def _prefill(self, joining: list[Row]) -> list[Row]:
@@ -192,23 +185,16 @@ class Engine:
             self.drafter.read(list(range(present, len(self.rows))), passed.features, counts)
         else:
             self.drafter.append(passed.features, counts)
-        done = CommittedRound(joining, host, passed, logits)
-        self._decide(done)
-        return done
+        return self._decided(CommittedRound(joining, host, passed, logits))
 
-    def _decide(self, done: CommittedRound) -> None:
-        """Note what the rows keep of a round, up to their ends, and which of them end."""
-        host = done.host
-        decided = host.stops or [None] * len(done.rows)
-        device = self.state.anchors.device
-        stops = [kept_of(*of_row, device) for of_row in zip(done.rows, host.tokens, decided, strict=True)]
-        errors = [row.error for row in done.rows if row.error is not None]
-        if errors and not self.isolates:
-            raise ValueError(errors[0])
-        if host.stops is None and any(row.stopping.others for row in done.rows):
+    def _decided(self, done: CommittedRound) -> CommittedRound:
+        """With what its rows keep, up to their ends, and which of them end."""
+        stops = stops_of(done.rows, done.host, self.state.anchors.device, self.isolates)
+        if done.host.stops is None and any(row.stopping.others for row in done.rows):
             # Criteria may look at a clock.
             stops = self.planner.ranks.agreed(lambda: stops)
         done.kept, done.ends = [kept for kept, _ in stops], [ended for _, ended in stops]
+        return done
 
     def _settle(self, parts: Sequence[CommittedRound]) -> list[Row]:
         """Give the rows what they keep of a round; drop those that ended, which are returned."""
@@ -223,8 +209,7 @@ class Engine:
         copies = bool(staying or self.queue or self.compiled)
         for r, row in ended:
             if row.error is not None:
-                self.state.cache.erase(r)
-                self.drafter.cache.erase(r)
+                self.state.erase(r)
             if self.past is not None:
                 self.past.keep_row(r, row, self.state.cache, self.drafter, copies)
         for observer in self.observers:
@@ -247,18 +232,9 @@ class Engine:
         order = compacted(staying)
         self.rows = [self.rows[r] for r in order]
         self.planner.call.set_rows(len(order))
-        if not order:
-            # The slots stay as they are for whoever goes on from them.
-            return
-        self.state.anchors = self.state.anchors[on_device(order, self.state.anchors.device)]
-        for rows in (self.state.cache, self.drafter, self.planner.scheduler):
-            rows.keep(order)
-
-    def _clear(self) -> None:
-        """Forget the rows that ended last."""
-        self.state.anchors = self.state.anchors[:0]
-        for rows in (self.state.cache, self.drafter, self.planner.scheduler):
-            rows.keep([])
+        if order:
+            self.state.keep(order)
+            self.planner.scheduler.keep(order)
 
 
 def accept(
@@ -288,6 +264,22 @@ def accept(
     return host, verdict.next_tokens, logits
 
 
+def stops_of(
+    rows: Sequence[Row], host: HostRound, device: torch.device, isolates: bool
+) -> list[tuple[list[int], bool]]:
+    """Of every row the tokens of a round that it keeps, and whether it ends with them; see `kept_of`.
+
+    Raises:
+        ValueError: for a row whose logits were no distribution, unless such rows end alone.
+    """
+    decided = host.stops or [None] * len(rows)
+    stops = [kept_of(*of_row, device) for of_row in zip(rows, host.tokens, decided, strict=True)]
+    errors = [row.error for row in rows if row.error is not None]
+    if errors and not isolates:
+        raise ValueError(errors[0])
+    return stops
+
+
 def kept_of(row: Row, tokens: list[int], stops: bool | None, device: torch.device) -> tuple[list[int], bool]:
     """Of the tokens that a row commits those up to its end, and whether that is among them, which may be decided
     already. Where its logits were no distribution no token that follows means anything: it ends, with an `error`."""
@@ -307,12 +299,14 @@ def longest_of(rows: Iterable[Row]) -> int | None:
     return max(len(row.prompt_columns) + row.stopping.max_length - row.length for row in rows)
 
 
-def expect_tokens(caches: Iterable[SlotCache], rows: Sequence[Row], block: int, view: int | None) -> None:
+def expect_tokens(
+    caches: Iterable[SlotCache], rows: Sequence[Row], block: int, compiled: CompiledPasses | None
+) -> None:
     """Tell the caches how long rows can get: to their limit, and a block beyond it; or the view of captured passes."""
     longest = longest_of(rows)
     if longest is not None:
         for cache in caches:
-            cache.expect(longest + block if view is None else view, is_static=view is not None)
+            cache.expect(longest + block if compiled is None else compiled.view, is_static=compiled is not None)
 
 
 def prefixes_of(rows: Sequence[Row], device: torch.device, drafts: torch.Tensor | None = None) -> Prefixes:

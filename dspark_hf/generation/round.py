@@ -33,6 +33,22 @@ class RoundState:
     cache: SlotCache
     drafter: Drafter
 
+    def add(self, rows: int) -> None:
+        """Give slots to so many rows, which have no tokens yet."""
+        self.cache.add(rows)
+        self.drafter.add(rows)
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other rows, and move those kept; see `cache.compact`."""
+        self.anchors = self.anchors[on_device(rows, self.anchors.device)] if rows else self.anchors[:0]
+        self.cache.keep(rows)
+        self.drafter.keep(rows)
+
+    def erase(self, row: int) -> None:
+        """Make zeros of what a row's slots hold."""
+        self.cache.erase(row)
+        self.drafter.cache.erase(row)
+
 
 @dataclass(frozen=True)
 class VerifyLayout:
