@@ -237,7 +237,7 @@ def test_nothing_is_said_of_heads_that_help_or_did_not_draft(pair, code, warning
     model, head, _ = pair
     inputs, _ = code
     stats = model.generate(
-        **inputs | {"max_new_tokens": 100}, assistant_model=head, return_dict_in_generate=True
+        **inputs | {"max_new_tokens": 200, "min_new_tokens": 200}, assistant_model=head, return_dict_in_generate=True
     ).dspark
     assert sum(map(len, stats.committed_lengths)) >= 64 and stats.drafted_tau >= stats.tau > 1.2
     target = tiny_target(vocab_size=64, sharpness=3)
