@@ -107,7 +107,8 @@ def test_a_planted_key_is_named_first_with_the_tau_of_mending_it(fault, head):
     assert set_by in first["fix"]
     broken = DSparkHead.from_pretrained(head, dtype=torch.float32)
     mended = altered(broken, first["keys"])
-    assert tau_of(mended) == pytest.approx(first["tau"]) and healthy_tau() == pytest.approx(first["tau"])
+    # Another mask token can do a little better on five prompts than the one that the head was trained with.
+    assert tau_of(mended) == pytest.approx(first["tau"]) and first["tau"] > 0.999 * healthy_tau()
     assert first["weight"] == pytest.approx(first["tau"] / tau_of(broken)) and first["weight"] > 1.1
 
 

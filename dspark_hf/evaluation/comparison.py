@@ -14,7 +14,7 @@ from ..modeling_dspark import DSparkHead
 from .baselines import BASELINES, Others
 from .bench import Run, run_method
 from .data_sets import DataSet
-from .evaluate import Settings
+from .evaluate import EvalSettings
 from .prompts import chat_as_model_input, tokenize
 from .report import format_cell
 
@@ -51,7 +51,7 @@ def compare(
     data_sets: list[DataSet],
     baselines: list[str],
     others: Others,
-    settings: Settings,
+    settings: EvalSettings,
     report: Callable[[str], None] = lambda text: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Compared]:
@@ -88,7 +88,7 @@ def _rounds(run: Run) -> list[int]:
     return run.stats.committed_lengths[0] if run.stats is not None else run.committed or []
 
 
-def as_table(compared: list[Compared], settings: Settings) -> Table:
+def as_table(compared: list[Compared], settings: EvalSettings) -> Table:
     """The comparison as people read it."""
     decoding = f"temperature {settings.temperature:g}" if settings.temperature else "greedy"
     table = Table(title=f"beside other ways to draft: one row, {decoding}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
