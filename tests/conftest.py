@@ -11,6 +11,7 @@ if not os.path.exists("/dev/nvidiactl"):
 
 import hashlib
 import json
+import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def pytest_unconfigure(config):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """accelerate keeps one state a process, which would refuse what the next test asks for."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def whole_set() -> Path | None:

@@ -37,6 +37,9 @@ from dspark_hf.evaluation.prompts import DEFAULT_PROMPTS, encode, read_prompts
 from dspark_hf.hub.registry import published_heads
 from dspark_hf.training.check import Check
 
+# The embedded target is less sure of code than of what it answers.
+CODE = str(Path(dspark_hf.__file__).parent / "evaluation" / "data" / "code.jsonl")
+
 PROMPT = "Tom has 3 boxes with 12 pencils each. He gives away 10 pencils. How many pencils are left?"
 
 
@@ -221,7 +224,10 @@ def test_progress_without_a_terminal_is_a_plain_line_now_and_then(monkeypatch):
     [
         (["eval", "--data", "code", "--limit", "1", "--max-new-tokens", "4"], "evaluated 1 of 1 prompts"),
         (["verify", "--limit", "1", "--max-new-tokens", "4"], "verified 1 of 1 prompts"),
-        (["verify", "--limit", "1", "--sampling", "--draws", "100"], "comparing with the target's distribution"),
+        (
+            ["verify", "--limit", "1", "--sampling", "--draws", "100", "--temperature", "2"],
+            "comparing with the target's distribution",
+        ),
         (["calibrate", "--limit", "64", "--max-new-tokens", "32"], "drafted for 64 of 64 prompts"),
     ],
 )

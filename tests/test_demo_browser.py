@@ -329,7 +329,7 @@ def test_outputs_are_text(browser):
     _, _, tokenizer = dspark_hf.embedded_pair()
     tokens = tokenizer.encode(HOSTILE)
     one = rounds.Round(tokens, [0.5] * len(tokens), len(tokens), len(tokens), tokens[0])
-    told = rounds.Story(tokens[0], [one], [1.0], len(tokens))
+    told = rounds.Trace(tokens[0], [one], [1.0], len(tokens))
 
     class DemoSession:
         pass

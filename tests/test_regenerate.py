@@ -334,7 +334,8 @@ def test_train_compares_before_it_starts(tmp_path, monkeypatch):
     rows = lines_of(GSM8K_SAMPLE)[:7]
     mixed = [{"prompt": a["question"], "response": b["answer"]} for a, b in zip(rows, rows[1:], strict=False)]
     data, warnings, trained = write(tmp_path / "mixed.jsonl", *mixed), [], []
-    alone = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
+    state = SimpleNamespace(destroy_process_group=lambda: None)
+    alone = SimpleNamespace(is_main_process=True, device=torch.device("cpu"), state=state)
     monkeypatch.setattr("dspark_hf.training.trainer.train", lambda *args: trained.append(len(warnings)))
     monkeypatch.setattr("accelerate.Accelerator", lambda **kwargs: alone)
     monkeypatch.setattr(data_check.logger, "warning", warnings.append)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_dspark import DSparkHead
 from .baselines import BASELINES, Others
-from .bench import Run, run_method
+from .bench import MethodRun, run_method
 from .data_sets import DataSet
 from .evaluate import EvalSettings
 from .prompts import chat_as_model_input, tokenize
@@ -62,7 +62,7 @@ def compare(
     methods, draw = ["plain", *baselines, "dspark"], random.Random(0)
     for data in data_sets:
         prompts = [turns[0] for turns in data.conversations[:PROMPTS]]
-        runs: dict[str, list[Run]] = {method: [] for method in methods}
+        runs: dict[str, list[MethodRun]] = {method: [] for method in methods}
         for number, prompt in enumerate([prompts[0], *prompts]):
             text = chat_as_model_input([{"role": "user", "content": prompt}], tokenizer, settings.thinking)
             inputs = tokenize([text], tokenizer, model.device)
@@ -78,12 +78,12 @@ def compare(
             yield Compared(data.name, method, len(prompts), speed, speed / speeds["plain"], _tau(own))
 
 
-def _tau(runs: list[Run]) -> float | None:
+def _tau(runs: list[MethodRun]) -> float | None:
     rounds = [*chain.from_iterable(_rounds(run) for run in runs)]
     return sum(rounds) / len(rounds) if rounds else None
 
 
-def _rounds(run: Run) -> list[int]:
+def _rounds(run: MethodRun) -> list[int]:
     """Tokens that each round committed; none without rounds."""
     return run.stats.committed_lengths[0] if run.stats is not None else run.committed or []
 

@@ -295,7 +295,14 @@ def _update(run: Run, batches: list[dict[str, Any]], done: int) -> dict[str, tor
         with accelerator.accumulate(run.head):
             with accelerator.autocast():
                 losses = training_step(
-                    run.head, run.target, run.embeddings, batch, args.anchors_per_sequence, draws, args.ce_weight, states
+                    run.head,
+                    run.target,
+                    run.embeddings,
+                    batch,
+                    args.anchors_per_sequence,
+                    draws,
+                    args.ce_weight,
+                    states,
                 )
             accelerator.backward(losses.total * (losses.weight / expected))
             for name, value in _weighted(losses).items():
