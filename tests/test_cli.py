@@ -225,7 +225,7 @@ def test_progress_without_a_terminal_is_a_plain_line_now_and_then(monkeypatch):
         (["eval", "--data", "code", "--limit", "1", "--max-new-tokens", "4"], "evaluated 1 of 1 prompts"),
         (["verify", "--limit", "1", "--max-new-tokens", "4"], "verified 1 of 1 prompts"),
         (
-            ["verify", "--limit", "1", "--sampling", "--draws", "100", "--temperature", "2"],
+            ["verify", "--prompts", CODE, "--limit", "1", "--sampling", "--draws", "100"],
             "comparing with the target's distribution",
         ),
         (["calibrate", "--limit", "64", "--max-new-tokens", "32"], "drafted for 64 of 64 prompts"),
