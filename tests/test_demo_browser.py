@@ -296,12 +296,13 @@ def test_rounds_are_shown_and_gone_through(visit):
     count = page.locator("#rounds-strips .strip").count()
     assert figure(page, "#rounds-numbers", "rounds") == str(count) and count > 3
     page.wait_for_selector("#rounds-plot .mark-line path")
+    correction = page.locator("#rounds-text span.correction").first
+    correction.hover()
+    tip = correction.get_attribute("data-tip")
+    assert re.fullmatch(r"round \d+: correction by the target, instead of .+", tip)
     page.fill("#rounds-count input[type=number]", "2")
     page.keyboard.press("Tab")
     playwright.expect(page.locator("#rounds-strips .strip")).to_have_count(2)
-    page.locator("#rounds-text span.correction").first.hover()
-    tip = page.locator("#rounds-text span.correction").first.get_attribute("data-tip")
-    assert re.fullmatch(r"round \d: correction by the target, instead of .+", tip)
 
 
 def test_prompts_are_text(visit):

@@ -339,8 +339,9 @@ def test_what_is_no_publishable_head(hub, tmp_path):
         dspark_hf.DSparkConfig.from_target(model.config, num_hidden_layers=1, markov_rank=8)
     )
     with torch.no_grad():
-        # What is least likely is drafted.
-        untrained.norm.weight.neg_()
+        # The first token is drafted every time, which pads and is never written.
+        untrained.norm.weight.zero_()
+        untrained.markov_head.markov_w2.weight.zero_()
     untrained.save_pretrained(folder)
     hub(TARGET, FOLDER / "target")
     refused(r"accepted none of \d+ drafts", "--model", TARGET)

@@ -23,7 +23,10 @@ LEGEND = {
     "rejected": "rejected draft",
     "unverified": "draft not verified",
 }
-EXAMPLE = "Mia has 5 bags with 9 marbles each. She gives 11 marbles to Sam. How many marbles has she left?"
+EXAMPLE = (
+    "A shop sells pens for $2 and books for $9. Lily buys 6 pens and 3 books and pays with a $50 note. "
+    "How much change does she get?"
+)
 
 
 @dataclass(frozen=True)
