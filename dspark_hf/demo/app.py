@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..embedded import embedded_pair
 from ..evaluation.report import device_name
 from ..modeling_dspark import DSparkHead
+from ..serving.products import keep_few
 from . import chat, load, race, rounds
 from .session import DemoSession
 
@@ -35,6 +36,7 @@ def build(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> gr.Blocks:
     """The app around a pair, the embedded one by default; [`launch`] starts it."""
+    keep_few()
     embedded = model is None
     session = DemoSession(*default_pair()) if embedded else DemoSession(model, head, tokenizer)
     name = "the built-in pair" if embedded else f"{model.name_or_path} and {head.name_or_path}"
