@@ -127,7 +127,13 @@ def test_the_wheel_has_what_belongs_into_it(wheel):
     assert told["Name"] == "dspark-hf" and told["Version"] == dspark_hf.__version__
     assert told["License-Expression"] == "MIT" and told["Requires-Python"] == ">=3.11"
     assert {"train", "eval", "serve", "demo", "plot", "kernels", "docs", "test"} == set(told.get_all("Provides-Extra"))
-    assert sorted(Requirement(line).name for line in always(wheel)) == ["psutil", "rich", "torch", "transformers", "typer"]
+    assert sorted(Requirement(line).name for line in always(wheel)) == [
+        "psutil",
+        "rich",
+        "torch",
+        "transformers",
+        "typer",
+    ]
 
 
 def test_the_sdist_has_the_licence_and_the_readme(built):
