@@ -18,7 +18,7 @@ from dspark_hf import DSparkHead, embedded_pair
 from dspark_hf.training.check import tau_of
 from dspark_hf.training.data import Row, collate, encode_chat
 from dspark_hf.training.heads import fresh_head
-from dspark_hf.training.step import training_step
+from dspark_hf.training.step import share_frozen, training_step
 
 LAYERS, RANK, BLOCK = 3, 64, 7
 BATCH_SIZE, ANCHORS, LEARNING_RATE, CE_WEIGHT = 4, 24, 2e-3, 1.0
@@ -66,9 +66,7 @@ def main() -> None:
 
 
 def train(head: DSparkHead, target, rows: list[Row], steps: int) -> None:
-    tables, generator = head.share_embeddings(target), torch.Generator().manual_seed(0)
-    if head.lm_head is not None:
-        head.lm_head.requires_grad_(False)
+    embeddings, generator = share_frozen(head, target), torch.Generator().manual_seed(0)
     parameters = [p for p in head.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     factor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -76,7 +74,7 @@ def train(head: DSparkHead, target, rows: list[Row], steps: int) -> None:
     head.train()
     for number in range(steps):
         chosen = [rows[order[(number * BATCH_SIZE + i) % len(rows)]] for i in range(BATCH_SIZE)]
-        losses = training_step(head, target, tables, collate(chosen), ANCHORS, generator, CE_WEIGHT)
+        losses = training_step(head, target, embeddings, collate(chosen), ANCHORS, generator, CE_WEIGHT)
         losses.total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

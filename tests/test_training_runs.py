@@ -31,7 +31,8 @@ from dspark_hf.generation import observers
 from dspark_hf.hub import publishing
 from dspark_hf.training import checkpointing, features, trainer
 from dspark_hf.training.checkpointing import saved_steps
-from dspark_hf.training.held_out import prompt_of, split
+from dspark_hf.training.data import prompt_of
+from dspark_hf.training.held_out import split
 from dspark_hf.training.order import Samples, Share, ShuffledByLength, collate_samples
 from dspark_hf.training.reporting import check_trackers, curve, read_log
 from dspark_hf.training.step import target_states

@@ -64,6 +64,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
             place += len(line)
 
 
+def differences(theirs: dict, ours: dict) -> list[str]:
+    """What differs between the settings of another run and those of this one, in words, by key."""
+    keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    return [f"{key} {theirs.get(key)}, now {ours.get(key)}" for key in keys]
+
+
 def check_same_run(path: Path, found: dict, run: dict) -> None:
     """Raise a ValueError that names what differs when a file was made by another run."""
     if found != run:

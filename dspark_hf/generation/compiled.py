@@ -167,7 +167,7 @@ class CompiledPasses:
         view = max(SMALLEST_CAPACITY, power_of_two(tokens + head.config.block_size + 1))
         self.processors = BlockProcessors(buffered(processors, target.device), do_sample)
         self.processors.temperature = None
-        self.select = self.processors.draft_sampler(None)
+        self.sampler = self.processors.draft_sampler(None)
         self.shape = self.graphs.fitting(Shape(self.slots, view, choice_of(processors, do_sample), key))
         self.view, self.captured = self.shape.view, False
         fresh = target.new_cache(0, self.slots), drafter.cache
@@ -253,7 +253,7 @@ class CompiledPasses:
         drafter.cache.show(lines)
         anchors = _padded(state.anchors, lines)
         view = self.view if drafter.ring is None else min(self.view, drafter.ring + 1)
-        found = self._run(passes.draft, drafter, anchors, features, table, self.select, view)
+        found = self._run(passes.draft, drafter, anchors, features, table, self.sampler, view)
         if commits:
             drafter.cache.commit(counts)
         return DraftBlock(*found)

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from ..generation.compatibility import check_pair
 from ..modeling_dspark import DSparkHead
-from .data import Row, collate
+from .data import Row, collate, left_padded, prompt_of
 from .draft_vocabulary import choose_draft_vocabulary
-from .step import check_trainable, target_states, training_step
+from .step import check_trainable, share_frozen, target_states, training_step
 
 ROWS = 8
 # Tokens: of a prompt at most, its last ones, and of an answer beside whole blocks.
@@ -67,7 +67,7 @@ def check(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seed: int 
     head.to(target.device)
     target.requires_grad_(False).eval()
     most, started = head.config.gamma + 1, time.perf_counter()
-    prompts = [_prompt(row) for row in rows[:ROWS]]
+    prompts = [prompt_of(row)[-PROMPT:] for row in rows[:ROWS]]
     texts = [row for row in _answers(target, prompts, 1 + BLOCKS * most) if sum(row["loss_mask"]) > 1]
     if not texts:
         raise ValueError("The target ends its answer to every prompt of the data at once: there is nothing to learn.")
@@ -80,21 +80,9 @@ def check(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seed: int 
     return Check(tau, most, steps, time.perf_counter() - started)
 
 
-def _prompt(row: Row) -> list[int]:
-    """The tokens before the first supervised one, at least one, the last `PROMPT` of them."""
-    return row["input_ids"][: max(1, row["loss_mask"].index(1))][-PROMPT:]
-
-
-def _left_padded(prompts: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
-    longest = max(map(len, prompts))
-    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {name: torch.tensor(x, device=device) for name, x in (("input_ids", ids), ("attention_mask", mask))}
-
-
 def _answers(target: PreTrainedModel, prompts: list[list[int]], length: int) -> list[Row]:
     """Prompts and the target's greedy answers of at most `length` tokens, which are supervised."""
-    inputs = _left_padded(prompts, target.device)
+    inputs = left_padded(prompts, target.device)
     output = target.generate(**inputs, max_new_tokens=length, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     ends = target.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
@@ -108,10 +96,7 @@ def _answers(target: PreTrainedModel, prompts: list[list[int]], length: int) -> 
 def _trained(head: DSparkHead, target: PreTrainedModel, rows: list[Row], seed: int) -> Iterator[int]:
     """The number of the step that was made, on and on."""
     batch = {name: x.to(target.device) for name, x in collate(rows).items()}
-    embeddings, generator = head.share_embeddings(target), torch.Generator().manual_seed(seed)
-    for name in ("embed_tokens", "lm_head"):
-        if getattr(head, name) is not None:
-            getattr(head, name).requires_grad_(False)
+    embeddings, generator = share_frozen(head, target), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
     states = target_states(target, batch["input_ids"], head.config.target_layer_ids)
     for step in count(1):
@@ -129,7 +114,7 @@ def tau_of(head: DSparkHead, target: PreTrainedModel, rows: list[Row], max_new_t
     schedule = head.generation_config.num_assistant_tokens_schedule
     head.generation_config.num_assistant_tokens_schedule = "constant"
     output = target.generate(
-        **_left_padded([_prompt(row) for row in rows], target.device),
+        **left_padded([prompt_of(row)[-PROMPT:] for row in rows], target.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         assistant_model=head.eval(),

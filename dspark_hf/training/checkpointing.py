@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_map_only
 
+from ..evaluation.runs import differences
+
 NAME = "checkpoint-"
 # In a folder of this name a checkpoint is written or deleted.
 TEMPORARY = ".checkpoint"
@@ -105,13 +107,7 @@ def load_state(output: Path, steps: int, settings: dict[str, Any]) -> State:
         )
     folder = folder_of(output, saved[-1])
     content = json.loads((folder / "state.json").read_text())
-    theirs = content.pop("settings")
-    differing = [
-        f"{key} {theirs.get(key)}, now {settings.get(key)}"
-        for key in sorted(theirs.keys() | settings.keys())
-        if theirs.get(key) != settings.get(key)
-    ]
-    if differing:
+    if differing := differences(content.pop("settings"), settings):
         raise ValueError(
             f"The checkpoint in {str(folder)!r} was made with other settings: {'; '.join(differing)}. Resume with its "
             "settings, or leave out --resume and choose another --output. (The number of processes may change while "

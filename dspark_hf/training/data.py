@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -217,6 +217,19 @@ def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int],
 def _special_added(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of tokens such as Gemma's `<end_of_turn>`, which have no role of their own in a tokenizer."""
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def prompt_of(row: Row) -> list[int]:
+    """The tokens before the first supervised one; of a row that begins with it, that one."""
+    return row["input_ids"][: max(1, row["loss_mask"].index(1))]
+
+
+def left_padded(prompts: Sequence[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` [b, T] of prompts, as `generate` takes them."""
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 def collate(rows: Iterable[Row]) -> dict[str, torch.Tensor]:

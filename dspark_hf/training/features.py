@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..evaluation.runs import differences
 from .data import Row, collate
 from .step import States, target_states
 
@@ -231,12 +232,8 @@ def _stored_layers(folder: Path, contents: dict[str, Any], layers: list[int]) ->
         return sorted(set(layers))
     theirs = json.loads(path.read_text())
     stored = theirs.pop("layers")
-    differing = [
-        f"{name} {theirs.get(name)}, now {contents.get(name)}"
-        for name in sorted(theirs.keys() | contents.keys())
-        # A target may have moved.
-        if name != "target" and theirs.get(name) != contents.get(name)
-    ]
+    # A target may have moved.
+    differing = differences(theirs | {"target": contents["target"]}, contents)
     if not set(layers) <= set(stored):
         differing.append(f"layers {stored}, now {sorted(layers)}")
     if differing:

@@ -13,7 +13,7 @@ from ..evaluation.acceptance import record_of
 from ..evaluation.bench import schedule_of
 from ..generation import observers
 from ..modeling_dspark import DSparkHead
-from .data import Row
+from .data import Row, left_padded, prompt_of
 
 # Prompts that are answered at once.
 BATCH_SIZE = 8
@@ -37,11 +37,6 @@ def split(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]
     )
 
 
-def prompt_of(row: Row) -> list[int]:
-    """The tokens before the first supervised one; of a row that begins with it, that one."""
-    return row["input_ids"][: max(1, row["loss_mask"].index(1))]
-
-
 def measure_tau(
     target: PreTrainedModel, head: DSparkHead, rows: list[Row], max_new_tokens: int, accelerator: Accelerator
 ) -> float:
@@ -63,13 +58,9 @@ def measure_tau(
 
 def _accepted(target: PreTrainedModel, head: DSparkHead, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
     """Tokens committed in every round of every prompt."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=target.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=target.device)
     with schedule_of(head, "whole"), _without_advice():
         stats = target.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            **left_padded(prompts, target.device),
             assistant_model=head,
             do_sample=False,
             # Room for the last round to be a whole one.

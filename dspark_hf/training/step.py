@@ -79,6 +79,16 @@ def training_step(
     return Losses(*head(input_ids, features, blocks.anchors, masks, embeddings, positions, finish))
 
 
+def share_frozen(head: DSparkHead, target: PreTrainedModel) -> SharedEmbeddings:
+    """The embedding and LM head to train with, all frozen: also copies of the head that differ from the target's."""
+    # Copies are the target's where they are on its device.
+    embeddings = head.to(target.device).share_embeddings(target)
+    for own in (head.embed_tokens, head.lm_head):
+        if own is not None:
+            own.requires_grad_(False)
+    return embeddings
+
+
 def draft_ids(head: DSparkHead) -> torch.Tensor:
     """[V] int64, ids of all tokens in a head's reduced draft vocabulary, `NO_LABEL` for those outside."""
     tokens = head.draft_tokens

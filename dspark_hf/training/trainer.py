@@ -27,7 +27,7 @@ from .losses import CE_WEIGHT, Losses
 from .optimizers import build_optimizers, checkpoint_layers, warmup_then_cosine
 from .order import Samples, Share, ShuffledByLength, collate_samples
 from .reporting import Report, curve, plot, read_log
-from .step import check_trainable, training_step
+from .step import check_trainable, share_frozen, training_step
 
 MAX_GRADIENT_NORM = 1.0
 # Names of a head's own tables begin so: they are copies of its target's, and are not trained.
@@ -144,7 +144,7 @@ def train(
 
     target.requires_grad_(False).eval().to(accelerator.device)
     features = _features(head, target, rows, args, accelerator)
-    embeddings = _share_tables(head, target)
+    embeddings = share_frozen(head, target)
     if resume:
         _load(head, checkpointing.load_weights(args.output, state.step))
     run = _prepare(head, target, embeddings, args, accelerator, steps, settings)
@@ -226,16 +226,6 @@ def _loader(
     return DataLoader(
         Samples(rows, seed, features), batch_sampler=share, collate_fn=collate_samples, num_workers=workers
     )
-
-
-def _share_tables(head: DSparkHead, target: PreTrainedModel) -> SharedEmbeddings:
-    """The embedding and LM head to train with, all frozen: also copies of the head that differ from the target's."""
-    # Copies are the target's where they are on its device.
-    embeddings = head.to(target.device).share_embeddings(target)
-    for own in (head.embed_tokens, head.lm_head):
-        if own is not None:
-            own.requires_grad_(False)
-    return embeddings
 
 
 def _load(head: DSparkHead, weights: dict[str, torch.Tensor]) -> None:
