@@ -62,10 +62,11 @@ def _number(step: str) -> str:
     return step.split(" = ")[1].split()[0]
 
 
-def code_documents(held_out: bool = False) -> list[dict[str, str]]:
+def code_documents(held_out: bool = False, middle: bool = False) -> list[dict[str, str]]:
     """Stretches of standard-library source: the first lines are the prompt, the following ones the answer.
 
     About 5 % of the files, chosen by a hash of their names, are kept out of training; `held_out=True` gives those.
+    `middle=True` gives stretches that begin in the middle of the others.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
@@ -73,7 +74,7 @@ def code_documents(held_out: bool = False) -> list[dict[str, str]]:
         name = path.relative_to(root)
         if SKIPPED_FOLDERS & set(name.parts) or _is_held_out(str(name)) != held_out:
             continue
-        documents += _stretches(path.read_text(encoding="utf-8", errors="ignore"))
+        documents += _stretches(path.read_text(encoding="utf-8", errors="ignore"), middle)
     return documents
 
 
@@ -81,10 +82,10 @@ def _is_held_out(name: str) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000 < 1000 * HELD_OUT_SHARE
 
 
-def _stretches(source: str) -> Iterator[dict[str, str]]:
+def _stretches(source: str, middle: bool) -> Iterator[dict[str, str]]:
     lines = [line for line in source.splitlines() if line.strip()]
     size = CODE_PROMPT_LINES + CODE_ANSWER_LINES
-    for start in range(0, len(lines) - size + 1, size):
+    for start in range(size // 2 if middle else 0, len(lines) - size + 1, size):
         prompt = "\n".join(lines[start : start + CODE_PROMPT_LINES])
         answer = "\n".join(lines[start + CODE_PROMPT_LINES : start + size])
         yield {"prompt": CODE_REQUEST + prompt, "answer": answer}

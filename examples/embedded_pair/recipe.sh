@@ -27,11 +27,33 @@ if [ ! -e "$work/responses.done" ]; then
     python "$here/regenerate.py" --target "$work/target" --gsm8k "$gsm8k" --output "$work/responses.jsonl"
     touch "$work/responses.done"
 fi
+# A run of `dspark-hf train` that was interrupted goes on from its last checkpoint.
+train() {
+    local output=$1 resume=()
+    shift
+    if compgen -G "$output/checkpoint-*" > /dev/null; then resume=(--resume); fi
+    dspark-hf train --model "$work/target" --output "$output" --batch-size 8 --anchors 32 --max-length 512 \
+        --optimizer muon --ce-weight 1 --save-every 300 "$@" "${resume[@]}"
+}
+if [ ! -e "$work/head_1.done" ]; then
+    train "$work/head_1" --head "$start/head" --data "$work/responses.jsonl" --epochs 2.8 --learning-rate 2e-3
+    touch "$work/head_1.done"
+fi
+# More passes over the same answers make the head worse: one over new answers, mostly of code. Now that
+# a head fits the target, it drafts them.
+if [ ! -e "$work/more.done" ]; then
+    python "$here/more_prompts.py" --gsm8k "$gsm8k" --output "$work/more"
+    for way in "greedy 0" "sampled 0.7"; do
+        read -r name temperature <<< "$way"
+        dspark-hf regenerate --model "$work/target" --head "$work/head_1" --data "$work/more/$name.jsonl" \
+            --output "$work/more/${name}_answers.jsonl" --temperature "$temperature" --max-new-tokens 256 \
+            --max-length 512 --batch-size 64
+    done
+    cat "$work"/more/*_answers.jsonl > "$work/more.jsonl"
+    touch "$work/more.done"
+fi
 if [ ! -e "$work/head.done" ]; then
-    resume=$(compgen -G "$work/head/checkpoint-*" > /dev/null && echo --resume || true)
-    dspark-hf train --model "$work/target" --data "$work/responses.jsonl" --output "$work/head" \
-        --head "$start/head" --batch-size 8 --anchors 32 --epochs 2.8 --max-length 512 \
-        --optimizer muon --learning-rate 2e-3 --ce-weight 1 --save-every 300 $resume
+    train "$work/head" --head "$work/head_1" --data "$work/more.jsonl" --epochs 1 --learning-rate 1.5e-3
     touch "$work/head.done"
 fi
 if [ ! -e "$work/calibrated.done" ]; then
