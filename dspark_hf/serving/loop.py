@@ -211,7 +211,7 @@ class RequestObserver(Observer):
                 request.verified += int(done.host.verified[r])
                 request.accepted += min(int(done.host.accepted[r]), len(kept))
             if kept and request.logprobs is not None:
-                logprobs = done.logits[r, : len(kept)].log_softmax(dim=-1)
+                logprobs = done.logits[r, : len(kept)].float().log_softmax(dim=-1)
                 tokens = torch.tensor(kept, device=logprobs.device)
                 request.logprobs += logprobs.gather(1, tokens[:, None])[:, 0].tolist()
 
