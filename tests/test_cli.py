@@ -63,6 +63,7 @@ def fails(*args: str) -> str:
     return " ".join(printed.getvalue().split())
 
 
+@pytest.mark.slow
 def test_the_installed_command():
     command = [str(Path(sys.executable).with_name("dspark-hf")), "bench", "--batch-sizes", "1,two"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -487,7 +488,9 @@ def test_calibrate_writes_into_the_config_of_the_head(tmp_path):
 
 
 def test_a_sweep_compares_load_with_every_fixed_length(tmp_path, monkeypatch):
-    monkeypatch.setattr("dspark_hf.evaluation.sweep.RUNS", 8)  # a turn of each batch: nothing here is about speed
+    # Nothing here is about speed: a turn of two batches each.
+    for name in ("BATCHES", "RUNS"):
+        monkeypatch.setattr(f"dspark_hf.evaluation.sweep.{name}", 2)
     plot, file = tmp_path / "sweep.png", tmp_path / "sweep.json"
     args = ["--prompts", str(GSM8K_SAMPLE), "--limit", "2", "--max-new-tokens", "6", "--plot", str(plot)]
     output = run("bench", "--sweep-batch", "1,2", *args, "--json", str(file))

@@ -115,7 +115,7 @@ def test_plain_where_nobody_asked(pair):
 
 
 def test_nothing_is_compiled_after_a_warm_up(pair):
-    """Forty calls of any prompts and limits, after one of the most rows and tokens and one of a single row: three rows
+    """Fifteen calls of any prompts and limits, after one of most rows and tokens and one of a single row: three rows
     go by the passes of four, and sampling temperatures are no part of a graph."""
     target, head = pair
     compiles = []
@@ -129,7 +129,7 @@ def test_nothing_is_compiled_after_a_warm_up(pair):
         target.generate(**batch(rows, 200), max_new_tokens=50, **options)
     graphs = graphs_of(head, target)
     assert len(compiles) == graphs.count == 8
-    for call in range(40):
+    for call in range(15):
         inputs = batch((1, 3, 4)[call % 3], 5 + 37 * call % 196)
         target.generate(**inputs, max_new_tokens=2 + call % 13, **options | {"temperature": 0.5 + call / 100})
     assert len(compiles) == graphs.count == 8
@@ -238,6 +238,7 @@ def test_a_model_that_breaks_graphs_runs_eagerly(pair, monkeypatch):
     assert len(said) == 1 and "cannot be compiled" in said[0] and not graphs_of(head, target).made
 
 
+@pytest.mark.slow
 def test_a_model_in_another_dtype_is_captured_again(pair):
     target, head = pair
     inputs = batch(2)

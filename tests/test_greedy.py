@@ -35,9 +35,12 @@ def check_identical(pair, prompts, batch_size, max_new_tokens):
         assert ours.tolist() == plain.tolist(), f"prompts {start} to {start + batch_size}"
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, pytest.param(8, marks=pytest.mark.slow)])
-def test_embedded_pair_on_gsm8k(pair, batch_size):
-    check_identical(pair, questions(GSM8K_SAMPLE, 8 if batch_size == 1 else 24), batch_size, 96)
+@pytest.mark.parametrize(
+    ("batch_size", "count"),
+    [(1, 2), (3, 6), *(pytest.param(*own, marks=pytest.mark.slow) for own in [(1, 8), (3, 24), (8, 24)])],
+)
+def test_embedded_pair_on_gsm8k(pair, batch_size, count):
+    check_identical(pair, questions(GSM8K_SAMPLE, count), batch_size, 96)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import biases, tiny_head, tiny_target
 from dspark_kernels import dispatch
+from shares import rest_slow
 from test_sampling import PROMPTS, SETTINGS, TOKENS, draw, exact_distribution, p_value
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
 
@@ -74,7 +75,7 @@ def test_drafts_of_every_sequential_head(launches, monkeypatch, kind, sample):
         torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", rest_slow([False, True], quick=[True]))
 def test_attention_by_name(pair, launches, packed, request):
     target, head = pair
     expected = greedy(target)
@@ -91,6 +92,7 @@ def test_attention_by_name(pair, launches, packed, request):
         target.set_attn_implementation(before)
 
 
+@pytest.mark.slow
 def test_attention_by_name_where_prompts_are_read_beside_drafts(pair, launches):
     """Short prompts by the kernel, one that is too long for it by sdpa."""
     target, head = pair

@@ -101,6 +101,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path, monkeypatch):
     assert "no run of `regenerate` wrote it" in fails("regenerate", *options, "--output", strange)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(tmp_path):
     alone, together = tmp_path / "alone.jsonl", tmp_path / "together.jsonl"
     options = ["regenerate", *OPTIONS, "--limit", "5"]

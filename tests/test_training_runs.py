@@ -141,6 +141,7 @@ def in_two(straight, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_give_the_losses_of_one(kind, in_two, straight):
     assert_same_losses(in_two / kind, straight)
@@ -148,6 +149,7 @@ def test_two_processes_give_the_losses_of_one(kind, in_two, straight):
     assert len(losses(in_two / kind)) == {"ddp": STEPS, "fsdp2": STEPS - 6}[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_one_process_goes_on_where_two_were(kind, in_two, straight, task, head, tmp_path):
     target, rows = task
@@ -237,7 +239,8 @@ def start(monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 5])
 def test_a_killed_run_ends_with_the_head_of_one_that_was_not(kills, start, tmp_path):
     """SIGKILL at a random time after each of some random checkpoints."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
