@@ -12,7 +12,6 @@ from unittest import mock
 import pytest
 import torch
 from conftest import GSM8K_SAMPLE, tiny_head, tiny_target, whole_blocks
-from shares import rest_slow
 from test_sampling import PROMPTS, SETTINGS, TOKENS, VOCABULARY, exact_distribution, p_value
 from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin, LogitsProcessor
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
@@ -121,7 +120,8 @@ def test_requests_that_arrive_at_random_with_settings_of_their_own(pair):
         assert found[request_id].generated_tokens == alone(target, asked[i][0], **asked[i][1]), asked[i][1]
 
 
-@pytest.mark.parametrize("setting", rest_slow(["temperature 0.7", "top-p 0.8"], quick=["top-p 0.8"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["temperature 0.7", "top-p 0.8"])
 def test_sampled_requests_are_distributed_as_the_target(setting):
     target = tiny_target(VOCABULARY, sharpness=2)
     head, (kwargs, warpers) = tiny_head(target), SETTINGS[setting]

@@ -112,7 +112,7 @@ def pair_options() -> list[str]:
 
 def test_bench_prints_a_table_and_writes_json(tmp_path):
     file = tmp_path / "bench.json"
-    options = ["--batch-sizes", "1,2", "--methods", "plain,stock,dspark", "--limit", "2", "--max-new-tokens", "12"]
+    options = ["--batch-sizes", "1,2", "--methods", "plain,stock,dspark", "--limit", "2", "--max-new-tokens", "6"]
     result = ran("bench", *options, "--dtype", "float32", "--json", str(file), "--seconds", "3600")
     assert "plain" in result.stdout and "stock" in result.stdout and "dspark" in result.stdout
     assert "2 of 8 prompts" in result.stdout
@@ -400,6 +400,7 @@ for command in {commands}:
 """
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_one_line_that_names_it():
     wanted = {
         ("train", "--model", "m", "--data", "d", "--output", "o"): ("accelerate", "train"),

@@ -114,8 +114,9 @@ def test_plain_where_nobody_asked(pair):
     assert not graphs_of(head, target).made
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_a_warm_up(pair):
-    """Fifteen calls of any prompts and limits, after one of most rows and tokens and one of a single row: three rows
+    """Forty calls of any prompts and limits, after one of most rows and tokens and one of a single row: three rows
     go by the passes of four, and sampling temperatures are no part of a graph."""
     target, head = pair
     compiles = []
@@ -129,7 +130,7 @@ def test_nothing_is_compiled_after_a_warm_up(pair):
         target.generate(**batch(rows, 200), max_new_tokens=50, **options)
     graphs = graphs_of(head, target)
     assert len(compiles) == graphs.count == 8
-    for call in range(15):
+    for call in range(40):
         inputs = batch((1, 3, 4)[call % 3], 5 + 37 * call % 196)
         target.generate(**inputs, max_new_tokens=2 + call % 13, **options | {"temperature": 0.5 + call / 100})
     assert len(compiles) == graphs.count == 8
@@ -271,6 +272,7 @@ def test_fewer_rows_use_smaller_passes_where_there_are_some(pair, monkeypatch):
     assert {(rows, lines) for rows, lines in used if rows == 1} == {(1, 1)}
 
 
+@pytest.mark.slow
 def test_a_returned_cache_goes_on(pair):
     """The cache that a call returns is continued by plain decoding; that its slots serve the next call changes none of
     it."""
@@ -287,6 +289,7 @@ def test_a_returned_cache_goes_on(pair):
     assert rest.tolist() == whole.tolist()
 
 
+@pytest.mark.slow
 def test_graphs_are_freed_with_the_models():
     target = tiny_target(vocab_size=VOCABULARY, sharpness=3, num_hidden_layers=1)
     head = tiny_head(target)
@@ -298,6 +301,7 @@ def test_graphs_are_freed_with_the_models():
     assert [own() for own in gone] == [None] * 3
 
 
+@pytest.mark.slow
 def test_the_log_says_what_was_captured(pair, caplog):
     target, head = pair
     compiled.logger.setLevel(logging.INFO)

@@ -183,6 +183,7 @@ def test_rounds_of_every_prompt(case, stored):
         assert output.dspark.committed_lengths[0][: len(expected)] == expected
 
 
+@pytest.mark.slow
 def test_rounds_in_one_batch(case):
     """Every row accepts what it accepts alone."""
     head = head_of(case)

@@ -124,6 +124,7 @@ def test_settings_that_leave_drafts_out(head):
     assert first["tau"] == pytest.approx(found["measured"]["result"]["accepted_length"])
 
 
+@pytest.mark.slow
 def test_a_threshold_that_leaves_drafts_out(head):
     (head / "generation_config.json").write_text(json.dumps({"assistant_confidence_threshold": 0.99}))
     [first] = doctor(head)[2]["findings"]
@@ -141,6 +142,7 @@ def test_confidence_that_says_something_else(shift, name, head):
     assert status == 1 and first["name"] == name and "dspark-hf calibrate" in first["fix"]
 
 
+@pytest.mark.slow
 def test_weights_of_another_head(head):
     """No key mends it."""
     tensors = load_file(head / "model.safetensors")

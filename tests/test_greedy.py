@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GSM8K_SAMPLE, tiny_head, tiny_target
+from shares import rest_slow
 from transformers import TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
@@ -56,7 +57,7 @@ def test_batch_of_64(pair):
     assert torch.equal(model.generate(**kwargs, assistant_model=head), model.generate(**kwargs))
 
 
-@pytest.mark.parametrize("head_type", ["vanilla", "gated", "rnn", None])
+@pytest.mark.parametrize("head_type", rest_slow(["vanilla", "gated", "rnn", None], quick=["vanilla", "rnn"]))
 @pytest.mark.parametrize("eos_token_id", [None, 3, [3, 7]])
 def test_untrained_head(head_type, eos_token_id):
     """Most drafts fail: rows reject in every position, and end in different rounds."""

@@ -43,7 +43,7 @@ def greedy(target, **kwargs):
     return target.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **kwargs)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ahead", rest_slow([False, True], quick=[True]))
 def test_greedy_tokens_are_plain_generates(pair, launches, monkeypatch, ahead):
     target, head = pair
     monkeypatch.setattr(experience, "runs_ahead", lambda device: ahead)
@@ -75,7 +75,8 @@ def test_drafts_of_every_sequential_head(launches, monkeypatch, kind, sample):
         torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("packed", rest_slow([False, True], quick=[True]))
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
 def test_attention_by_name(pair, launches, packed, request):
     target, head = pair
     expected = greedy(target)
@@ -143,6 +144,7 @@ def test_samples_under_a_schedule_that_changes(pair, launches, monkeypatch, shuf
         assert p_value(tokens, exact_distribution(target, prompt, [])) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_sample(pair, launches):
     target, head = pair
     samples = []

@@ -308,6 +308,7 @@ def test_pieces_for_targets_that_keep_states(family, passes):
     check_pieces(target, tiny_head(target), prompts(60), passes)
 
 
+@pytest.mark.slow
 def test_pieces_for_compressed_caches(passes):
     # Alone: plain decoding of a padded batch reads the padding too.
     target, texts, head = v4_pair((0, 1, 2, 1))

@@ -16,6 +16,7 @@ import openai
 import pytest
 import torch
 import uvicorn
+from shares import rest_slow
 from test_batching import alone
 from test_hybrids import pair
 from test_targets import VOCAB
@@ -314,7 +315,7 @@ def letters():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template="{{ messages[0]['content'] }}")
 
 
-@pytest.mark.parametrize("family", ["qwen3-next", "lfm2"])
+@pytest.mark.parametrize("family", rest_slow(["qwen3-next", "lfm2"], quick=["lfm2"]))
 def test_a_hybrid_answers(family):
     """Chats and completions at once, as plain `generate` of each prompt alone."""
     target, head = pair(family)
