@@ -15,7 +15,7 @@ newest := --upgrade transformers
 # A worker a core, up to eight; the tests of a file stay together.
 PYTEST := python -m pytest -n auto --maxprocesses 8 --dist loadfile
 # Of the tests that take minutes a share a day.
-SHARES := 6
+SHARES := 8
 SHARE ?= $(shell echo $$(($$(date +%s) / 86400 % $(SHARES) + 1)))/$(SHARES)
 
 .PHONY: demo-generate test test-slow test-package test-oldest test-newest lint docs embedded-pair clean

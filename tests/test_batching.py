@@ -120,6 +120,7 @@ def test_requests_that_arrive_at_random_with_settings_of_their_own(pair):
         assert found[request_id].generated_tokens == alone(target, asked[i][0], **asked[i][1]), asked[i][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["temperature 0.7", "top-p 0.8"])
 def test_sampled_requests_are_distributed_as_the_target(setting):
     target = tiny_target(VOCABULARY, sharpness=2)
