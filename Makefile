@@ -42,6 +42,7 @@ test-oldest test-newest: test-%: $(VENV)-%/layered
 	$(VENV)-$*/bin/python -m pip check
 	@$(VENV)-$*/bin/python -m pip list 2>/dev/null | grep '^transformers '
 	HF_HUB_OFFLINE=1 $(VENV)-$*/bin/$(PYTEST) $(RELEASE_TESTS)
+	HF_HUB_OFFLINE=1 $(VENV)-$*/bin/$(PYTEST) --slow 1/1 tests/test_hook.py tests/test_tensor_parallel.py
 
 lint: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .
