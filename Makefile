@@ -15,7 +15,7 @@ newest := --upgrade transformers
 # A worker a core, up to eight; the tests of a file stay together.
 PYTEST := python -m pytest -n auto --maxprocesses 8 --dist loadfile
 # Of the tests that take minutes a share a day.
-SHARES := 6
+SHARES := 8
 SHARE ?= $(shell echo $$(($$(date +%s) / 86400 % $(SHARES) + 1)))/$(SHARES)
 
 .PHONY: demo-generate test test-slow test-package test-oldest test-newest lint docs embedded-pair clean
@@ -42,6 +42,7 @@ test-oldest test-newest: test-%: $(VENV)-%/layered
 	$(VENV)-$*/bin/python -m pip check
 	@$(VENV)-$*/bin/python -m pip list 2>/dev/null | grep '^transformers '
 	HF_HUB_OFFLINE=1 $(VENV)-$*/bin/$(PYTEST) $(RELEASE_TESTS)
+	HF_HUB_OFFLINE=1 $(VENV)-$*/bin/$(PYTEST) --slow 1/1 tests/test_hook.py tests/test_tensor_parallel.py
 
 lint: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .

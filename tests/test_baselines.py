@@ -100,7 +100,7 @@ def test_an_assistant_and_another_head(tmp_path):
     found = tmp_path / "bench.json"
     pair = ["--model", str(FOLDER / "target"), "--head", str(FOLDER / "head"), "--dtype", "float32"]
     others = ["--assistant", str(FOLDER / "target"), "--baseline-head", str(FOLDER / "head"), "--limit", "2"]
-    size = ["--batch-sizes", "1,2", "--methods", "plain", "--max-new-tokens", "40"]
+    size = ["--batch-sizes", "1,2", "--methods", "plain", "--max-new-tokens", "24"]
     run("bench", *pair, *others, *size, "--json", str(found))
     records = json.loads(found.read_text())
     methods = [(record["method"], record["batch_size"]) for record in records]

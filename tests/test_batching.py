@@ -1,6 +1,7 @@
 """Requests that come and go on one engine: what each writes is what it writes alone."""
 
 import asyncio
+import ctypes
 import inspect
 import os
 import queue
@@ -9,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 from conftest import GSM8K_SAMPLE, tiny_head, tiny_target, whole_blocks
@@ -120,6 +122,7 @@ def test_requests_that_arrive_at_random_with_settings_of_their_own(pair):
         assert found[request_id].generated_tokens == alone(target, asked[i][0], **asked[i][1]), asked[i][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["temperature 0.7", "top-p 0.8"])
 def test_sampled_requests_are_distributed_as_the_target(setting):
     target = tiny_target(VOCABULARY, sharpness=2)
@@ -553,6 +556,18 @@ def test_the_free_memory_of_a_host_is_what_can_be_had():
     assert (
         0.9 * unused < memory.free_bytes(torch.device("cpu")) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     )
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's")
+def test_what_the_c_library_keeps_is_given_back():
+    kept, dropped = [], []
+    for _ in range(1000):
+        dropped.append(bytearray(100_000))
+        kept.append(bytearray(2000))
+    dropped.clear()
+    before = psutil.Process().memory_info().rss
+    memory.give_back()
+    assert before - psutil.Process().memory_info().rss > 50 * 2**20
 
 
 def test_too_little_memory_is_named_with_what_helps(pair, monkeypatch):

@@ -162,6 +162,7 @@ def test_compiled_target():
     )
 
 
+@pytest.mark.slow
 def test_target_compiled_without_code_generation():
     """As above, with the backend that only traces: seconds instead of minutes."""
     target = build("llama", num_hidden_layers=2)

@@ -63,6 +63,7 @@ def fails(*args: str) -> str:
     return " ".join(printed.getvalue().split())
 
 
+@pytest.mark.slow
 def test_the_installed_command():
     command = [str(Path(sys.executable).with_name("dspark-hf")), "bench", "--batch-sizes", "1,two"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -111,7 +112,7 @@ def pair_options() -> list[str]:
 
 def test_bench_prints_a_table_and_writes_json(tmp_path):
     file = tmp_path / "bench.json"
-    options = ["--batch-sizes", "1,2", "--methods", "plain,stock,dspark", "--limit", "2", "--max-new-tokens", "12"]
+    options = ["--batch-sizes", "1,2", "--methods", "plain,stock,dspark", "--limit", "2", "--max-new-tokens", "6"]
     result = ran("bench", *options, "--dtype", "float32", "--json", str(file), "--seconds", "3600")
     assert "plain" in result.stdout and "stock" in result.stdout and "dspark" in result.stdout
     assert "2 of 8 prompts" in result.stdout
@@ -399,6 +400,7 @@ for command in {commands}:
 """
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_one_line_that_names_it():
     wanted = {
         ("train", "--model", "m", "--data", "d", "--output", "o"): ("accelerate", "train"),
@@ -487,7 +489,9 @@ def test_calibrate_writes_into_the_config_of_the_head(tmp_path):
 
 
 def test_a_sweep_compares_load_with_every_fixed_length(tmp_path, monkeypatch):
-    monkeypatch.setattr("dspark_hf.evaluation.sweep.RUNS", 8)  # a turn of each batch: nothing here is about speed
+    # Nothing here is about speed: a turn of two batches each.
+    for name in ("BATCHES", "RUNS"):
+        monkeypatch.setattr(f"dspark_hf.evaluation.sweep.{name}", 2)
     plot, file = tmp_path / "sweep.png", tmp_path / "sweep.json"
     args = ["--prompts", str(GSM8K_SAMPLE), "--limit", "2", "--max-new-tokens", "6", "--plot", str(plot)]
     output = run("bench", "--sweep-batch", "1,2", *args, "--json", str(file))

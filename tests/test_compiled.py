@@ -114,8 +114,9 @@ def test_plain_where_nobody_asked(pair):
     assert not graphs_of(head, target).made
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_a_warm_up(pair):
-    """Forty calls of any prompts and limits, after one of the most rows and tokens and one of a single row: three rows
+    """Forty calls of any prompts and limits, after one of most rows and tokens and one of a single row: three rows
     go by the passes of four, and sampling temperatures are no part of a graph."""
     target, head = pair
     compiles = []
@@ -238,6 +239,7 @@ def test_a_model_that_breaks_graphs_runs_eagerly(pair, monkeypatch):
     assert len(said) == 1 and "cannot be compiled" in said[0] and not graphs_of(head, target).made
 
 
+@pytest.mark.slow
 def test_a_model_in_another_dtype_is_captured_again(pair):
     target, head = pair
     inputs = batch(2)
@@ -270,6 +272,7 @@ def test_fewer_rows_use_smaller_passes_where_there_are_some(pair, monkeypatch):
     assert {(rows, lines) for rows, lines in used if rows == 1} == {(1, 1)}
 
 
+@pytest.mark.slow
 def test_a_returned_cache_goes_on(pair):
     """The cache that a call returns is continued by plain decoding; that its slots serve the next call changes none of
     it."""
@@ -286,6 +289,7 @@ def test_a_returned_cache_goes_on(pair):
     assert rest.tolist() == whole.tolist()
 
 
+@pytest.mark.slow
 def test_graphs_are_freed_with_the_models():
     target = tiny_target(vocab_size=VOCABULARY, sharpness=3, num_hidden_layers=1)
     head = tiny_head(target)
@@ -297,6 +301,7 @@ def test_graphs_are_freed_with_the_models():
     assert [own() for own in gone] == [None] * 3
 
 
+@pytest.mark.slow
 def test_the_log_says_what_was_captured(pair, caplog):
     target, head = pair
     compiled.logger.setLevel(logging.INFO)

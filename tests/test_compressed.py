@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import whole_blocks
 from scipy.stats import chi2
+from shares import rest_slow
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 from dspark_hf import DSparkConfig, DSparkHead
@@ -79,7 +80,7 @@ def batch(prompts) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "load"])
-@pytest.mark.parametrize("kinds", [(0, 0), (0, 1), (2, 2), (0, 1, 2, 1)], ids=str)
+@pytest.mark.parametrize("kinds", rest_slow([(0, 0), (0, 1), (2, 2), (0, 1, 2, 1)], quick=[(2, 2)]), ids=str)
 def test_greedy(kinds, schedule):
     """Alone and in a padded batch every row writes what plain decoding writes of its prompt alone, where transformers'
     own padded batches of V4 compress the padding with the text."""

@@ -183,6 +183,7 @@ def test_rounds_of_every_prompt(case, stored):
         assert output.dspark.committed_lengths[0][: len(expected)] == expected
 
 
+@pytest.mark.slow
 def test_rounds_in_one_batch(case):
     """Every row accepts what it accepts alone."""
     head = head_of(case)
@@ -197,7 +198,8 @@ def test_rounds_in_one_batch(case):
         assert output.dspark.committed_lengths[row][: len(expected)] == expected
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 5, 7])
 def test_a_long_text_is_that_of_plain_generate(case, size):
     """300 tokens through windows and compressed entries. The indexer keeps all of these here: where it has to choose,
     which of two near ties it takes depends on how many tokens a pass has."""

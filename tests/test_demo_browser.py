@@ -23,7 +23,10 @@ from dspark_hf.demo.load import LONGEST_SECONDS  # noqa: E402  (imports gradio)
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium"),
+]
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> ${1 + 1} {{value}}"
 SHORT, LONG = "What is 3 times 4?", "Tom has 3 boxes with 12 pencils each. How many pencils has he?"
@@ -205,7 +208,6 @@ def heights(page, plot: str, color: str) -> list[float]:
     return [-float(y) for y in re.findall(r"[ML][-\d.]+,([-\d.]+)", path)]
 
 
-@pytest.mark.slow
 def test_ten_requests_join_and_leave_and_the_chart_rises(visit):
     page = visit("Load")
     page.fill("#load-level input[type=number]", "10")
@@ -234,7 +236,6 @@ def test_ten_requests_join_and_leave_and_the_chart_rises(visit):
     wait_for(page, "#load-batch", "Stopped.")
 
 
-@pytest.mark.slow
 def test_chat_decodes_beside_the_load(visit, answers):
     """In one batch, and says the same."""
     busy, page = visit("Load"), visit("Chat")
@@ -248,7 +249,6 @@ def test_chat_decodes_beside_the_load(visit, answers):
     busy.click("#load-stop")
 
 
-@pytest.mark.slow
 def test_two_visitors_get_their_own_texts(visit, answers):
     pages = {prompt: visit("Chat") for prompt in (SHORT, LONG)}
     for prompt, page in pages.items():
@@ -260,7 +260,6 @@ def test_two_visitors_get_their_own_texts(visit, answers):
         assert page.locator("#chat-history .user.message").inner_text().strip() == prompt
 
 
-@pytest.mark.slow
 def test_a_closed_tab_frees_the_model(visit):
     """Long before what runs in it would have ended by itself."""
     busy, next_one = visit("Load"), visit()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from documents import PAGES, README, ROOT, broken_anchors, check_commands, links, options, run, snippets
+from shares import rest_slow
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -44,7 +45,7 @@ def test_snippet(page, code, monkeypatch):
     run(code, page, monkeypatch)
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", rest_slow(NOTEBOOKS, quick=NOTEBOOKS[:1]), ids=lambda path: path.stem)
 def test_notebook(notebook, monkeypatch, tmp_path):
     """Its cells run one after the other."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

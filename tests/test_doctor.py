@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import case_of, tiny_head, tiny_target
 from safetensors.torch import load_file, save_file
+from shares import rest_slow
 from test_cli import fails
 from typer.testing import CliRunner
 
@@ -91,11 +92,7 @@ def test_nothing_is_wrong_with_the_embedded_pair(head):
 
 
 # Each examines a pair once and decodes with three heads; the others run with --all.
-QUICK = ("alignment", "mask token", "window")
-MARKED = [own if own in QUICK else pytest.param(own, marks=pytest.mark.slow) for own in FAULTS]
-
-
-@pytest.mark.parametrize("fault", MARKED)
+@pytest.mark.parametrize("fault", rest_slow(FAULTS, quick=["alignment"]))
 def test_a_planted_key_is_named_first_with_the_tau_of_mending_it(fault, head):
     key = next(iter(FAULTS[fault]))
     plant(head, FAULTS[fault])
@@ -112,6 +109,7 @@ def test_a_planted_key_is_named_first_with_the_tau_of_mending_it(fault, head):
     assert first["weight"] == pytest.approx(first["tau"] / tau_of(broken)) and first["weight"] > 1.1
 
 
+@pytest.mark.slow
 def test_two_faults_are_both_named(head):
     plant(head, FAULTS["mask token"] | FAULTS["rotary scaling"])
     _, _, found = doctor(head)
@@ -126,13 +124,17 @@ def test_settings_that_leave_drafts_out(head):
     assert first["tau"] == pytest.approx(found["measured"]["result"]["accepted_length"])
 
 
+@pytest.mark.slow
 def test_a_threshold_that_leaves_drafts_out(head):
     (head / "generation_config.json").write_text(json.dumps({"assistant_confidence_threshold": 0.99}))
     [first] = doctor(head)[2]["findings"]
     assert first["name"] == "draft settings" and "assistant_confidence_threshold=0.99" in first["evidence"]
 
 
-@pytest.mark.parametrize(("shift", "name"), [(-6.0, "confidence too low"), (6.0, "confidence too high")])
+@pytest.mark.parametrize(
+    ("shift", "name"),
+    [(-6.0, "confidence too low"), pytest.param(6.0, "confidence too high", marks=pytest.mark.slow)],
+)
 def test_confidence_that_says_something_else(shift, name, head):
     plant(head, {"confidence_shifts": [shift] * 7})
     status, _, found = doctor(head)
@@ -140,6 +142,7 @@ def test_confidence_that_says_something_else(shift, name, head):
     assert status == 1 and first["name"] == name and "dspark-hf calibrate" in first["fix"]
 
 
+@pytest.mark.slow
 def test_weights_of_another_head(head):
     """No key mends it."""
     tensors = load_file(head / "model.safetensors")
@@ -160,6 +163,7 @@ def test_a_target_of_another_depth(head):
     assert first["weight"] is None and found["measured"] is None and "1. another target:" in output
 
 
+@pytest.mark.slow
 def test_less_than_it_was_published_with(head):
     results = json.loads((Path(__file__).parents[1] / "hub_cards" / "data" / "embedded_pair.json").read_text())
     (head / "eval_results.json").write_text(json.dumps(results))

@@ -120,6 +120,7 @@ def test_turns_are_answered_one_after_the_other():
     assert both.tokens == tokens and both.accepted[: len(one.accepted)] == one.accepted
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_table(tmp_path, monkeypatch):
     options = ["--data", "gsm8k", "--limit", "5", "--max-new-tokens", "16", "--batch-size", "2", "--temperature", "1"]
     whole, results = tmp_path / "whole.json", tmp_path / "results.json"

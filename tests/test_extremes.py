@@ -143,7 +143,8 @@ GREEDY, SAMPLED, PENALISED = {"do_sample": False}, {"do_sample": True}, {"do_sam
 
 @pytest.mark.parametrize(
     ("way", "settings"),
-    [(way, own) for way in ("eager", "lockstep") for own in (GREEDY, SAMPLED, PENALISED)] + [("compiled", SAMPLED)],
+    [(way, own) for way in ("eager", "lockstep") for own in (GREEDY, SAMPLED, PENALISED)]
+    + [pytest.param("compiled", SAMPLED, marks=pytest.mark.slow)],
 )
 def test_no_number_is_never_accepted_also_where_the_target_wants_what_stands_for_it(way, settings):
     """Token 0 is shown to the target in place of drafts of NaN, and here it writes nothing else."""
@@ -190,7 +191,7 @@ def test_a_target_whose_logits_are_no_numbers_in_one_row():
 # -- The last position ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 7])
+@pytest.mark.parametrize("block_size", rest_slow([1, 4, 7], quick=[4]))
 def test_texts_end_at_the_last_position(block_size):
     """Rows of different lengths, all of them up to the last position that the config names, and by a manager whose
     slots are taken again and again."""

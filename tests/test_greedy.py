@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GSM8K_SAMPLE, tiny_head, tiny_target
+from shares import rest_slow
 from transformers import TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
@@ -35,9 +36,12 @@ def check_identical(pair, prompts, batch_size, max_new_tokens):
         assert ours.tolist() == plain.tolist(), f"prompts {start} to {start + batch_size}"
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, pytest.param(8, marks=pytest.mark.slow)])
-def test_embedded_pair_on_gsm8k(pair, batch_size):
-    check_identical(pair, questions(GSM8K_SAMPLE, 8 if batch_size == 1 else 24), batch_size, 96)
+@pytest.mark.parametrize(
+    ("batch_size", "count"),
+    [(1, 2), (3, 6), *(pytest.param(*own, marks=pytest.mark.slow) for own in [(1, 8), (3, 24), (8, 24)])],
+)
+def test_embedded_pair_on_gsm8k(pair, batch_size, count):
+    check_identical(pair, questions(GSM8K_SAMPLE, count), batch_size, 96)
 
 
 @pytest.mark.slow
@@ -53,7 +57,7 @@ def test_batch_of_64(pair):
     assert torch.equal(model.generate(**kwargs, assistant_model=head), model.generate(**kwargs))
 
 
-@pytest.mark.parametrize("head_type", ["vanilla", "gated", "rnn", None])
+@pytest.mark.parametrize("head_type", rest_slow(["vanilla", "gated", "rnn", None], quick=["vanilla", "rnn"]))
 @pytest.mark.parametrize("eos_token_id", [None, 3, [3, 7]])
 def test_untrained_head(head_type, eos_token_id):
     """Most drafts fail: rows reject in every position, and end in different rounds."""

@@ -216,6 +216,7 @@ class Hub(SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_inspect_of_a_repository_reads_the_header_only(tmp_path):
     """From a stand-in for the Hub on this machine; the command runs as a user's, with the network allowed."""
     Hub.sent = 0

@@ -44,6 +44,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_other_assistants_behave_as_without_the_import():
     outputs = [
         subprocess.run(
@@ -58,6 +59,7 @@ def test_other_assistants_behave_as_without_the_import():
     assert outputs[0].count("GenerateDecoderOnlyOutput") == 6 and "batch_size = 1" in outputs[0]
 
 
+@pytest.mark.slow
 def test_import_is_light():
     heavy = ("triton", "gradio", "accelerate", "datasets", "matplotlib", "rich", "typer")
     # transformers itself loads some of them when they are installed.
@@ -83,6 +85,7 @@ def test_this_release_is_as_we_know_it():
     assert releases.differences() == []
 
 
+@pytest.mark.slow
 def test_a_release_that_differs_is_an_error_that_names_both_versions():
     """A future `GenerationMixin` that calls its cache otherwise: nothing but one error for calls with a head."""
     code = """
@@ -117,6 +120,7 @@ print(target.generate(input_ids=torch.tensor([[3, 4]]), max_new_tokens=4).shape)
     assert shape == "torch.Size([1, 6])"
 
 
+@pytest.mark.slow
 def test_nothing_that_we_call_is_deprecated():
     """transformers logs some deprecations and warns of others; a call with a head does neither."""
     code = """

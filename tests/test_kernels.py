@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import biases, tiny_head, tiny_target
 from dspark_kernels import dispatch
+from shares import rest_slow
 from test_sampling import PROMPTS, SETTINGS, TOKENS, draw, exact_distribution, p_value
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
 
@@ -42,7 +43,7 @@ def greedy(target, **kwargs):
     return target.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **kwargs)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ahead", rest_slow([False, True], quick=[True]))
 def test_greedy_tokens_are_plain_generates(pair, launches, monkeypatch, ahead):
     target, head = pair
     monkeypatch.setattr(experience, "runs_ahead", lambda device: ahead)
@@ -74,6 +75,7 @@ def test_drafts_of_every_sequential_head(launches, monkeypatch, kind, sample):
         torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_attention_by_name(pair, launches, packed, request):
     target, head = pair
@@ -91,6 +93,7 @@ def test_attention_by_name(pair, launches, packed, request):
         target.set_attn_implementation(before)
 
 
+@pytest.mark.slow
 def test_attention_by_name_where_prompts_are_read_beside_drafts(pair, launches):
     """Short prompts by the kernel, one that is too long for it by sdpa."""
     target, head = pair
@@ -141,6 +144,7 @@ def test_samples_under_a_schedule_that_changes(pair, launches, monkeypatch, shuf
         assert p_value(tokens, exact_distribution(target, prompt, [])) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_sample(pair, launches):
     target, head = pair
     samples = []

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_head, tiny_target
+from shares import rest_slow
 from test_batching import alone, config, results
 from test_compiled import static
 from test_compressed import batch as v4_batch
@@ -198,6 +199,7 @@ def test_any_schedule(rows, request):
     assert torch.equal(found.sequences, target.generate(**kwargs).sequences)
 
 
+@pytest.mark.slow
 def test_compiled_rounds():
     target = long_target(1024)
     head, kwargs = windowed(tiny_head(target)), prompts(60) | {"max_new_tokens": 60} | GREEDY
@@ -306,6 +308,7 @@ def test_pieces_for_targets_that_keep_states(family, passes):
     check_pieces(target, tiny_head(target), prompts(60), passes)
 
 
+@pytest.mark.slow
 def test_pieces_for_compressed_caches(passes):
     # Alone: plain decoding of a padded batch reads the padding too.
     target, texts, head = v4_pair((0, 1, 2, 1))
@@ -369,7 +372,7 @@ def test_the_snippet_of_the_docs(capsys):
     assert "What is 3 times 4?" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["bench", "doctor"])
+@pytest.mark.parametrize("command", rest_slow(["bench", "doctor"], quick=["bench"]))
 def test_the_commands_of_the_docs_take_a_window(command, tmp_path, monkeypatch):
     (line,) = re.findall(rf"^    dspark-hf ({command} .*)$", DOCS, flags=re.MULTILINE)
     prompts, found, windows = tmp_path / "prompts.jsonl", tmp_path / "found.json", set()

@@ -261,6 +261,7 @@ def test_a_grammar_holds_when_sampling(pair):
     assert [token % 2 for token in text[0, 4:].tolist()] == [0, 1] * 20
 
 
+@pytest.mark.slow
 def test_a_processor_with_a_state_is_exact_when_sampling():
     """Distribution of the first three tokens against plain decoding's own."""
     target = tiny_target(vocab_size=4, sharpness=3)

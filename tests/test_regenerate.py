@@ -67,6 +67,7 @@ def test_train_reads_the_tokens_that_the_target_wrote(pair, tmp_path):
         assert row["messages"] == [*chat, {"role": "assistant", "content": text}]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on(tmp_path, monkeypatch):
     whole, output = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     options = [*OPTIONS[:-1], "1", "--no-draft", "--limit", "6", "--batch-size", "2"]
@@ -101,6 +102,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path, monkeypatch):
     assert "no run of `regenerate` wrote it" in fails("regenerate", *options, "--output", strange)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(tmp_path):
     alone, together = tmp_path / "alone.jsonl", tmp_path / "together.jsonl"
     options = ["regenerate", *OPTIONS, "--limit", "5"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import FixedCosts, tiny_head, tiny_target, whole_blocks
 from scipy.stats import chi2
+from shares import rest_slow
 from transformers import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -19,7 +20,7 @@ from transformers import (
 from dspark_hf.generation import experience
 
 VOCABULARY, TOKENS, DRAWS, ROWS = 16, 3, 5_000, 500
-DRAWS_WITH_ALL = 20_000
+MANY_DRAWS = 20_000
 PROMPTS = ([1, 5, 9, 2], [7, 7, 3], [12, 4, 8, 11, 6, 2])
 
 SETTINGS = {
@@ -80,18 +81,17 @@ def pair():
     return target, tiny_head(target)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, params=rest_slow([DRAWS, MANY_DRAWS], quick=[DRAWS]))
 def draws(request, monkeypatch) -> int:
     """As many as are drawn."""
-    if request.config.getoption("--all"):
-        monkeypatch.setattr(sys.modules[__name__], "DRAWS", DRAWS_WITH_ALL)
+    monkeypatch.setattr(sys.modules[__name__], "DRAWS", request.param)
     return DRAWS
 
 
 # Of one prompt, below, all settings are tried.
 @pytest.mark.parametrize(
     "setting",
-    ["temperature 0.7", "top-p 0.8", *(pytest.param(s, marks=pytest.mark.slow) for s in ("temperature 1", "top-k 5"))],
+    rest_slow(["temperature 0.7", "top-p 0.8", "temperature 1", "top-k 5"], quick=["top-p 0.8"]),
 )
 def test_rows_of_a_batch(pair, setting):
     target, head = pair
@@ -108,7 +108,7 @@ def test_one_prompt(pair, setting):
     assert p_value(tokens, exact_distribution(target, PROMPTS[0], warpers)) > 1e-4
 
 
-@pytest.mark.parametrize("setting", ["temperature 1", "top-p 0.8"])
+@pytest.mark.parametrize("setting", rest_slow(["temperature 1", "top-p 0.8"], quick=["temperature 1"]))
 def test_a_schedule_that_changes(pair, setting, shuffled):
     """From round to round and from row to row: who drafts, how long, and how much of it is verified."""
     target, head = pair
@@ -117,7 +117,7 @@ def test_a_schedule_that_changes(pair, setting, shuffled):
         assert p_value(tokens, exact_distribution(target, prompt, warpers)) > 1e-4
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ahead", rest_slow([False, True], quick=[True]))
 def test_the_load_schedule(pair, ahead, monkeypatch):
     """Lengths from this round's confidence with the early stop, or from earlier rounds' and ranked by this one's."""
     monkeypatch.setattr(experience, "runs_ahead", lambda device: ahead)
@@ -155,7 +155,7 @@ def test_the_test_can_fail(pair, draws):
     """The same draws against a slightly different distribution are told apart."""
     target, head = pair
     (tokens,) = draw(target, head, [PROMPTS[0]])
-    shift = 0.95 if draws == DRAWS_WITH_ALL else 0.9
+    shift = 0.95 if draws == MANY_DRAWS else 0.9
     shifted = exact_distribution(target, PROMPTS[0], [TemperatureLogitsWarper(shift)])
     assert p_value(tokens, shifted) < 1e-6
 

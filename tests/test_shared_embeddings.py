@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_head, tiny_target, whole_blocks
+from shares import rest_slow
 from test_sampling import PROMPTS, VOCABULARY, exact_distribution, p_value
 from test_sampling import draw as draw_samples
 from test_targets import GROUPED, SIZES, bigram_head, check_same_tokens, prompts
@@ -199,8 +200,8 @@ def head_of_another_size(target, size: int, **fields) -> DSparkHead:
     return whole_blocks(DSparkHead(config).eval())
 
 
-@pytest.mark.parametrize("size", [12, 20])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", rest_slow([12, 20], quick=[12]))
+@pytest.mark.parametrize("kind", rest_slow(KINDS, quick=["borrowed"]))
 def test_sampling_with_another_vocabulary_is_exact(size, kind, monkeypatch):
     """The target's tokens that the head does not know are never drafted, and sampled as often as without it; they may
     be the anchor, too."""

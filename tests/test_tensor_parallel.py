@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from shares import rest_slow
 from test_targets import NEW_TOKENS, build
 
 WORKER = Path(__file__).parent / "workers" / "tensor_parallel.py"
 PROCESSES = 2
 
+pytestmark = pytest.mark.slow
 
-@pytest.fixture(scope="module", params=rest_slow(["constant", "load", "load, learnt"], quick=["load"]))
+
+@pytest.fixture(scope="module", params=["constant", "load", "load, learnt"])
 def outcomes(request, tmp_path_factory) -> list[dict]:
     """What the worker wrote with a schedule, of each process."""
     target, results = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("results")

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -39,6 +40,7 @@ from dspark_hf.training.step import target_states
 from dspark_hf.training.trainer import train
 
 STEPS = 12
+DOCUMENT = Path(__file__).parents[1] / "docs" / "training.md"
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,7 @@ def in_two(straight, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_give_the_losses_of_one(kind, in_two, straight):
     assert_same_losses(in_two / kind, straight)
@@ -148,6 +151,7 @@ def test_two_processes_give_the_losses_of_one(kind, in_two, straight):
     assert len(losses(in_two / kind)) == {"ddp": STEPS, "fsdp2": STEPS - 6}[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_one_process_goes_on_where_two_were(kind, in_two, straight, task, head, tmp_path):
     target, rows = task
@@ -157,10 +161,14 @@ def test_one_process_goes_on_where_two_were(kind, in_two, straight, task, head, 
     assert_close_weights(tmp_path, straight)
 
 
+# In docs/training.md, up to the module: DDP and FSDP2.
+LAUNCHES = re.findall(r"accelerate launch (--(?:multi_gpu|use_fsdp)[^\\]*) ", DOCUMENT.read_text())
+
+
 @pytest.mark.slow
-def test_the_command_in_two_processes(task, tmp_path):
-    """With what accelerate's launcher sets for FSDP, which makes transformers load weights in one process only: losses
-    and tau are those of one process. (On a CPU it launches one process; torch's launches more.)"""
+def test_the_commands_of_the_document(task, tmp_path):
+    """Without a GPU they use the CPU: losses and tau of two processes are those of one. For FSDP the launcher makes
+    transformers load weights in one process only."""
     target, rows = task
     target.save_pretrained(tmp_path / "target")
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(worker.VOCABULARY)}, unk_token="t0"))
@@ -169,19 +177,20 @@ def test_the_command_in_two_processes(task, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"--model": tmp_path / "target", "--data": data, "--layers": 1, "--markov-rank": 8, "--anchors": 6}
     options |= {"--epochs": 4, "--eval-every": 4, "--eval-prompts": 4, "--mixed-precision": "no", "--save-every": 4}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_FSDP": "true"}
-    environment |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_VERSION": "2"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    for processes, batch_size in ((1, 8), (2, 4)):
-        own = options | {"--output": tmp_path / str(processes), "--batch-size": batch_size}
-        command = [*launch, "--nproc-per-node", processes, "-m", "dspark_hf.cli", "train", *chain(*own.items())]
-        command += ["--cache-features", tmp_path / "cache"] if processes == 2 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", 0]
+    of_two = [flags.partition(" -m ")[0].replace("--num_processes 8", "--num_processes 2") for flags in LAUNCHES]
+    for name, flags in zip(("one", "ddp", "fsdp2"), ["--cpu --num_processes 1", *of_two], strict=True):
+        own = options | {"--output": tmp_path / name, "--batch-size": 8 if name == "one" else 4}
+        own |= {"--cache-features": tmp_path / "cache"} if name == "ddp" else {}
+        command = [*launch, *flags.split(), "-m", "dspark_hf.cli", "train", *chain(*own.items())]
         done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-6000:]
         assert done.stdout.count("head written to") == 1
-    assert_same_losses(tmp_path / "2", tmp_path / "1")
-    taus = [[line["tau"] for line in read_log(tmp_path / name) if "tau" in line] for name in ("1", "2")]
-    assert len(taus[0]) == 3 and taus[0] == taus[1]
+    taus = [[line["tau"] for line in read_log(tmp_path / name) if "tau" in line] for name in ("one", "ddp", "fsdp2")]
+    assert len(taus[0]) == 3 and taus[0] == taus[1] == taus[2]
+    for name in ("ddp", "fsdp2"):
+        assert_same_losses(tmp_path / name, tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -237,7 +246,8 @@ def start(monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 5])
 def test_a_killed_run_ends_with_the_head_of_one_that_was_not(kills, start, tmp_path):
     """SIGKILL at a random time after each of some random checkpoints."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny_head, tiny_target
 from scipy.stats import chi2
+from shares import rest_slow
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -150,7 +151,8 @@ def test_near_ties(pair, options, monkeypatch, distance, verdict, status):
     assert found == status and f"verdict: {verdict}" in output and findings["verdict"] == verdict
     for d in findings["differences"]:
         assert d["ours"] == d["plain"] + 1
-        assert (d["gap"] == 0) == (distance == 0)
+        # At 2 roundings the two logits may be rounded to one number, or not.
+        assert (d["gap"] == 0 or distance > 0) and (d["gap"] > 0 or status == 0)
         assert (d["worst_gap"] <= d["worst_bound"]) == (status == 0)
 
 
@@ -195,7 +197,7 @@ def test_the_models_own_processors_count(pair, tokenizer, monkeypatch):
     assert any(math.isinf(row.difference.worst_gap) for row in rows if row.difference)
 
 
-@pytest.mark.parametrize("fault", ["early", "late"])
+@pytest.mark.parametrize("fault", rest_slow(["early", "late"], quick=["early"]))
 def test_a_wrong_end_is_broken(pair, options, monkeypatch, fault):
     """Every token is the target's own, but the row stops before its end or goes on after it."""
     target, _ = pair

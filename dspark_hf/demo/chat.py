@@ -13,9 +13,9 @@ from .requests import Requests
 from .session import DemoSession, Stop
 
 EXAMPLES = [
-    "A box holds 6 eggs and costs $3. How much do 42 eggs cost?",
-    "Nora runs 4 miles on each weekday and 9 miles on Saturday. How many miles does she run in 3 weeks?",
-    'Continue this Python code:\ndef mean(values):\n    """The mean of some numbers."""',
+    "Each ticket costs $12. Ben buys 4 of them. He also buys 2 drinks for $3 each. How much does he pay in total?",
+    "Anna picked 36 apples. Ben picked half as many apples as Anna. How many apples did they pick together?",
+    "Continue this Python code:\nclass Node:\n    def __init__(self, name, value):",
 ]
 
 Message = dict[str, str]

@@ -16,13 +16,11 @@ from .session import TICK, DemoSession, Stop
 # A replay of the slower run takes at least so long, so that eyes can follow; the clock is slowed for both alike.
 REPLAY_SECONDS = 6.0
 EXAMPLES = [
-    "Every day Mr. Bell bakes 40 loaves of bread, 60 rolls and 12 cakes. A loaf costs $3, a roll costs $1 and a cake "
-    "costs $15. He sells all of the loaves, half of the rolls and a quarter of the cakes. How much money does he take "
-    "in 7 days?",
-    "Anna, Ben and Carl share the cost of a trip. The bus costs $240, the hotel costs $90 a night for 4 nights, and "
-    "each of them spends $35 on food every day for 5 days. How much does each of them pay in total?",
-    'Continue this Python code:\nclass Stack:\n    """A stack of items."""\n    def __init__(self):\n'
-    "        self.items = []\n    def push(self, item):",
+    "Natalia has 24 marbles. She buys 3 bags with 12 marbles each and gives 15 marbles to Tom. How many marbles does "
+    "she have now?",
+    "Sarah makes 15 tickets an hour. Sarah does this for 6 hours. Lily makes 20 every hour for 6 hours. How many "
+    "tickets do they make together?",
+    "Continue this Python code:\nclass Node:\n    def __init__(self, name, value):",
 ]
 
 

@@ -23,10 +23,7 @@ LEGEND = {
     "rejected": "rejected draft",
     "unverified": "draft not verified",
 }
-EXAMPLE = (
-    "A shop sells pens for $2 and books for $9. Lily buys 6 pens and 3 books and pays with a $50 note. "
-    "How much change does she get?"
-)
+EXAMPLE = "Mia has 40 marbles. She buys 5 bags with 9 marbles each. How many marbles does she have now?"
 
 
 @dataclass(frozen=True)

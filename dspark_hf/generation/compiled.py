@@ -14,6 +14,7 @@ or shorter ones, use what is there.
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -158,7 +159,8 @@ class CompiledPasses:
         self.target, self.slots, target.captured = target, power_of_two(slots), True
         settings = target.implementation, target.dtype, drafter.dtype, target.device, drafter.window
         key = repr((sorted(options.items()), sorted(target.options.items()), settings))
-        if is_stock(head, target.model):
+        self.trusts = is_stock(head, target.model)
+        if self.trusts:
             # Their modules are looked at once a call, by `structure`, and not before every pass, which takes longer
             # than all else that the host does.
             options = options | {"options": options["options"] | {"guard_filter_fn": few_guards}}
@@ -276,7 +278,9 @@ class CompiledPasses:
 
     def _run(self, graph: Callable, *args: Any) -> tuple:
         on_cuda = self.target.device.type == "cuda"
-        with self.target.in_our_attention():
+        # A graph that nobody looks at again knows its attention.
+        is_known = self.trusts and self.shape in self.graphs.made
+        with nullcontext() if is_known else self.target.in_our_attention():
             if on_cuda:
                 torch.compiler.cudagraph_mark_step_begin()
             found = graph(*args)

@@ -65,10 +65,9 @@ class Engine:
         isolates: bool = False,
         piece: int | None = None,
     ):
-        self.target, self.drafter, self.isolates = target, drafter, isolates
+        self.target, self.drafter, self.lockstep, self.isolates = target, drafter, lockstep, isolates
         self.mode: type[AbstractContextManager] = torch.inference_mode if private else torch.no_grad
-        self.lockstep, self.piece = lockstep, piece
-        self.past, self.observers, self.slots, self.compiled = past, observers, slots, compiled
+        self.past, self.observers, self.slots, self.compiled, self.piece = past, observers, slots, compiled, piece
         self.clock = Stopwatch(target.device)
         # In lockstep every row of a batch would have to accept for one to go on.
         drafts = lockstep is None or len(lockstep.input_ids) == 1

@@ -14,7 +14,7 @@ from . import round as rounds
 from .cache import SlotCache
 from .drafting import Drafter, block_masks, laid_out
 from .processors import BlockProcessors
-from .target import Target
+from .target import Target, at_most_float32
 
 # A graph of a longer view serves, unless attention would look at more than so many times what a call can need.
 MOST_VIEW = 4
@@ -84,7 +84,7 @@ def verify_pass(
     drafted, tokens = tokens[:, 1:], tokens.clamp(min=0)
     placement = cache.place_at(table[0][:, None] + torch.arange(width, device=table.device), view)
     outputs = target.run(tokens, placement.slot_mapping, placement, cache)
-    logits = processors(outputs.logits.float(), None)
+    logits = processors(at_most_float32(outputs.logits), None)
     if drafts is None:
         accepted, following = torch.zeros_like(table[0]), processors.choose(logits[:, 0])
     else:

@@ -63,6 +63,7 @@ class Lockstep:
         Args:
             rows: [R], places in the batch. choose: tokens [R] from processed logits [R, V].
         """
+        logits = logits.float()
         limits = torch.zeros_like(rows) if layout.verify_lens is None else layout.verify_lens
         accepted, columns = torch.zeros_like(rows), []
         for j in range(logits.shape[1]):

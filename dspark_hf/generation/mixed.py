@@ -39,6 +39,7 @@ class MixedProcessors:
 
     def __call__(self, logits: torch.Tensor, prefixes: Prefixes | None) -> torch.Tensor:
         """See `BlockProcessors`."""
+        logits = logits.float()
         processed = torch.empty_like(logits)
         for own, places in self.groups:
             index = on_device(places, logits.device)

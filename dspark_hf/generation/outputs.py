@@ -47,11 +47,10 @@ class Recorder:
             columns: where the row's cached tokens and the tokens of the pass lie in plain generate's layout.
         """
         for j in range(count):
-            # Copies: a view would keep what was rejected, and other rows', alive with it.
             if self.wants("scores"):
-                self.scores[row].append(processed[r, j].clone())
+                self.scores[row].append(_own(processed[r, j]))
             if self.wants("logits"):
-                self.logits[row].append(passed.logits[r, j].clone())
+                self.logits[row].append(_own(passed.logits[r, j]))
         tokens = passed.features.shape[1]
         if self.wants("hidden_states"):
             self.hidden_states[row] += [
@@ -83,9 +82,9 @@ class Recorder:
             width: of the prompt that was not cached, padding included.
         """
         if self.wants("scores"):
-            self.scores[row].append(processed[r, 0].clone())
+            self.scores[row].append(_own(processed[r, 0]))
         if self.wants("logits"):
-            self.logits[row].append(passed.logits[r, 0].clone())
+            self.logits[row].append(_own(passed.logits[r, 0]))
         queries = torch.tensor(columns[-new:]) - (columns[-1] + 1 - width)
         if self.wants("hidden_states"):
             self.hidden_states[row].append(tuple(_placed(x[r, :new], queries, width, 0) for x in passed.hidden_states))
@@ -113,6 +112,11 @@ def _by_token(rows: list[list]) -> Iterator[list]:
         sample = next(row[i] for row in rows if i < len(row))
         nothing = tuple(map(torch.zeros_like, sample)) if isinstance(sample, tuple) else torch.zeros_like(sample)
         yield [row[i] if i < len(row) else nothing for row in rows]
+
+
+def _own(logits: torch.Tensor) -> torch.Tensor:
+    """A copy in float32: a view would keep what was rejected, and other rows', alive with it."""
+    return logits.to(torch.float32, copy=True)
 
 
 def _spread(x: torch.Tensor, columns: Sequence[int]) -> torch.Tensor:

@@ -28,7 +28,7 @@ Mask = torch.Tensor | BlockMask
 class TargetOutput:
     """What one pass of the target over n tokens of R rows gives.
 
-    logits: [R, n, V] float32, or of the positions asked for; `None` where the pass has decided already.
+    logits: [R, n, V], or of the positions asked for, float32 at most; `None` where the pass has decided already.
     features: [R, n, m*d], the layers that the head reads, side by side.
     hidden_states: of all layers [R, n, d]; `None` unless asked for.
     attentions: of all layers [R, heads, n, view]; `None` unless asked for.
@@ -143,7 +143,7 @@ class Target:
             outputs, features = self._call(tokens, positions_of(placement), placement, own, **kwargs)
         logits = outputs.logits if keep is None or kwargs else outputs.logits[:, keep]
         return TargetOutput(
-            logits.to(tokens.device, torch.float32),
+            at_most_float32(logits).to(tokens.device),
             features,
             outputs.hidden_states if self.all_hidden_states else None,
             outputs.attentions if self.attentions else None,
@@ -159,7 +159,7 @@ class Target:
         lengths = [part.packing.pack(part.lengths) for part in parts if part.lengths is not None]
         with forward_context(packings[0].starts, packings, torch.cat(lengths, dim=1) if lengths else None):
             outputs, features = self._call(tokens, positions_of(placement), placement, cache, **kwargs)
-        logits = outputs.logits.to(tokens.device, torch.float32)
+        logits = at_most_float32(outputs.logits).to(tokens.device)
         if keep is not None and not kwargs:
             logits = logits[:, keep]
         own_logits = logits.split([own.packing.rows if own.is_prompt else own.packing.size for own in parts], dim=1)
@@ -243,6 +243,11 @@ class Target:
             # Rows of one length, and one token each: it sees all there is.
             return torch.zeros(rows, 1, 1, placement.kv_len, dtype=self.dtype, device=placement.slot_mapping.device)
         return torch.where(causal_mask(placement, window), self.seen, self.unseen)
+
+
+def at_most_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in no more bits than those that plain decoding chooses by."""
+    return logits.float() if logits.dtype == torch.float64 else logits
 
 
 def positions_of(placement: Placement) -> torch.Tensor:

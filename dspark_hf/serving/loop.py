@@ -19,6 +19,7 @@ from ..generation.observers import CommittedRound, Observer, UseObserver
 from ..generation.target import Target
 from ..modeling_dspark import DSparkHead
 from ..scheduling.scheduler import LoadSchedule
+from .memory import give_back
 from .prefixes import KeptTexts, Reader
 from .request import Request
 from .router import Router
@@ -26,8 +27,9 @@ from .threads import release_pool
 
 logger = logging.get_logger(__name__)
 
-# Seconds between looks at the queue when nothing is to be done.
+# Seconds between looks at the queue when nothing is to be done, and between those at which a host gets memory back.
 IDLE = 0.1
+TIDY = 5.0
 
 
 class BatchLoop:
@@ -62,6 +64,7 @@ class BatchLoop:
         self.router, self.drafts = Router(), True
         self.model_lock, self.wake_up = threading.Lock(), threading.Event()
         self.engine = self._new_engine()
+        self.tidied = time.monotonic()
         self.thread: threading.Thread | None = None
         self.is_stopping = self.is_aborting = False
 
@@ -131,6 +134,9 @@ class BatchLoop:
             self.engine = self._new_engine()
             return True
         self._tell()
+        if self.model.device.type == "cpu" and time.monotonic() - self.tidied > TIDY:
+            give_back()
+            self.tidied = time.monotonic()
         return True
 
     def _admit(self) -> None:
@@ -211,7 +217,7 @@ class RequestObserver(Observer):
                 request.verified += int(done.host.verified[r])
                 request.accepted += min(int(done.host.accepted[r]), len(kept))
             if kept and request.logprobs is not None:
-                logprobs = done.logits[r, : len(kept)].log_softmax(dim=-1)
+                logprobs = done.logits[r, : len(kept)].float().log_softmax(dim=-1)
                 tokens = torch.tensor(kept, device=logprobs.device)
                 request.logprobs += logprobs.gather(1, tokens[:, None])[:, 0].tolist()
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import send_to_device
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import parse_flag_from_env, send_to_device
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -131,6 +132,7 @@ def train(
     check_pair(target, head)
     check_trainable(head, target)
     accelerator = accelerator or Accelerator()
+    _shard_on_cpu(accelerator)
     _check(args, held_out, accelerator)
     global_batch = args.batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
     steps = max(1, round(args.epochs * math.ceil(len(rows) / global_batch)))
@@ -164,6 +166,14 @@ def train(
             _observe(run, state, losses, held_out or [], report)
     accelerator.wait_for_everyone()
     return _finish(run, state)
+
+
+def _shard_on_cpu(accelerator: Accelerator) -> None:
+    """Let processes on a CPU shard that were launched for it: accelerate would replicate, and not say so."""
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        for state in (PartialState(), accelerator.state):
+            state.distributed_type = DistributedType.FSDP
 
 
 def _check(args: TrainingArguments, held_out: list[Row] | None, accelerator: Accelerator) -> None:
@@ -250,6 +260,8 @@ def _prepare(
     if accelerator.is_fsdp2:
         # `embeddings` are used outside of the head, where shards of them are of no use.
         head.embed_tokens = head.lm_head = None
+        # Autocast decides, as with DDP. Accelerate's policy would give the losses back in half precision.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     optimizers = build_optimizers(head, args.optimizer, args.learning_rate)
     wrapped, *optimizers = accelerator.prepare(head.train(), *optimizers)
     return Run(accelerator, args, wrapped, plain, target, embeddings, optimizers, steps, settings)

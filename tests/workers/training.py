@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import tiny_head, tiny_target  # noqa: I001
 
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from dspark_hf.training.checkpointing import saved_steps
@@ -63,25 +63,24 @@ def run(output, resume: bool, epochs: int) -> None:
     train(head, target, rows, arguments(output, epochs=epochs), resume=resume)
 
 
-def sharded() -> Accelerator:
-    """accelerate's FSDP2, which it offers on devices other than a CPU only."""
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(cpu=True)
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
-    )
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.distributed_type = DistributedType.FSDP
-    return accelerator
+# What `accelerate launch --use_fsdp` sets.
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
 
 
 def main(output: str) -> None:
-    for name, build in {"ddp": lambda: Accelerator(cpu=True), "fsdp2": sharded}.items():
-        accelerator, folder = build(), Path(output, name)
+    for name, environment in {"ddp": {}, "fsdp2": SHARDED}.items():
+        os.environ |= environment
+        AcceleratorState._reset_state()
+        folder = Path(output, name)
         target, rows = task()
         head = tiny_head(target, num_hidden_layers=2)
         resume = bool(saved_steps(folder))
-        train(head, target, rows, arguments(folder, batch_size=4), accelerator, resume)
+        train(head, target, rows, arguments(folder, batch_size=4), Accelerator(cpu=True), resume)
     PartialState().destroy_process_group()
 
 

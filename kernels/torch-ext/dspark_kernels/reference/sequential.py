@@ -2,7 +2,7 @@
 
 import torch
 
-from . import wide
+from . import largest, wide
 from .random import RACE, exponential
 from .verify import INVALID
 
@@ -45,5 +45,5 @@ def _position(base_logits, embedded, w2, seeds, temperature, position) -> tuple[
     scores = logits
     if seeds is not None:
         scores = logits - exponential(seeds, logits.shape[-1], RACE + 2 + position).log()
-    best, token = scores.max(dim=-1)
+    best, token = largest(scores)
     return token.where(~best.isnan() & (best > -torch.inf), INVALID), logits

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import wide
+from . import largest, wide
 from .random import ACCEPT, exponential, philox, uniform
 
 # The token of a row whose logits are no distribution.
@@ -13,9 +13,9 @@ def verify_greedy(
     target_logits: torch.Tensor, draft_tokens: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Accept drafts while they are the target's argmax; see `dspark_kernels.verify_greedy`."""
-    largest, choices = target_logits.max(dim=-1)
+    best, choices = largest(target_logits)
     read = torch.arange(target_logits.shape[1], device=lengths.device) <= lengths[:, None]
-    valid = ~((largest.isnan() | (largest == -torch.inf)) & read).any(dim=1)
+    valid = ~((best.isnan() | (best == -torch.inf)) & read).any(dim=1)
     accepted = _leading(choices[:, :-1] == draft_tokens, lengths)
     return _checked(valid, accepted, _at(choices, accepted))
 
