@@ -16,7 +16,7 @@ from problems import problems
 
 PROBLEMS_SEED = 30_000  # other problems than those of regenerate.py and of train_target.py
 # Code, problems of GSM8K, problems made by rules.
-COUNTS = {"greedy": (3600, 1280, 320), "sampled": (600, 320, 80)}
+COUNTS = {"greedy": (2850, 1280, 320), "sampled": (600, 320, 80)}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -39,8 +39,7 @@ if [ ! -e "$work/head_1.done" ]; then
     train "$work/head_1" --head "$start/head" --data "$work/responses.jsonl" --epochs 2.8 --learning-rate 2e-3
     touch "$work/head_1.done"
 fi
-# More passes over the same answers make the head worse: one over new answers, mostly of code. Now that
-# a head fits the target, it drafts them.
+# More passes over the same answers make the head worse: one over new answers, mostly of code.
 if [ ! -e "$work/more.done" ]; then
     python "$here/more_prompts.py" --gsm8k "$gsm8k" --output "$work/more"
     for way in "greedy 0" "sampled 0.7"; do
@@ -53,7 +52,9 @@ if [ ! -e "$work/more.done" ]; then
     touch "$work/more.done"
 fi
 if [ ! -e "$work/head.done" ]; then
-    train "$work/head" --head "$work/head_1" --data "$work/more.jsonl" --epochs 1 --learning-rate 1.5e-3
+    train "$work/head_2" --head "$work/head_1" --data "$work/more.jsonl" --epochs 1 --learning-rate 1.5e-3
+    # A third of the way, as with the target: problems would be drafted worse otherwise.
+    python "$here/average.py" --heads --first "$work/head_1" --second "$work/head_2" --share 0.333 --output "$work/head"
     touch "$work/head.done"
 fi
 if [ ! -e "$work/calibrated.done" ]; then
