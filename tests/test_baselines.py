@@ -107,8 +107,8 @@ def test_an_assistant_and_another_head(tmp_path):
     # Transformers' loop takes one row.
     assert methods == [("plain", 1), ("assistant", 1), ("baseline-head", 1), ("plain", 2), ("baseline-head", 2)]
     assert all(record["identical"] for record in records)
-    # An assistant that is the target itself is never wrong.
-    assert records[1]["tau"] > records[2]["tau"] > 1
+    # The target itself is an assistant that is never wrong; how much it drafts is transformers' choice.
+    assert records[1]["tau"] >= 2 and records[2]["tau"] > 1
 
 
 @pytest.mark.parametrize(
