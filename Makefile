@@ -7,7 +7,7 @@ PROMPT ?= Natalia has 24 marbles. She buys 3 bags with 12 marbles each and gives
 
 # Tests that touch transformers, which run with more than one release of it.
 RELEASE_TESTS := $(patsubst %,tests/test_%.py,\
-	hook past outputs errors processors stopping callers targets parity tensor_parallel compiled batching private hybrids)
+	hook past outputs errors processors stopping callers targets parity compiled batching private hybrids)
 # What pip is asked for there. The oldest release is what pyproject.toml says; the hub client is the last that it takes.
 oldest := transformers==$(shell sed -n 's/.*"transformers>=\(.*\)".*/\1/p' pyproject.toml) huggingface_hub==1.33.0
 newest := --upgrade transformers
@@ -33,9 +33,9 @@ test: $(VENV)/installed-for-tests lint
 test-slow: $(VENV)/installed-for-tests
 	HF_HUB_OFFLINE=1 $(BIN)/$(PYTEST) --slow $(SHARE) --ignore tests/test_package.py
 
-# What pip makes of the package, in venvs of their own.
+# What pip makes of the package, in venvs of their own, and the Space in a browser.
 test-package: $(VENV)/installed-for-tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --all tests/test_package.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --all tests/test_package.py tests/test_demo_browser.py
 
 test-oldest test-newest: test-%: $(VENV)-%/layered
 	$(VENV)-$*/bin/python -m pip install --quiet $($*)

@@ -116,7 +116,7 @@ def test_plain_where_nobody_asked(pair):
 
 @pytest.mark.slow
 def test_nothing_is_compiled_after_a_warm_up(pair):
-    """Forty calls of any prompts and limits, after one of most rows and tokens and one of a single row: three rows
+    """Forty calls of any prompts and limits, after one of the most rows and tokens and one of a single row: three rows
     go by the passes of four, and sampling temperatures are no part of a graph."""
     target, head = pair
     compiles = []

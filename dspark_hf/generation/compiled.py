@@ -142,7 +142,8 @@ class CompiledPasses:
         slots: rows of the call, at most. tokens: of its longest row at the end.
 
     Attributes:
-        captured: whether that was done in the present round, so that its time says nothing.
+        captured: whether that was done in the present round, so that its time says nothing. trusts: whether nobody
+            looks before a pass at what its graph depends on.
     """
 
     def __init__(

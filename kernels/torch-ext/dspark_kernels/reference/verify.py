@@ -42,11 +42,11 @@ def verify_sampled(
 
     weights = (_at(target, accepted) - _at(target_total, accepted)[:, None]).exp()
     race = exponential(seeds, target.shape[-1])
-    choice = (weights / race).argmax(dim=-1)
+    _, choice = largest(weights / race)
     if draft.shape[1]:
         last = accepted.clamp(max=draft.shape[1] - 1)
         residual = weights - (_at(draft, last) - _at(draft_total, last)[:, None]).exp()
-        best, corrected = (residual.clamp(min=0) / race).max(dim=-1)
+        best, corrected = largest(residual.clamp(min=0) / race)
         # A residual of nothing: p equals q up to rounding, and the rejection was rounding too.
         choice = torch.where((accepted < lengths) & (best > 0), corrected, choice)
     return _checked(finite.all(dim=1), accepted, choice)
