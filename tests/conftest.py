@@ -12,8 +12,10 @@ if not os.path.exists("/dev/nvidiactl"):
 import hashlib
 import json
 import sys
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import numpy as np
@@ -25,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList, 
 from dspark_hf import DSparkConfig, DSparkHead
 from dspark_hf.generation import experience, generate
 from dspark_hf.generation.drafting import Drafter
+from dspark_hf.generation.engine import Engine
 from dspark_hf.generation.experience import acceptance_of
 from dspark_hf.generation.processors import BlockProcessors
 from dspark_hf.generation.target import Target
@@ -290,6 +293,22 @@ class FixedCosts:
 def drafting_pays(monkeypatch):
     """The load schedule goes by step costs under which it drafts, whatever this machine and the tiny models take."""
     monkeypatch.setattr(experience, "costs_of", lambda head, target, sampled: FixedCosts(head.config.gamma))
+
+
+@contextmanager
+def lengths_compared():
+    """Within this context the device must hold the same lengths as the host after every round."""
+    step = Engine.step
+
+    def compared(self):
+        ended = step(self)
+        # Of rows that have all ended nothing is kept.
+        for cache in (self.state.cache, self.drafter.cache) if self.rows else ():
+            assert cache.starts.tolist() == cache.lengths
+        return ended
+
+    with mock.patch.object(Engine, "step", compared):
+        yield
 
 
 def shuffled_scheduler(target, drafter, rows, config, synced):

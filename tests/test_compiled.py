@@ -4,17 +4,20 @@ are behind `--all`."""
 
 import gc
 import logging
+import random
 import weakref
 
 import pytest
 import torch
-from conftest import FixedCosts, tiny_head, tiny_target, whole_blocks
+from conftest import FixedCosts, lengths_compared, tiny_head, tiny_target, whole_blocks
 from test_sampling import PROMPTS, SETTINGS, draw, exact_distribution, p_value
 from test_targets import FAMILIES, VOCAB, bigram_head, build
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 from transformers.generation import logits_process as stock
 
+import dspark_hf
+from dspark_hf.evaluation.prompts import domain_prompts, encode
 from dspark_hf.generation import compiled
 from dspark_hf.generation.graphs import Graphs, draft_tiers, graphs_of, power_of_two
 from dspark_hf.generation.processors import OF_LOGITS
@@ -59,7 +62,8 @@ def check_family(family: str, backend: str, sizes: list[int], rejects: bool = Tr
         inputs |= {"eos_token_id": target.generate(**inputs)[rows // 2, 32].item(), "pad_token_id": 0}
         plain = target.generate(**inputs)
         head = bigram_head(target, plain[:, 12:])
-        found = target.generate(**inputs, assistant_model=head, return_dict_in_generate=True, **static(backend))
+        with lengths_compared():
+            found = target.generate(**inputs, assistant_model=head, return_dict_in_generate=True, **static(backend))
         assert found.sequences.tolist() == plain.tolist()
         assert graphs_of(head, target).refused is None and graphs_of(head, target).made
         assert 0 < sum(found.dspark.accepted) <= sum(found.dspark.verified) - rejects
@@ -73,6 +77,17 @@ def test_the_same_text():
 @pytest.mark.parametrize("family", FIVE)
 def test_the_same_text_with_inductor(family):
     check_family(family, "inductor", [1, 4, 7])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_the_same_text_of_the_embedded_pair_with_inductor(rows):
+    target, head, tokenizer = dspark_hf.embedded_pair(dtype=torch.float32)
+    inputs = encode(domain_prompts("gsm8k")[:rows], tokenizer, target.device)
+    settings = {"max_new_tokens": 64, "do_sample": False}
+    with lengths_compared():
+        found = target.generate(**inputs, **settings, assistant_model=head, **static("inductor"))
+    assert found.tolist() == target.generate(**inputs, **settings).tolist() and graphs_of(head, target).made
 
 
 @pytest.mark.slow
@@ -116,8 +131,8 @@ def test_plain_where_nobody_asked(pair):
 
 @pytest.mark.slow
 def test_nothing_is_compiled_after_a_warm_up(pair):
-    """Forty calls of any prompts and limits, after one of the most rows and tokens and one of a single row: three rows
-    go by the passes of four, and sampling temperatures are no part of a graph."""
+    """A hundred calls of any prompts and limits, after one of the most rows and tokens and one of a single row: two and
+    three rows go by the passes of four, and sampling temperatures are no part of a graph."""
     target, head = pair
     compiles = []
 
@@ -130,9 +145,11 @@ def test_nothing_is_compiled_after_a_warm_up(pair):
         target.generate(**batch(rows, 200), max_new_tokens=50, **options)
     graphs = graphs_of(head, target)
     assert len(compiles) == graphs.count == 8
-    for call in range(40):
-        inputs = batch((1, 3, 4)[call % 3], 5 + 37 * call % 196)
-        target.generate(**inputs, max_new_tokens=2 + call % 13, **options | {"temperature": 0.5 + call / 100})
+    chance = random.Random(0)
+    for _ in range(100):
+        inputs = batch(chance.randint(1, 4), chance.randint(3, 200))
+        temperature = {"temperature": chance.uniform(0.5, 1.5)}
+        target.generate(**inputs, max_new_tokens=chance.randint(2, 50), **options | temperature)
     assert len(compiles) == graphs.count == 8
 
 

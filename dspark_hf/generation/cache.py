@@ -255,7 +255,7 @@ class SlotCache(Cache):
 
     Attributes:
         lengths: committed tokens of every row; where all layers keep keys and values the only thing a commit or a
-            rollback changes.
+            rollback changes. Replaced, never changed in place.
         offsets: of every row how far positions lie from slots, as pictures before a text bring it about.
     """
 
@@ -270,12 +270,28 @@ class SlotCache(Cache):
     ):
         slots = rows if slots is None else slots
         super().__init__(layers=[kind(rows, slots) for kind in kinds or [SlotLayer] * num_layers])
-        self.lengths, self.offsets = [0] * rows, [0] * rows
         self.device, self.most = device, most
+        self.lengths, self.offsets = [0] * rows, [0] * rows
         for layer in self.layers:
             layer.most = most
         self.all_lines = torch.arange(slots, device=device)[:, None]
         self.lines = self.all_lines[:rows]
+
+    @property
+    def lengths(self) -> list[int]:
+        return self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: list[int]) -> None:
+        self._lengths, self._starts = lengths, None
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """[R] int64, the lengths on the device, where the next pass writes. What a round commits the device has added
+        itself; other changes are sent to it when they are first asked for."""
+        if self._starts is None:
+            self._starts = on_device(self._lengths, self.device)
+        return self._starts
 
     def expect(self, tokens: int, is_static: bool = False) -> None:
         """Make room for so many tokens a row, `is_static` from the start; more come in all the same, for the price of
@@ -287,9 +303,9 @@ class SlotCache(Cache):
     def place(self, count: int, rows: list[int] | None = None) -> Placement:
         """The next pass appends `count` tokens to every row, or to the given ones. Returns where."""
         if rows is not None:
-            starts = [self.lengths[row] for row in rows]
-            slots = on_device(starts, self.device)[:, None] + torch.arange(count, device=self.device)
-            fields = {"rows": on_device(rows, self.device), "positions": self._positions(slots, rows)}
+            starts, index = [self.lengths[row] for row in rows], on_device(rows, self.device)
+            slots = self.starts[index][:, None] + torch.arange(count, device=self.device)
+            fields = {"rows": index, "positions": self._positions(slots, rows)}
             return self.place_at(slots, max(starts) + count, continues=any(starts), **fields)
         starts = self.lengths
         if len(set(starts)) == 1:
@@ -297,15 +313,15 @@ class SlotCache(Cache):
             slots = row.expand(len(starts), -1)
             positions = self._positions(slots)
             return self.place_at(slots, start + count, start, continues=start > 0, positions=positions)
-        slots = on_device(starts, self.device)[:, None] + torch.arange(count, device=self.device)
+        slots = self.starts[:, None] + torch.arange(count, device=self.device)
         return self.place_at(slots, max(starts) + count, continues=any(starts), positions=self._positions(slots))
 
     def packing(self, counts: torch.Tensor, width: int, size: int, first: int = 0) -> Packing:
         """Of a packed pass the part in which row first + r brings the first counts[r] of `width` tokens, `size` in
         all."""
-        starts = self.lengths[first : first + len(counts)]
-        index = filled_places(counts, width, size)
-        return Packing(counts, width, index, size, first, on_device(starts, self.device), max(starts) + width)
+        places = slice(first, first + len(counts))
+        index, view = filled_places(counts, width, size), max(self.lengths[places]) + width
+        return Packing(counts, width, index, size, first, self.starts[places], view)
 
     def place_packed(self, packings: Sequence[Packing]) -> Placement:
         """The next pass holds these parts, one behind the other, and appends to every row what it brings."""
@@ -347,23 +363,33 @@ class SlotCache(Cache):
             if layer.rows != slots:
                 layer.resize(slots)
 
-    def commit(self, counts: list[int], rows: list[int] | None = None) -> None:
-        """Make the first `counts[r]` tokens of the last pass part of row r, or of the given ones."""
+    def commit(self, counts: list[int], rows: list[int] | None = None, starts: torch.Tensor | None = None) -> None:
+        """Make the first `counts[r]` tokens of the last pass part of row r, or of the given ones.
+
+        Args:
+            starts: [R], see there, of all rows that go on from here, where the device knows it already.
+        """
         rows = list(range(len(self.lengths))) if rows is None else rows
         placement = self.layers[0].placement
         width = max(counts) if placement is None else placement.slot_mapping.shape[1]
         kept = Kept(rows, counts, width, self.device)
         for layer in self.layers:
             layer.commit(kept)
+        lengths = list(self.lengths)
         for row, count in zip(rows, counts, strict=True):
-            self.lengths[row] += count
+            lengths[row] += count
+        self.lengths, self._starts = lengths, starts
 
     def put(self, row: int, states: list[tuple[torch.Tensor, ...]], count: int) -> None:
         """Take over what every layer keeps of a row's first `count` tokens: keys and values [heads, n, head_dim]."""
         for layer, own in zip(self.layers, states, strict=False):
             if own:
                 layer.put(row, *own)
-        self.lengths[row] = count
+        self.start_at(row, count)
+
+    def start_at(self, row: int, length: int) -> None:
+        """Let a row have so many tokens."""
+        self.lengths = [*self.lengths[:row], length, *self.lengths[row + 1 :]]
 
     def erase(self, row: int) -> None:
         """Make zeros of what a row's slot holds: what nobody looks at still must not be NaN."""

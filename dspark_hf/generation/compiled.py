@@ -208,8 +208,8 @@ class CompiledPasses:
         passes = self.graphs.serving(rows, self.shape)
         width = min(width for width in passes.verify if width > layout.most)
         found = self._verify(state, passes, width, layout.verify_lens)
-        accepted, following, features = (x[:rows] for x in found)
-        return TargetOutput(None, features, verdict=Verdict(accepted, following)), None
+        accepted, following, features, starts = (x[:rows] for x in found)
+        return TargetOutput(None, features, verdict=Verdict(accepted, following), starts=starts), None
 
     def close(self, drafter: Drafter) -> None:
         """Keep the caches for the next call like this one."""
@@ -251,14 +251,16 @@ class CompiledPasses:
             drafter.read(None, *drafter.take(None))
         features, counts = drafter.take(None) if commits else drafter.nothing(present)
         features = pad(features.to(self.target.dtype), (0, 0, 0, width - features.shape[1], 0, lines - present))
-        values = drafter.cache.lengths, counts, drafter.first
-        table = on_device([own + [0] * (lines - present) for own in values], drafter.device)
+        starts, first = drafter.cache.starts, on_device(drafter.first, drafter.device)
+        # What the head has yet to read is all that the target knows and it does not.
+        ends = state.cache.starts if commits else starts
+        table = torch.stack([_padded(own, lines) for own in (starts, ends, first)])
         drafter.cache.show(lines)
         anchors = _padded(state.anchors, lines)
         view = self.view if drafter.ring is None else min(self.view, drafter.ring + 1)
         found = self._run(passes.draft, drafter, anchors, features, table, self.sampler, view)
         if commits:
-            drafter.cache.commit(counts)
+            drafter.cache.commit(counts, starts=ends)
         return DraftBlock(*found)
 
     def _verify(
@@ -266,7 +268,7 @@ class CompiledPasses:
     ) -> tuple[torch.Tensor, ...]:
         """See `verify_pass`. lengths: [R], drafts to verify, `None` for none."""
         lines, cache = passes.rows, state.cache
-        known = on_device(cache.lengths + [0] * (lines - len(state.anchors)), self.target.device)
+        known = _padded(cache.starts, lines)
         counts = torch.zeros_like(known) if lengths is None else _padded(lengths, lines)
         drafts = sampled_from = None
         if width > 1:

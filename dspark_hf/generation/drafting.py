@@ -134,7 +134,8 @@ class Drafter:
         if self.window is not None:
             states = [tuple(x[:, -self.window :] for x in own) for own in states]
         count = states[0][0].shape[1] if states else 0
-        self.cache.lengths[row], self.first[row] = length, length - count
+        self.cache.start_at(row, length)
+        self.first[row] = length - count
         if count == 0:
             return
         slots = torch.arange(length - count, length, device=self.device)
@@ -202,7 +203,7 @@ class Drafter:
         masks = block_masks(self.head, end, known, view, self.window, self.ring)
         context, block = self.head.project_context(features), self.head.embed_block(anchors, self.embeddings)
         hidden = self.head.backbone(block, context, positions, masks, self.cache)
-        self.cache.commit(counts, rows)
+        self.cache.commit(counts, rows, end[:, 0] if rows is None else None)
         return hidden
 
     def _ends(self, rows: list[int] | None, counts: list[int]) -> tuple[list[int], list[int]]:

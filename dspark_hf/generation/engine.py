@@ -16,6 +16,7 @@ from dspark_kernels import INVALID
 from ..modeling_dspark import DraftBlock
 from ..scheduling.scheduler import ConstantSchedule
 from . import round as rounds
+from .acceptance import Verdict
 from .cache import SlotCache, on_device
 from .compatibility import check_prompt
 from .compiled import CompiledPasses
@@ -122,7 +123,7 @@ class Engine:
             part = rounds.prompt_part(state, self.target, *self._seat(joining)) if joining else None
             passed, drafts = passes.verify(state, self.target, block, layout, read_at, part)
         with clock.part("other"):
-            host, next_tokens, logits = accept(rows, self.lockstep, block, layout, passed, drafts, confidence)
+            host, verdict, logits = accept(rows, self.lockstep, block, layout, passed, drafts, confidence)
         with clock.part("schedule"):
             survival = planner.learn(plan, layout, host, len(rows), context, pending)
             if joining or (self.compiled is not None and self.compiled.captured):
@@ -131,7 +132,8 @@ class Engine:
         with clock.part("other"):
             done = self._decided(CommittedRound(rows, host, passed, logits, load, plan, survival))
             # Of a row that ends in the middle of a block no more than its text: a state cannot be cut back later.
-            rounds.commit(state, passed.features, [max(len(kept), 1) for kept in done.kept], next_tokens)
+            counts = [max(len(kept), 1) for kept in done.kept]
+            rounds.commit(state, passed, counts, verdict, as_accepted=self.lockstep is None and not joining)
             if joining:
                 state.cache.commit([len(row.prompt) for row in joining], list(range(len(rows), len(self.rows))))
             return self._settle([done, self._begin(joining, passed.read)] if joining else [done])
@@ -177,8 +179,8 @@ class Engine:
         """The first tokens of rows whose prompts were read."""
         layout, present = rounds.undrafted(len(joining)), len(self.rows) - len(joining)
         counts = [len(row.prompt) for row in joining]
-        host, next_tokens, logits = accept(joining, self.lockstep, None, layout, passed)
-        self.state.anchors = torch.cat([self.state.anchors, next_tokens])
+        host, verdict, logits = accept(joining, self.lockstep, None, layout, passed)
+        self.state.anchors = torch.cat([self.state.anchors, verdict.next_tokens])
         self.planner.scheduler.add(len(joining))
         if present:
             self.drafter.read(list(range(present, len(self.rows))), passed.features, counts)
@@ -244,9 +246,9 @@ def accept(
     passed: TargetOutput,
     drafts: torch.Tensor | None = None,
     confidence: torch.Tensor | None = None,
-) -> tuple[HostRound, torch.Tensor, torch.Tensor | None]:
-    """What the host learns of a pass over rows, the next anchors, and the processed logits, `None` where they stay in a
-    captured pass."""
+) -> tuple[HostRound, Verdict, torch.Tensor | None]:
+    """What the host learns of a pass over rows, what the device knows of it, and the processed logits, `None` where
+    they stay in a captured pass."""
     if passed.verdict is not None:
         verdict, logits = passed.verdict, None
         host = rounds.to_host(block, layout, verdict, confidence)
@@ -260,7 +262,7 @@ def accept(
         choose = rows[0].processors.choose
         verdict, logits, ended = lockstep.accept(passed.logits, drafts, block, layout, index, choose)
         host = replace(rounds.to_host(block, layout, verdict, confidence, logits.shape[1]), stops=ended)
-    return host, verdict.next_tokens, logits
+    return host, verdict, logits
 
 
 def stops_of(

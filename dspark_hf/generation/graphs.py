@@ -44,12 +44,12 @@ def draft_pass(
     """Tokens [T, gamma] of a whole block, the logits that they were sampled from, and those of confidence.
 
     Args:
-        anchors: [T]. features: [T, C, m*d], target states that the head has not read, of row r the first counts[r].
-        table: [3, T], tokens in the draft cache, counts, and the first token that the head knows. view: slots.
+        anchors: [T]. features: [T, C, m*d], target states that the head has not read.
+        table: [3, T], tokens in the draft cache, tokens with those of `features`, and the first token that the head
+            knows. view: slots.
     """
     head, cache, size = drafter.head, drafter.cache, drafter.head.config.block_size
-    start, count, first = table[:, :, None].unbind()
-    end = start + count
+    start, end, first = table[:, :, None].unbind()
     positions, places = laid_out(start, end, features.shape[1], size, view - 1, drafter.ring)
     cache.place_at(places, view)
     hidden = head.backbone(
@@ -73,8 +73,9 @@ def verify_pass(
     processors: BlockProcessors,
     width: int,
     view: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Drafts accepted [T], the next anchors [T], and the states [T, width, m*d] for the head.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Drafts accepted [T], the next anchors [T], the states [T, width, m*d] for the head, and the tokens in the cache
+    [T] once what was accepted is committed.
 
     Args:
         anchors: [T]. drafts: [T, gamma]. sampled_from: [T, gamma, V], `None` when they are the argmax.
@@ -90,7 +91,7 @@ def verify_pass(
     else:
         verdict = rounds.verdict_of(logits, drafted, sampled_from, table[1])
         accepted, following = verdict.accepted, verdict.next_tokens
-    return accepted, following, target.features_of(outputs)
+    return accepted, following, target.features_of(outputs), table[0] + 1 + accepted
 
 
 # -- Graphs ---------------------------------------------------------------------------------------------------------

@@ -303,12 +303,19 @@ def to_host(
     return HostRound(tokens, accepted, verified, drafts, confidence)
 
 
-def commit(state: RoundState, features: torch.Tensor, counts: list[int], next_tokens: torch.Tensor) -> None:
-    """Make the first counts[r] tokens of the pass part of row r, and the token behind them its anchor.
+def commit(
+    state: RoundState, passed: TargetOutput, counts: list[int], verdict: Verdict, as_accepted: bool = True
+) -> None:
+    """Make the first counts[r] tokens of the pass part of row r, and the token behind them its anchor. Rows that join
+    behind these have nothing yet.
 
     Args:
-        features: [R, L+1, m*d], the states of the pass, for the head. Rows that join behind these have nothing yet.
+        as_accepted: whether all rows there are commit one token more than the verdict accepted, those that end here
+            aside: the device can tell then where the next pass starts.
     """
-    state.cache.commit(counts, list(range(len(counts))))
-    state.drafter.append(features, counts)
-    state.anchors = next_tokens
+    starts = None
+    if as_accepted:
+        starts = state.cache.starts + 1 + verdict.accepted if passed.starts is None else passed.starts
+    state.cache.commit(counts, list(range(len(counts))), starts)
+    state.drafter.append(passed.features, counts)
+    state.anchors = verdict.next_tokens

@@ -32,7 +32,7 @@ class TargetOutput:
     features: [R, n, m*d], the layers that the head reads, side by side.
     hidden_states: of all layers [R, n, d]; `None` unless asked for.
     attentions: of all layers [R, heads, n, view]; `None` unless asked for.
-    verdict: what a compiled pass has made of the drafts.
+    verdict: what a compiled pass has made of the drafts. starts: [R], where the next pass starts in each row then.
     read: the same of prompts that were read in it.
     """
 
@@ -41,6 +41,7 @@ class TargetOutput:
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     verdict: Verdict | None = None
+    starts: torch.Tensor | None = None
     read: "TargetOutput | None" = None
 
 
