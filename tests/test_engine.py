@@ -11,6 +11,7 @@ from conftest import tiny_head, tiny_target
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
+from dspark_hf.generation import cache
 from dspark_hf.generation.cache import SlotCache
 from dspark_hf.generation.drafting import Drafter
 from dspark_hf.generation.engine import Engine
@@ -122,6 +123,21 @@ def test_rows_wait_for_slots_and_write_their_text(slots):
         assert len(engine.state.cache.lengths) >= len(engine.rows) == len(engine.state.anchors) or not engine.rows
     assert most == slots
     assert [row.committed for row in rows] == [text_of(prompt) for prompt in PROMPTS]
+
+
+def test_lengths_go_to_the_device_once(monkeypatch):
+    """A round that nobody joins or leaves adds them up there."""
+    sent, on_device = [], cache.on_device
+    monkeypatch.setattr(cache, "on_device", lambda values, device: sent.append(values) or on_device(values, device))
+    engine = mock_engine(2)
+    engine.add(rows_of(*PROMPTS[:2]))
+    for _ in range(3):
+        sent.clear()
+        assert engine.step() == []
+        assert engine.state.cache.starts.tolist() == engine.state.cache.lengths
+    assert sent == []
+    # It would be load to others.
+    run(engine)
 
 
 def test_a_row_that_joins_leaves_the_others_alone():
