@@ -6,6 +6,8 @@ import inspect
 import os
 import queue
 import random
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -568,6 +570,26 @@ def test_what_the_c_library_keeps_is_given_back():
     before = psutil.Process().memory_info().rss
     memory.give_back()
     assert before - psutil.Process().memory_info().rss > 50 * 2**20
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="glibc's")
+@pytest.mark.parametrize("together", [True, False])
+def test_threads_take_memory_from_one_heap(together):
+    """In a process of its own, of whose heaps the C library gives account; by default a thread has one to itself."""
+    code = f"""if True:
+        import ctypes, threading
+        from dspark_hf.serving.memory import keep_together
+        if {together}:
+            keep_together()
+        libc, kept = ctypes.CDLL(None), []
+        for _ in range(2):
+            thread = threading.Thread(target=lambda: kept.append(bytearray(2000)))
+            thread.start()
+            thread.join()
+        libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (found.stdout.count("<heap ") == 1) == together
 
 
 def test_too_little_memory_is_named_with_what_helps(pair, monkeypatch):

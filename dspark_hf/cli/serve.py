@@ -33,9 +33,11 @@ def serve(
     from transformers import ContinuousBatchingConfig
 
     from ..serving.app import Limits, Service, build
+    from ..serving.memory import keep_together
     from ..serving.products import keep_few
 
     keep_few()
+    keep_together()
     target, head, tokenizer = load(model, head, dtype)
     config = ContinuousBatchingConfig(max_requests_per_batch=batch, max_queue_size=max_queue, max_memory_percent=memory)
     manager = target.init_continuous_batching(continuous_batching_config=config, assistant_model=head)

@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
@@ -12,6 +14,8 @@ from ..modeling_dspark import DSparkHead
 
 # Share of the free memory that caches may take, where `max_memory_percent` does not say; the rest is for passes.
 SHARE = 0.8
+# The option of `mallopt`.
+M_ARENA_MAX = -8
 
 
 def tokens_that_fit(model: PreTrainedModel, head: DSparkHead, config: ContinuousBatchingConfig) -> int:
@@ -38,12 +42,22 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def keep_together() -> None:
+    """Let all threads take their memory from one heap where the C library is glibc; has to be called before there are
+    others. By default each has its own, whose holes the others cannot use."""
+    _of_glibc("mallopt")(M_ARENA_MAX, 1)
+
+
 def give_back() -> None:
     """Let the system have the pages back that the C library keeps for tensors to come, where it is glibc.
 
     Rounds make tensors of ever new sizes among those that stay, and use the holes of old ones badly: a server on a CPU
     grew for hours, while what was in use did not. Takes some milliseconds.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    _of_glibc("malloc_trim")(0)
+
+
+def _of_glibc(name: str) -> Callable[..., Any]:
+    """A function of the C library, one that does nothing where there is none of that name."""
+    found = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    return (lambda *args: None) if found is None else found
