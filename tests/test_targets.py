@@ -8,7 +8,7 @@ from shares import rest_slow
 from torch.nn.attention.flex_attention import create_mask
 
 from dspark_hf import DSparkConfig, DSparkHead
-from dspark_hf.generation.cache import Placement, causal_mask
+from dspark_hf.generation.placement import Placement, causal_mask
 from dspark_hf.generation.releases import CACHE
 from dspark_hf.generation.target import block_mask
 

@@ -106,9 +106,8 @@ class Engine:
         if self.past is None or not self.past.given_in_part:
             reread(self.rows, self.state.cache, self.target)
         rows, state, planner, clock, passes = self.rows, self.state, self.planner, self.clock, self.compiled or rounds
-        context = max(state.cache.lengths)
         with clock.part("schedule"):
-            max_drafts = list(map(planner.max_drafts_of, rows))
+            context, max_drafts = max(state.cache.lengths), list(map(planner.max_drafts_of, rows))
             plan, load, pending = planner.plan(rows, max_drafts, context)
         with clock.part("draft"):
             drafting = [rows[r] for r in plan.rows]
@@ -132,8 +131,8 @@ class Engine:
         with clock.part("other"):
             done = self._decided(CommittedRound(rows, host, passed, logits, load, plan, survival))
             # Of a row that ends in the middle of a block no more than its text: a state cannot be cut back later.
-            counts = [max(len(kept), 1) for kept in done.kept]
-            rounds.commit(state, passed, counts, verdict, as_accepted=self.lockstep is None and not joining)
+            counts, as_accepted = [max(len(kept), 1) for kept in done.kept], not (joining or self.lockstep)
+            rounds.commit(state, passed, counts, verdict, as_accepted)
             if joining:
                 state.cache.commit([len(row.prompt) for row in joining], list(range(len(rows), len(self.rows))))
             return self._settle([done, self._begin(joining, passed.read)] if joining else [done])

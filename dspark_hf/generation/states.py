@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from .cache import Kept, Placement, SlotLayer, Slots
+from .cache import Kept, SlotLayer, Slots
 from .compressed import FAMILIES, kinds_of_rows
 from .packing import current_context
+from .placement import Placement
 
 Behind = Callable[[torch.Tensor], torch.Tensor]
 

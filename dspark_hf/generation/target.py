@@ -13,10 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..shared_embeddings import device_of
 from . import attention, recurrences
 from .acceptance import Verdict
-from .cache import Placement, SlotCache, causal_mask
+from .cache import SlotCache
 from .compressed import FAMILIES, cache_of_row
 from .hidden_states import chosen_of, indices_of, last_layer_of, noting, request_for
 from .packing import Packing, attention_of_rounds, forward_context, implementation_of
+from .placement import Placement, causal_mask
 from .releases import cache_argument
 from .rope import growing_modules, rereads_at, turned_as_in_plain
 from .states import is_stateful, kinds_of
