@@ -363,9 +363,9 @@ class SlotCache(Cache):
         for layer, own in zip(self.layers, states, strict=False):
             if own:
                 layer.put(row, *own)
-        self.start_at(row, count)
+        self.set_length(row, count)
 
-    def start_at(self, row: int, length: int) -> None:
+    def set_length(self, row: int, length: int) -> None:
         """Let a row have so many tokens."""
         self.lengths = [*self.lengths[:row], length, *self.lengths[row + 1 :]]
 

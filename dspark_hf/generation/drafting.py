@@ -134,7 +134,7 @@ class Drafter:
         if self.window is not None:
             states = [tuple(x[:, -self.window :] for x in own) for own in states]
         count = states[0][0].shape[1] if states else 0
-        self.cache.start_at(row, length)
+        self.cache.set_length(row, length)
         self.first[row] = length - count
         if count == 0:
             return
@@ -189,12 +189,13 @@ class Drafter:
         starts, ends = self._ends(rows, counts)
         features, starts = latest(features, starts, ends, self.window)
         width, view = features.shape[1], self._slot_behind(max(ends) + size) + 1
-        start, end = (on_device(own, self.device)[:, None] for own in (starts, ends))
+        end = on_device(ends, self.device)[:, None]
         is_even = rows is None and len(set(starts)) == 1 and set(ends) == {starts[0] + width}
         if is_even and (self.ring is None or ends[0] + size <= self.ring) and starts == self.cache.lengths:
             placement = self.cache.place(width + size)
             positions, view = placement.slot_mapping, placement.kv_len
         else:
+            start = on_device(starts, self.device)[:, None]
             positions, places = laid_out(start, end, width, size, view - 1, self.ring)
             index = None if rows is None else on_device(rows, self.device)
             self.cache.place_at(places, view, rows=index)

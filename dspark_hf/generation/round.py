@@ -303,9 +303,7 @@ def to_host(
     return HostRound(tokens, accepted, verified, drafts, confidence)
 
 
-def commit(
-    state: RoundState, passed: TargetOutput, counts: list[int], verdict: Verdict, as_accepted: bool = True
-) -> None:
+def commit(state: RoundState, passed: TargetOutput, counts: list[int], verdict: Verdict, as_accepted: bool) -> None:
     """Make the first counts[r] tokens of the pass part of row r, and the token behind them its anchor. Rows that join
     behind these have nothing yet.
 
