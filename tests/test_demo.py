@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import re
+import subprocess
 import sys
 import time
 import tomllib
@@ -526,27 +527,8 @@ def test_the_front_matter_of_the_space():
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow(session, short_turns, monkeypatch):
-    """Resident memory after 16 more generations of every kind of work, against that after the first 6. By then the
-    manager keeps as many texts of ended requests as it may, which it does after hundreds of answers otherwise: 90 MiB
-    of them."""
-    kept = session.manager.loop.texts
-    monkeypatch.setattr(kept, "room", 500)
-
-    def generations(count: int) -> None:
-        for i in range(count):
-            *_, _ = race.race(session, session.encode(PROMPT), 64, 0.0, Stop())
-            *_, _ = rounds.run(session, session.encode(PROMPT), 64, 1.0, Stop())
-            *_, _ = chat.answer(session, PROMPT, 64, 1.0, None, Stop())
-            turns(session, 1 + i % 4, load.Level(4))
-
-    def resident() -> float:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * 4096 / 2**20
-
-    generations(6)
-    assert sum(map(len, kept.texts)) > kept.room / 2
-    before = resident()
-    generations(16)
-    print(f"resident memory: {before:.0f} MiB, after 16 more generations {resident():.0f} MiB")
-    assert resident() - before < 10
+def test_memory_does_not_grow():
+    """In a process of its own, as a demo is one: what other tests have freed would hide or add some."""
+    script = Path(__file__).with_name("demo_memory.py")
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert float(found.stdout) < 10

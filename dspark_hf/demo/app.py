@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..embedded import embedded_pair
 from ..evaluation.report import device_name
 from ..modeling_dspark import DSparkHead
+from ..serving.memory import keep_together
 from ..serving.products import keep_few
 from . import chat, load, race, rounds
 from .session import DemoSession
@@ -37,6 +38,7 @@ def build(
 ) -> gr.Blocks:
     """The app around a pair, the embedded one by default; [`launch`] starts it."""
     keep_few()
+    keep_together()
     embedded = model is None
     session = DemoSession(*default_pair()) if embedded else DemoSession(model, head, tokenizer)
     name = "the built-in pair" if embedded else f"{model.name_or_path} and {head.name_or_path}"
