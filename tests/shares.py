@@ -18,7 +18,7 @@ def choose(config, items: list[pytest.Item]) -> None:
         items[:] = kept
     elif not config.getoption("--all"):
         for item in items:
-            if "slow" in item.keywords:
+            if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with --all"))
 
 
@@ -32,6 +32,6 @@ def share_of(items: list[pytest.Item], share: str) -> list[pytest.Item]:
     part, _, count = share.partition("/")
     if not (part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
         raise pytest.UsageError(f"--slow {share}: expected a share such as 1/4.")
-    slow = [item for item in items if "slow" in item.keywords]
+    slow = [item for item in items if item.get_closest_marker("slow")]
     chosen = set(sorted(item.nodeid for item in slow)[int(part) - 1 :: int(count)])
     return [item for item in slow if item.nodeid in chosen]
