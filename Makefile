@@ -14,9 +14,9 @@ newest := --upgrade transformers
 
 # A worker a core, up to eight; the tests of a file stay together.
 PYTEST := python -m pytest -n auto --maxprocesses 8 --dist loadfile
-# Of the tests that take minutes a share a day.
-SHARES := 8
-SHARE ?= $(shell echo $$(($$(date +%s) / 86400 % $(SHARES) + 1)))/$(SHARES)
+# Of the slow tests a share, another one every hour: their number and that of a day's hours have no divisor in common.
+SHARES := 25
+SHARE ?= $(shell echo $$(($$(date +%s) / 3600 % $(SHARES) + 1)))/$(SHARES)
 
 .PHONY: demo-generate test test-slow test-package test-oldest test-newest lint docs embedded-pair clean
 
@@ -25,7 +25,10 @@ demo-generate: $(VENV)/installed
 	@$(BIN)/dspark-hf generate --no-draft "$(PROMPT)"
 	@echo "--- the same with the draft head"
 	@$(BIN)/dspark-hf generate "$(PROMPT)"
-	@$(BIN)/dspark-hf bench --batch-sizes 1,4 --dtype float32
+	@echo "--- how fast: one text at a time, and four"
+	@$(BIN)/dspark-hf bench --batch-sizes 1,4
+	@echo "--- the same with compiled passes, one text at a time; compiling takes some minutes"
+	-@$(BIN)/dspark-hf bench --batch-sizes 1 --compile
 
 test: $(VENV)/installed-for-tests lint
 	HF_HUB_OFFLINE=1 $(BIN)/$(PYTEST)

@@ -318,7 +318,7 @@ def test_train_check_ends_with_what_it_found(passes, tmp_path, monkeypatch):
     ("args", "named"),
     [
         (["generate", "x", "--model", "no/such-model"], "No published head"),
-        (["generate", "x", "--head", "somewhere"], "needs --model"),
+        (["generate", "x", "--head", "somewhere"], "--model embedded"),
         (["bench", "--batch-sizes", "1,two"], "1,two"),
         (["bench", "--batch-sizes", "99"], "99"),
         (["bench", "--methods", "plain,magic"], "magic"),
@@ -514,6 +514,12 @@ def test_a_sweep_compares_load_with_every_fixed_length(tmp_path, monkeypatch):
 )
 def test_errors_of_the_scheduler_commands(args, message):
     assert message in fails(*args)
+
+
+def test_compiled_passes_want_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    message = fails("bench", "--compile", "--batch-sizes", "1")
+    assert "no-such-compiler" in message and "CXX" in message
 
 
 def test_methods_are_compared_within_their_turns():

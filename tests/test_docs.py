@@ -41,7 +41,8 @@ def test_every_command_is_in_the_docs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page, code", SNIPPETS)
-def test_snippet(page, code, monkeypatch):
+def test_snippet(page, code, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     run(code, page, monkeypatch)
 
 

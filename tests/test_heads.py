@@ -152,7 +152,7 @@ def test_inspection(name, monkeypatch):
     assert found.rows == case.tensors["prompt0.rounds.hidden"].shape[1] and found.vocabulary == vocabulary
     assert found.parameters == head.num_parameters() + sum(b.numel() for n, b in head.named_buffers() if "scalar" in n)
     assert found.borrowed == [t for t in ("embed_tokens", "lm_head") if getattr(head, t) is None]
-    assert found.problems == [] and found.dtypes == ["F32"]
+    assert not found.problems and found.dtypes == ["F32"]
 
 
 def test_inspect_as_typed():
@@ -161,7 +161,8 @@ def test_inspect_as_typed():
     table = run("inspect", fixture("zlab_dflash_qwen3"))
     for part in ("dflash", "8 rows, 7 drafts", "embed_tokens, lm_head", "sequential head", "none"):
         assert part in table, part
-    assert "problem" not in table
+    assert "problem" not in table and "fits" not in table
+    assert "fits" in run("inspect", str(FOLDER / "head"), "--model", "embedded")
 
 
 def test_inspect_beside_another_target():

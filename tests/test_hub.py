@@ -64,7 +64,9 @@ def test_a_dry_run_writes_the_whole_repository(local_target, tmp_path):
     assert files_of(output) == WRITTEN
     for name in ("config.json", "model.safetensors"):
         assert (output / name).read_bytes() == (source / name).read_bytes()
-    assert json.loads((output / "eval_results.json").read_text()) == json.loads(EVALUATED.read_text())
+    # With names that others can use.
+    named = json.loads(EVALUATED.read_text()) | {"head": REPOSITORY, "target": TARGET}
+    assert json.loads((output / "eval_results.json").read_text()) == named
     card = (output / "README.md").read_text()
     assert f'custom_generate="{REPOSITORY}"' in card and "license: mit" in card and "base_model: " + TARGET in card
     before = {name: (output / name).read_bytes() for name in WRITTEN}

@@ -104,6 +104,8 @@ def bench(
         sets = {prompts.stem if prompts else "built in": read_prompts(prompts)}
     given = {name: texts[:limit] for name, texts in sets.items()}
     target, draft_head, tokenizer = load(model, head, dtype)
+    if compiled:
+        speed.check_compiler(target.device)
     set_window(draft_head, draft_window)
     others = load_others(target, assistant, baseline_head)
     if sweep_batch is None:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .. import DSparkHead, __version__
 from ..checkpoints.files import check_source
-from ..embedded import embedded_pair
+from ..embedded import FOLDER, embedded_pair
 from ..evaluation.baselines import Others
 from ..heads import head_of
 
@@ -34,6 +34,9 @@ console, errors = (Console(stderr=stderr, markup=False, highlight=False) for std
 # Seconds from one line of progress to the next, where no terminal shows it in place.
 PROGRESS_EVERY = 10.0
 
+# The target that ships with the package.
+EMBEDDED = FOLDER / "target"
+
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
@@ -48,7 +51,17 @@ def _with_folder(path: Path | None) -> Path | None:
     return path
 
 
-Model = Annotated[str | None, typer.Option(help="Target: a Hub id or a folder. Default: the embedded pair.")]
+def _folder_of_embedded(model: str | None) -> str | None:
+    return str(EMBEDDED) if model == "embedded" else model
+
+
+def target_option(help: str):
+    """The option --model, where a Hub id or a folder is looked for."""
+    text = f"Target: a Hub id, a folder, or `embedded` for the one in the package. {help}"
+    return typer.Option(help=text.strip(), callback=_folder_of_embedded)
+
+
+Model = Annotated[str | None, target_option("Default: the embedded pair.")]
 Head = Annotated[str | None, typer.Option(help="Draft head for --model: a Hub id or a folder. Default: a known one.")]
 Dtype = Annotated[str, typer.Option(help=f"dtype of target and head: {', '.join(DTYPES)}. auto: as stored.")]
 Prompts = Annotated[Path | None, typer.Option(help="JSON lines with turns, prompt or question, or a prompt a line.")]
@@ -93,9 +106,9 @@ def load(model: str | None, head: str | None, dtype: str, needs_head: bool = Tru
         raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if model is None:
-        if head is not None:
-            raise ValueError(f"--head {head} needs --model: the embedded target has its own head.")
+    if model is None and head is not None:
+        raise ValueError(f"--head {head} needs --model; of a head for the embedded target, --model embedded.")
+    if head is None and model in (None, str(EMBEDDED)):
         return embedded_pair(dtype=dtype, device=device)
     for source in (model, head):
         if source is not None:

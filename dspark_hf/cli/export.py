@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from .. import DSparkHead
 from ..checkpoints.files import check_source
-from .common import app, say
+from .common import app, say, target_option
 
 
 class Layout(StrEnum):
@@ -25,9 +25,7 @@ def export(
     head: Annotated[str, typer.Argument(help="A Hub id or a folder.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.", metavar="DIR")],
     to: Annotated[Layout, typer.Option(help="Layout to write.")],
-    model: Annotated[
-        str | None, typer.Option(help="Target: a Hub id or a folder; for layouts that hold copies of its tables.")
-    ] = None,
+    model: Annotated[str | None, target_option("For layouts that hold copies of its tables.")] = None,
 ) -> None:
     """Write a head for an engine that reads another trainer's layout."""
     from ..checkpoints.export import export as write

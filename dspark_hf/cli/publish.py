@@ -10,7 +10,9 @@ from .. import DSparkHead
 from ..hub.licenses import License
 from .common import app, output_file, say
 
-Target = Annotated[str | None, typer.Option("--model", help="Hub id of the target. Default: the one in the results.")]
+Target = Annotated[
+    str | None, typer.Option("--model", help="Hub id of the target, no folder. Default: the one in the results.")
+]
 Results = Annotated[Path | None, typer.Option(help="What dspark-hf eval --results wrote.")]
 LicenseId = Annotated[str | None, typer.Option(help="Licence of the head as the Hub spells it, such as mit, or other.")]
 LicenseName = Annotated[str | None, typer.Option(help="Name of the licence, with --license other.")]

@@ -9,9 +9,8 @@ import typer
 from transformers import AutoTokenizer
 
 from ..checkpoints.files import check_source
-from ..embedded import FOLDER
 from ..heads import head_of
-from .common import Dtype, Limit, MaxNewTokens, Model, app, load, note, output_file, progress, say
+from .common import EMBEDDED, Dtype, Limit, MaxNewTokens, Model, app, load, note, output_file, progress, say
 
 if TYPE_CHECKING:
     from ..training.regenerate import Totals
@@ -56,19 +55,20 @@ def regenerate(
 
     if output.suffix != ".jsonl":
         raise ValueError(f"--output {output}: expected a .jsonl file, which `dspark-hf train --data` reads.")
-    if model is not None:
+    embedded = model in (None, str(EMBEDDED))
+    if not embedded:
         check_source(model)
-    tokenizer = AutoTokenizer.from_pretrained(model or FOLDER / "target")
+    tokenizer = AutoTokenizer.from_pretrained(model or EMBEDDED)
     # What is wrong with the data is said before the models are loaded.
     prompts = answers.load_prompts(data, tokenizer, max_length, thinking, limit)
     processes = Processes()
-    if model is not None and head is None and not no_draft:
+    if not embedded and head is None and not no_draft:
         head = _known_head(model)
     target, draft_head, _ = load(model, head, dtype, needs_head=False)
     drafting = None if no_draft else draft_head
     settings = answers.Settings(max_new_tokens, max_length, temperature, top_p, thinking, seed, batch_size)
     config = answers.sampling_config(target, settings)
-    run = answers.describe_run(model or "embedded", target.dtype, prompts, settings, config)
+    run = answers.describe_run("embedded" if embedded else model, target.dtype, prompts, settings, config)
     rows = answers.Rows(output, run, processes.index)
     if processes.index == 0:
         rows.begin()
@@ -91,7 +91,8 @@ def regenerate(
             say(_described(totals, time.perf_counter() - started, drafting is not None), style="dim")
     processes.close()
     if processes.index == 0:
-        say(f"{len(prompts)} rows in {output}: dspark-hf train --model {model or FOLDER / 'target'} --data {output}")
+        options = f"--model {'embedded' if embedded else model} --data {output} --output my-head"
+        say(f"{len(prompts)} rows in {output}: dspark-hf train {options}")
 
 
 def _known_head(model: str) -> str | None:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .. import DSparkHead
 from ..checkpoints.files import check_source
-from .common import app, entries, say
+from .common import app, entries, say, target_option
 
 # Processes wait so long for one that evaluates, or writes features or a checkpoint.
 PATIENCE = timedelta(days=1)
@@ -19,7 +19,7 @@ PATIENCE = timedelta(days=1)
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Option(help="Target: a Hub id or a folder. It stays frozen.")],
+    model: Annotated[str, target_option("It stays frozen.")],
     data: Annotated[str, typer.Option(help="A .jsonl or .parquet file, or a Hub data set.")],
     output: Annotated[Path, typer.Option(help="Folder for the head, its log and its checkpoints.")],
     head: Annotated[str | None, typer.Option(help="Go on from this head instead of a fresh one.")] = None,
@@ -39,7 +39,7 @@ def train(
     max_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 4096,
     pack: Annotated[bool, typer.Option("--pack", help="Put short rows together, up to --max-length tokens.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Only see whether such a head learns 8 rows by heart, in two minutes.")
+        bool, typer.Option("--check", help="Only see whether such a head learns 8 rows by heart.")
     ] = False,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     save_total_limit: Annotated[int, typer.Option(min=1, help="Checkpoints to keep, beside the best.")] = 2,
@@ -70,6 +70,7 @@ def train(
     from accelerate.utils import disable_fsdp_ram_efficient_loading
 
     from ..training.check import check as checked
+    from ..training.checkpointing import refuse_to_mix
     from ..training.data import load_rows
     from ..training.data_check import check_data
     from ..training.heads import fresh_head, head_from, read_keys
@@ -82,6 +83,8 @@ def train(
 
     logging.disable_progress_bar()
     check_source(model)
+    if not (resume or check):
+        refuse_to_mix(output)
     tokenizer = AutoTokenizer.from_pretrained(model)
     # What is wrong with the data is said before the models are loaded.
     keys = {} if config is None else read_keys(config)

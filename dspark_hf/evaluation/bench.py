@@ -1,7 +1,10 @@
 """Speed of decoding methods, measured alternately in one run on the same prompts."""
 
 import copy
+import os
 import random
+import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from rich import box
 from rich.table import Table
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -153,6 +157,16 @@ def cells_of(
         batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)]
         cells.append(Cell(batches, chosen, turns, domain))
     return cells
+
+
+def check_compiler(device: torch.device) -> None:
+    """A `ValueError` where passes on a CPU would be compiled and torch finds no C++ compiler."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and sys.platform != "win32" and shutil.which(name) is None:
+        raise ValueError(
+            f"Compiling for a CPU takes a C++ compiler, and there is no {name}. Install one, or name yours in the "
+            "environment variable CXX."
+        )
 
 
 def static_methods() -> list[str]:

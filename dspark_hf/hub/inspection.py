@@ -19,7 +19,8 @@ class Inspection:
     """A head. target: that it was made for, `None` where neither file nor registry says.
 
     rows: of a block; drafts: of a round. parameters, bytes: in the file. table_bytes: of its copies of the target's
-    embedding and LM head. borrowed: what the target lends. problems: what speaks against a given target.
+    embedding and LM head. borrowed: what the target lends. problems: what speaks against a given
+    target, `None` where there is none to look at.
     """
 
     head: str
@@ -41,7 +42,7 @@ class Inspection:
     table_bytes: int
     dtypes: list[str]
     borrowed: list[str]
-    problems: list[str]
+    problems: list[str] | None
 
 
 def inspect_head(source: str, target: str | None = None, **hub: Any) -> Inspection:
@@ -58,7 +59,7 @@ def inspect_head(source: str, target: str | None = None, **hub: Any) -> Inspecti
     checkpoint.validate(DSparkHead)
     config = checkpoint.build(DSparkHead).config
     beside = _target_config(checkpoint, target)
-    problems = [] if beside is None else problems_beside(config, beside)
+    problems = None if beside is None else problems_beside(config, beside)
     tensors = checkpoint.tensors
     return Inspection(
         head=source,
@@ -145,8 +146,10 @@ def as_table(found: Inspection) -> Table:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    for problem in found.problems:
+    for problem in found.problems or ():
         table.add_row(Text("problem", style="red"), problem)
+    if found.problems == []:
+        table.add_row(Text("beside the target", style="green"), "fits: vocabulary, width, layers and mask token")
     return table
 
 

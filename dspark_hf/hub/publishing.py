@@ -53,7 +53,8 @@ def build(
     Args:
         source: folder of the head. repository: Hub id that it will have. output: a new or empty folder, or one that an
             earlier call wrote, which is replaced.
-        target: Hub id of its target; by default the one that the results or the head's config name.
+        target: Hub id of its target; by default the one that the results or the head's config name. Where the results
+            are of a folder, that is what the head is tried with.
         results: what `dspark-hf eval` wrote; by default `eval_results.json` in the folder, if it is there.
         license: an identifier that the Hub knows, or a `License`.
 
@@ -74,13 +75,14 @@ def build(
         raise OSError(f"--license-link {license.link}: there is no such file in {str(source)!r}.")
     if not (source / "config.json").is_file():
         raise OSError(f"There is no head in {str(source)!r}: it has no config.json.")
-    head, found = DSparkHead.from_pretrained(source, dtype="auto"), None
+    head, found, evaluated = DSparkHead.from_pretrained(source, dtype="auto"), None, None
     if results is None and (source / RESULTS).is_file():
         results = source / RESULTS
     if results is not None:
         found = read_results(results)
         check_results(found, head, str(source))
-        target = target or found["target"]
+        evaluated = found["target"]
+        target = target or evaluated
     target = target or head.config.target_name_or_path
     if target is None:
         raise ValueError("Give the Hub id of the target (--model), or results of an evaluation, which name it.")
@@ -94,11 +96,13 @@ def build(
             head.save_pretrained(folder)
         _write_custom_generate(folder, repository)
         if found is not None:
+            # Others cannot do anything with the folders of this machine.
+            found |= {"head": repository, "target": target}
             (folder / RESULTS).write_text(json.dumps(found, indent=2) + "\n")
         training = _curve_of(source)
         card = card_of(head, repository, target, results=found, license=license, training=training)
         (folder / "README.md").write_text(str(render(card)), encoding="utf-8")
-        checked = check(folder, target)
+        checked = check(folder, target, evaluated if evaluated and Path(evaluated).is_dir() else None)
         _replace(output, folder)
     return checked
 
@@ -149,8 +153,11 @@ def _replace(output: Path, built: Path) -> None:
     shutil.copytree(built, output, dirs_exist_ok=True)
 
 
-def check(folder: Path, target: str) -> str:
+def check(folder: Path, target: str, local: str | None = None) -> str:
     """Load a head and draft with it, if its target is on this machine (it is not downloaded for this).
+
+    Args:
+        local: a folder of the target.
 
     Returns:
         what was checked and what was not, in a sentence.
@@ -163,7 +170,7 @@ def check(folder: Path, target: str) -> str:
     if broken:
         raise ValueError(f"The head holds values that are no numbers (NaN, infinity) in {', '.join(broken[:4])}.")
     try:
-        local = snapshot_download(target, local_files_only=True)
+        local = local or snapshot_download(target, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(local, dtype="auto").eval()
         tokenizer = AutoTokenizer.from_pretrained(local)
     except OSError:

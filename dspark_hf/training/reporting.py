@@ -1,4 +1,4 @@
-"""What a run shows of itself: a progress bar, `log.jsonl`, accelerate's trackers, and a plot at the end."""
+"""What a run shows of itself: a progress bar or lines, `log.jsonl`, accelerate's trackers, and a plot at the end."""
 
 import json
 import os
@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..evaluation.plots import import_pyplot, save
 
 PROJECT = "dspark-hf"
+# Seconds from one line to the next where no terminal shows a bar.
+LINES_EVERY = 10.0
 # Lines of the curve that a model card shows, at most.
 CURVE_LINES = 8
 
@@ -45,14 +47,16 @@ class Report:
     def __init__(self, accelerator: Accelerator, output: Path, steps: int, done: int, settings: dict[str, Any]):
         self.accelerator, self.log, self.steps = accelerator, output / "log.jsonl", steps
         self.tokens, self.since = 0, time.monotonic()
+        self.told = self.since
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[values]}"),
-            disable=not accelerator.is_main_process,
         )
+        self.bar.disable = not (accelerator.is_main_process and self.bar.console.is_terminal)
+        self.lines = accelerator.is_main_process and self.bar.disable
         self.task = self.bar.add_task("training", total=steps, completed=done, values="")
         if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)
@@ -66,6 +70,7 @@ class Report:
 
     def __enter__(self) -> "Report":
         self.bar.start()
+        self._tell(f"{self.steps} steps")
         return self
 
     def __exit__(self, *error) -> None:
@@ -91,7 +96,16 @@ class Report:
             log.write(json.dumps({"step": step} | values) + "\n")
         self.accelerator.log(values, step=step)
         shown = {name: value for name, value in values.items() if name != "learning_rate"}
-        self.bar.update(self.task, values="  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        self.bar.update(self.task, values=text)
+        if now - self.told >= LINES_EVERY or "tau" in values:
+            self.told = now
+            left = self.bar.tasks[0].time_remaining
+            self._tell(f"step {step} of {self.steps}  {text}" + ("" if left is None else f"  {left:.0f} s left"))
+
+    def _tell(self, text: str) -> None:
+        if self.lines:
+            self.bar.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def restart_clock(self) -> None:
         """What was done since the last line is no training: an evaluation, a checkpoint."""
