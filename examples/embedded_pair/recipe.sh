@@ -73,7 +73,7 @@ fi
 python "$here/install.py" --target "$work/target" --head "$work/head"
 
 # What came out, beside what it began with.
-for pair in "$start" "$work"; do
+for pair in "$work" "$start"; do
     python "$here/measure.py" --target "$pair/target" --gsm8k "${gsm8k/train/test}" --limit 150
     dspark-hf eval --model "$pair/target" --head "$pair/head" --max-new-tokens 256 --batch-size 16 --dtype float32
 done
