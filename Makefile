@@ -34,7 +34,7 @@ test: $(VENV)/installed-for-tests lint
 	HF_HUB_OFFLINE=1 $(BIN)/$(PYTEST)
 
 test-slow: $(VENV)/installed-for-tests
-	HF_HUB_OFFLINE=1 $(BIN)/$(PYTEST) --slow $(SHARE) --ignore tests/test_package.py
+	HF_HUB_OFFLINE=1 $(BIN)/$(PYTEST) --slow $(SHARE) --ignore tests/test_package.py --ignore tests/test_demo_browser.py
 
 # What pip makes of the package, in venvs of their own, and the Space in a browser.
 test-package: $(VENV)/installed-for-tests

@@ -22,7 +22,7 @@ LOCAL = {
     "Qwen/Qwen3-4B": str(FOLDER / "target"),
     "deepseek-ai/dspark_qwen3_4b_block7": str(FOLDER / "head"),
 }
-OF_PYTEST = ("--all", "--slow", "--changed")
+OF_PYTEST = ("--all", "--slow")
 # Ways to start the command line.
 STARTS = (["dspark-hf"], ["accelerate", "launch", "-m", "dspark_hf.cli"])
 
