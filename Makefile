@@ -28,7 +28,7 @@ demo-generate: $(VENV)/installed
 	@echo "--- how fast: one text at a time, and four"
 	@$(BIN)/dspark-hf bench --batch-sizes 1,4
 	@echo "--- the same with compiled passes, one text at a time; compiling takes some minutes"
-	-@$(BIN)/dspark-hf bench --batch-sizes 1 --compile
+	-@$(BIN)/dspark-hf bench --batch-sizes 1 --compile --limit 4 --seconds 60
 
 test: $(VENV)/installed-for-tests lint
 	HF_HUB_OFFLINE=1 $(BIN)/$(PYTEST)
