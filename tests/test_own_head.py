@@ -44,7 +44,8 @@ def test_the_seven_steps(tmp_path):
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         said[shlex.split(command)[1]] = done.stdout
     assert list(said) == ["regenerate", "train", "inspect", "verify", "doctor", "eval", "bench", "publish"]
-    assert re.search(r"step \d+ of \d+ .*tau", said["train"]) and "fits" in said["inspect"]
+    assert re.search(r"step \d+ of \d+ .*tau", said["train"]) and "of its own answers" in said["train"]
+    assert "fits" in said["inspect"]
     assert "identical" in said["verify"] and "nothing is wrong" in said["doctor"]
     [measured] = json.loads((tmp_path / "results.json").read_text())["results"]
     assert measured["accepted_length"] > 1.5

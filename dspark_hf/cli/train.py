@@ -128,7 +128,9 @@ def train(
         tell(str(found))
         raise typer.Exit(int(not found.passed))
     if accelerator.is_main_process:
-        check_data(target, rows, data, accelerator.device)
+        beside = check_data(target, rows, data, accelerator.device)
+        if beside is not None and not beside.differs:
+            say(f"perplexity of the data under the target: {beside.data:.2f}, of its own answers: {beside.own:.2f}")
     if pack:
         check_packing(target)
         rows = packed(rows, max_length)
