@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -336,12 +337,24 @@ def test_the_next_turn_of_a_chat_reads_only_what_is_new(session):
     assert lengths[0] < len(ids) - len(session.encode(MATHS))
 
 
-def test_a_visitor_who_leaves_frees_the_row(session):
-    answering = chat.answer(session, PROMPT, session.most_new_tokens, 1.5, None, Stop())
+def test_a_visitor_who_leaves_frees_the_row(session, monkeypatch):
+    """Rounds wait until then, from the third on; of an answer of a dozen rounds one is under way at most."""
+    rounds_begun, left, step = [], threading.Event(), Rounds.step
+
+    def held(self):
+        rounds_begun.append(1)
+        assert len(rounds_begun) < 3 or left.wait(60)
+        return step(self)
+
+    monkeypatch.setattr(Rounds, "step", held)
+    answering = chat.answer(session, PROMPT, session.most_new_tokens, None, None, Stop())
     next(answer for answer in answering if answer is not None)
+    wait_for(lambda: len(rounds_begun) == 3)
     assert session.manager.num_running == 1
     answering.close()
+    left.set()
     wait_for(lambda: session.manager.num_running == 0)
+    assert len(rounds_begun) <= 4
 
 
 # -- Inside a round -------------------------------------------------------------------------------------------------
