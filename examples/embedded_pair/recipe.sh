@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the embedded pair: about two hours on one core, no GPU, no download.
+# Trains the embedded pair: two to three hours on one core, no GPU, no download.
 #
 #   bash examples/embedded_pair/recipe.sh [GSM8K_TRAIN_JSONL] [WORK_FOLDER]
 #
