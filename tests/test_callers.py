@@ -3,12 +3,12 @@
 import copy
 import datetime
 import multiprocessing
-import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.distributed as dist
+from ports import free_port
 from test_targets import VOCAB, bigram_head, build, check_same_tokens, prompts
 from transformers import PreTrainedTokenizerFast, StoppingCriteriaList, pipeline
 from transformers.generation.streamers import BaseStreamer
@@ -263,9 +263,7 @@ def synced(rank, port, results):
 
 
 def test_synced_processes_end_together():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with multiprocessing.get_context("spawn").Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.spawn(synced, (port, results), nprocs=2)

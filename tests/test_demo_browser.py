@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 
 import dspark_hf
 from dspark_hf.evaluation.prompts import encode
@@ -43,9 +43,7 @@ def space(tmp_path_factory) -> str:
     shutil.copytree(ROOT / "demo", folder, dirs_exist_ok=True)
     for package in (ROOT / "dspark_hf", ROOT / "kernels" / "torch-ext" / "dspark_kernels"):
         shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONPATH": ""}
     with open(folder / "log", "w") as log:
         server = subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment, stdout=log, stderr=log)

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,16 +14,11 @@ from pathlib import Path
 
 import pytest
 from documents import PAGES, lines, snippets
+from ports import free_port
 
 PAGE = next(page for page in PAGES if page.stem == "own_head")
 # What a busy machine may take to load a pair.
 SECONDS = 300
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -71,5 +65,7 @@ def asked(command: str, server: subprocess.Popen) -> dict:
         try:
             with urllib.request.urlopen(request) as response:
                 return json.load(response)
+        except urllib.error.HTTPError:
+            raise
         except urllib.error.URLError:
             time.sleep(0.5)

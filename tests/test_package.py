@@ -3,7 +3,6 @@ run with `--all`, and always in CI (`make test-package`)."""
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -19,6 +18,7 @@ import pytest
 from documents import README, snippets
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from ports import free_port
 
 import dspark_hf
 
@@ -170,9 +170,7 @@ def test_the_space_answers(tmp_path):
     for package in (ROOT / "dspark_hf", ROOT / "kernels" / "torch-ext" / "dspark_kernels"):
         shutil.copytree(package, space / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     python = fresh_venv(tmp_path / "venv", (space / "requirements.txt").read_text().split())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = environment(GRADIO_SERVER_PORT=str(port), GRADIO_ANALYTICS_ENABLED="False")
     log = tmp_path / "log"
     with open(log, "w") as file:

@@ -16,6 +16,7 @@ import openai
 import pytest
 import torch
 import uvicorn
+from ports import free_port
 from shares import rest_slow
 from test_batching import alone
 from test_hybrids import pair
@@ -390,9 +391,7 @@ def test_products_of_many_shapes_leave_little_behind():
 
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_end():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "dspark_hf.cli", "serve", "--port", str(port), "--batch", "2"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert f"http://127.0.0.1:{port}/v1 serves dspark-pair" in server.stdout.readline()

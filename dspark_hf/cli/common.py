@@ -55,6 +55,11 @@ def _folder_of_embedded(model: str | None) -> str | None:
     return str(EMBEDDED) if model == "embedded" else model
 
 
+def is_embedded(model: str | None) -> bool:
+    """Whether --model means the target of the package: it was left out, or named."""
+    return model in (None, str(EMBEDDED))
+
+
 def target_option(help: str):
     """The option --model, where a Hub id or a folder is looked for."""
     text = f"Target: a Hub id, a folder, or `embedded` for the one in the package. {help}"
@@ -108,7 +113,7 @@ def load(model: str | None, head: str | None, dtype: str, needs_head: bool = Tru
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if model is None and head is not None:
         raise ValueError(f"--head {head} needs --model; of a head for the embedded target, --model embedded.")
-    if head is None and model in (None, str(EMBEDDED)):
+    if head is None and is_embedded(model):
         return embedded_pair(dtype=dtype, device=device)
     for source in (model, head):
         if source is not None:

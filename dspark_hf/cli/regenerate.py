@@ -10,7 +10,20 @@ from transformers import AutoTokenizer
 
 from ..checkpoints.files import check_source
 from ..heads import head_of
-from .common import EMBEDDED, Dtype, Limit, MaxNewTokens, Model, app, load, note, output_file, progress, say
+from .common import (
+    EMBEDDED,
+    Dtype,
+    Limit,
+    MaxNewTokens,
+    Model,
+    app,
+    is_embedded,
+    load,
+    note,
+    output_file,
+    progress,
+    say,
+)
 
 if TYPE_CHECKING:
     from ..training.regenerate import Totals
@@ -55,7 +68,7 @@ def regenerate(
 
     if output.suffix != ".jsonl":
         raise ValueError(f"--output {output}: expected a .jsonl file, which `dspark-hf train --data` reads.")
-    embedded = model in (None, str(EMBEDDED))
+    embedded = is_embedded(model)
     if not embedded:
         check_source(model)
     tokenizer = AutoTokenizer.from_pretrained(model or EMBEDDED)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .common import EMBEDDED, Dtype, Head, Model, app, load, note, say
+from .common import Dtype, Head, Model, app, is_embedded, load, note, say
 
 
 @app.command()
@@ -45,7 +45,7 @@ def serve(
         manager.check_room(1, 1 + max_tokens)
     except ValueError as error:
         raise ValueError(f"{error} Here these are --max-tokens, --batch and --memory.") from None
-    name = name or ("dspark-pair" if model in (None, str(EMBEDDED)) else model)
+    name = name or ("dspark-pair" if is_embedded(model) else model)
     service = Service(manager, tokenizer, name, api_key, Limits(1024 * max_body, max_prompt, max_tokens))
     say(f"http://{host}:{port}/v1 serves {name}: up to {batch} requests at once")
     if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
